@@ -1,0 +1,90 @@
+# Bare `make` prints help. CI and the README call only these targets.
+
+PYTHON ?= python3
+SIMULATE ?= 8xH100
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
+
+PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
+# Fast: no GPU, no root, no network but loopback.
+FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py)
+# Slow: these want root, Prometheus or systemd, and say so when they skip.
+SLOW_TESTS := $(wildcard tests/simulation tests/e2e)
+PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
+RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
+RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
+UNITS := $(wildcard deploy/*.service)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo run test test-all lint fmt proto bench install clean
+
+help: ## Print this help
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(COMPILED) ## Make .venv with everything that development needs (PYTHON=python3.12 chooses; clean first to change)
+
+demo: $(COMPILED) ## Show it working: the daemon on simulated GPUs with real processes
+	$(PY) tools/demo.py
+
+run: $(COMPILED) ## Serve on simulated GPUs (SIMULATE=8xH100)
+	$(VENV)/bin/wattshift serve --simulate $(SIMULATE)
+
+test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
+	$(PY) -m pytest $(FAST_TESTS)
+
+test-all: $(COMPILED) ## All tests: also real Prometheus, real systemd, fault simulation
+	$(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
+
+lint: $(COMPILED) ## Check style, types, the floors, protos, alert rules and units
+	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
+	$(VENV)/bin/ruff format --check $(PYTHON_SOURCES)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(if $(PROTO_FILES),$(VENV)/bin/buf lint proto)
+	@if [ -z "$(RULES)" ]; then :; \
+	elif command -v promtool >/dev/null; then \
+	  promtool check rules $(RULES) && $(if $(RULE_TESTS),promtool test rules $(RULE_TESTS),:); \
+	else echo "lint: no promtool here (apt-get install prometheus): rules not checked"; fi
+# systemd-analyze exits 0 on keys it does not know: any output is a failure.
+	@if [ -z "$(UNITS)" ]; then :; \
+	elif command -v systemd-analyze >/dev/null; then \
+	  out=$$(systemd-analyze verify --recursive-errors=yes $(UNITS) 2>&1) || { echo "$$out"; exit 1; }; \
+	  [ -z "$$out" ] || { echo "$$out"; exit 1; }; \
+	else echo "lint: no systemd-analyze here: units not checked"; fi
+
+fmt: $(COMPILED) ## Format the code and sort its imports
+	$(VENV)/bin/ruff check --fix-only --quiet $(PYTHON_SOURCES)
+	$(VENV)/bin/ruff format $(PYTHON_SOURCES)
+
+proto: $(INSTALLED) ## Compile proto/ into scheduler/v1
+	$(PY) proto/build_hook.py
+	@touch $(COMPILED)
+
+bench: $(COMPILED) ## Print benchmark figures as JSON
+	$(PY) tests/benchmarks/bench.py
+
+install: ## Install on this machine as a systemd service (needs root)
+	./deploy/install.sh
+
+clean: ## Remove .venv, caches and everything generated
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f scheduler/v1/*_pb2.py scheduler/v1/*_pb2.pyi scheduler/v1/*_pb2_grpc.py
+	find scheduler proto $(wildcard tests tools) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml proto/build_hook.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "setup: $(PYTHON) is missing or not 3.11 to 3.13; try: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "setup: $(PYTHON) has no venv module; as root: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# The directory is a prerequisite too, so that a removed proto takes its generated code with it.
+$(COMPILED): $(INSTALLED) $(PROTO_FILES) proto/scheduler/v1
+	$(PY) proto/build_hook.py
+	@touch $@
