@@ -85,6 +85,6 @@ $(INSTALLED): pyproject.toml proto/build_hook.py
 	@touch $@
 
 # The directory is a prerequisite too, so that a removed proto takes its generated code with it.
-$(COMPILED): $(INSTALLED) $(PROTO_FILES) proto/scheduler/v1
+$(COMPILED): $(INSTALLED) $(PROTO_FILES) $(wildcard proto/scheduler/v1)
 	$(PY) proto/build_hook.py
 	@touch $@
