@@ -1,0 +1,1 @@
+"""protobuf, gRPC and Prometheus at the border."""

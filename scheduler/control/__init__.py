@@ -1,0 +1,1 @@
+"""The loop and recovery: the only place where plans become effects."""

@@ -1,0 +1,1 @@
+"""One outside thing per file, each a Protocol plus its real self."""

@@ -1,0 +1,1 @@
+"""Frozen values: jobs, GPUs, policy, snapshot, events, actions."""

@@ -1,0 +1,447 @@
+"""What happened, as values; the table of moves; and the fold that makes a job of its events.
+
+The table is the program: `MOVES` is all the moves there are, and the state diagram in `docs/`
+is drawn from it. `fold` is the only code that changes a job's state.
+"""
+
+from dataclasses import dataclass, replace
+
+from scheduler.errors import TransitionError
+from scheduler.model.jobs import (
+    ATTEMPTS_KEPT,
+    FINAL_STATES,
+    Attempt,
+    Job,
+    JobSpec,
+    JobState,
+    Notice,
+)
+from scheduler.model.reasons import Reason
+
+MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.PENDING: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.FAILED}),
+    JobState.STARTING: frozenset(
+        {JobState.RUNNING, JobState.FAILED, JobState.PENDING, JobState.STOPPING, JobState.PREEMPTING}
+    ),
+    JobState.RUNNING: frozenset(
+        {
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+            JobState.PENDING,
+            JobState.PREEMPTING,
+            JobState.SUSPENDED,
+            JobState.STOPPING,
+        }
+    ),
+    JobState.SUSPENDED: frozenset(
+        {JobState.RUNNING, JobState.PREEMPTING, JobState.STOPPING, JobState.FAILED}
+    ),
+    JobState.PREEMPTING: frozenset(
+        {JobState.PENDING, JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED}
+    ),
+    JobState.STOPPING: frozenset({JobState.CANCELLED, JobState.FAILED, JobState.SUCCEEDED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+# Events of one job -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmitted:
+    """A job was accepted."""
+
+    at_s: float
+    job_id: str
+    number: int
+    spec: JobSpec
+    request_id: str = ""
+    standing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StartDecided:
+    """The plan gave the job its GPUs; the launcher is asked next."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+    gpus: tuple[str, ...]
+    launcher_id: str
+    reason: Reason
+    preempted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStarted:
+    """The job's process runs."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+    pid: int
+    pid_start_ticks: int
+    reason: Reason = Reason.PROCESS_STARTED
+
+
+@dataclass(frozen=True, slots=True)
+class StopDecided:
+    """The job must give way: notice and grace run. `to` is PREEMPTING or STOPPING."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+    to: JobState
+    notice: Notice
+    lost_gpu_ms: int = 0  # work since the last checkpoint that the plan reckoned with
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """A cancel came while the job was already giving way; it ends CANCELLED."""
+
+    at_s: float
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSignalled:
+    """SIGTERM was sent to the whole tree."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptAcknowledged:
+    """The job said that it is ready to be stopped."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReported:
+    """The job said that its work is saved until now."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """The whole tree of an attempt is gone, or never came to be; `to` says what becomes of the job."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+    to: JobState
+    reason: Reason
+    exit_code: int | None = None
+    lost: bool = False
+    detail: str = ""
+    eligible_s: float = 0.0  # of a requeued job: not started before
+    preemptions: int = 0  # the job's counters from now on
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PendingEnded:
+    """A job that waited ends without a start. `to` is CANCELLED or FAILED."""
+
+    at_s: float
+    job_id: str
+    to: JobState
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackoffCleared:
+    """An operator asked for the job to be considered at once."""
+
+    at_s: float
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptVerified:
+    """Every GPU of the attempt is proved free of it."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessorStarted:
+    """The job for which this attempt stopped runs."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+JobEvent = (
+    JobSubmitted
+    | StartDecided
+    | AttemptStarted
+    | StopDecided
+    | CancelRequested
+    | AttemptSignalled
+    | AttemptAcknowledged
+    | CheckpointReported
+    | AttemptEnded
+    | PendingEnded
+    | BackoffCleared
+    | AttemptVerified
+    | SuccessorStarted
+)
+
+
+# Events of the node ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStarted:
+    """A daemon took over the state directory."""
+
+    at_s: float
+    version: str
+    boot_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherConnected:
+    """The daemon speaks to this launcher from now on."""
+
+    at_s: float
+    launcher_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """The policy that plans are made with from now on, as canonical JSON."""
+
+    at_s: float
+    policy_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMarked:
+    """A GPU was cordoned by an operator or quarantined by the daemon."""
+
+    at_s: float
+    uuid: str
+    state: str  # GpuState: cordoned, quarantined
+    reason: Reason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUnmarked:
+    """A GPU may be scheduled again."""
+
+    at_s: float
+    uuid: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDrainChanged:
+    """An operator drained the node (nothing starts; `stop_jobs`: what runs gives way) or undid it.
+
+    `released`: the daemon holds no handle of any GPU until the drain is undone.
+    """
+
+    at_s: float
+    draining: bool
+    stop_jobs: bool = False
+    released: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UsageEntry:
+    """What one job used of one GPU since the last booking; `job_id` empty = idle."""
+
+    job_id: str
+    uuid: str
+    tenant: str
+    job_class: str  # JobClass's name, or "IDLE"
+    gpu_ms: int  # milliseconds times share
+    energy_mj: int
+    value_microusd: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageBooked:
+    """Usage since the last booking, integers only."""
+
+    at_s: float
+    entries: tuple[UsageEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDecided:
+    """A tick acted: its time, its GPUs as far as they changed, and the digest of its plan.
+
+    With the events before it this is all that the plan was made from, so it can be made again.
+    """
+
+    at_s: float
+    plan_digest: str
+    gpus_changed: tuple[str, ...]  # "UUID state free_memory_mib", sorted
+
+
+NodeEvent = (
+    DaemonStarted
+    | LauncherConnected
+    | PolicyChanged
+    | GpuMarked
+    | GpuUnmarked
+    | NodeDrainChanged
+    | UsageBooked
+    | PlanDecided
+)
+
+Event = JobEvent | NodeEvent
+
+
+def submitted(event: JobSubmitted, revision: int) -> Job:
+    """The job that a submission makes."""
+    return Job(
+        id=event.job_id,
+        number=event.number,
+        spec=event.spec,
+        request_id=event.request_id,
+        submitted_s=event.at_s,
+        state=JobState.PENDING,
+        reason=Reason.SUBMITTED,
+        state_since_s=event.at_s,
+        revision=revision,
+        standing=event.standing,
+        queued_since_s=event.at_s,
+    )
+
+
+def fold(job: Job, event: JobEvent, revision: int) -> Job:
+    """The job after the event.
+
+    Raises:
+        TransitionError: The event does not fit the job's state or attempt; nothing was changed.
+    """
+    match event:
+        case JobSubmitted():
+            raise TransitionError(f"job {job.id} was submitted already")
+        case StartDecided():
+            return _start_decided(job, event, revision)
+        case AttemptStarted():
+            attempt = replace(
+                _current(job, event), started_s=event.at_s, pid=event.pid, pid_start_ticks=event.pid_start_ticks
+            )
+            if job.state is not JobState.STARTING:  # asked to stop before it ran
+                return _with_attempt(job, attempt, revision)
+            return _moved(_with_attempt(job, attempt, revision), JobState.RUNNING, event.reason, event.at_s)
+        case StopDecided():
+            attempt = replace(_current(job, event), notice=event.notice)
+            moved = _moved(job, event.to, event.notice.reason, event.at_s)
+            return _with_attempt(moved, attempt, revision)
+        case CancelRequested():
+            if job.state is not JobState.PREEMPTING:
+                raise TransitionError(f"job {job.id} is {job.state}: cancel it by StopDecided or PendingEnded")
+            return replace(job, reason=Reason.CANCELLED_BY_REQUEST, revision=revision)
+        case AttemptSignalled():
+            return _with_attempt(job, replace(_current(job, event), signalled_s=event.at_s), revision)
+        case AttemptAcknowledged():
+            return _with_attempt(job, replace(_current(job, event), acknowledged_s=event.at_s), revision)
+        case CheckpointReported():
+            return _with_attempt(job, replace(_current(job, event), checkpoint_s=event.at_s), revision)
+        case AttemptEnded():
+            return _ended(job, event, revision)
+        case PendingEnded():
+            if job.state is not JobState.PENDING:
+                raise TransitionError(f"job {job.id} is {job.state}, not PENDING")
+            moved = _moved(job, event.to, event.reason, event.at_s)
+            return replace(moved, revision=revision, detail=event.detail, finished_s=event.at_s)
+        case BackoffCleared():
+            if job.state is not JobState.PENDING:
+                raise TransitionError(f"job {job.id} is {job.state}, not PENDING")
+            return replace(job, eligible_s=event.at_s, revision=revision)
+        case AttemptVerified():
+            return _with_attempt(job, replace(_numbered(job, event.attempt), verified_s=event.at_s), revision)
+        case SuccessorStarted():
+            attempt = replace(_numbered(job, event.attempt), successor_started_s=event.at_s)
+            return _with_attempt(job, attempt, revision)
+
+
+def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
+    if event.attempt != job.attempt + 1:
+        raise TransitionError(f"job {job.id}: attempt {event.attempt} follows {job.attempt}")
+    attempt = Attempt(
+        number=event.attempt,
+        gpus=event.gpus,
+        gpu_share_milli=job.spec.gpu_share_milli,
+        decided_s=event.at_s,
+        launcher_id=event.launcher_id,
+        preempted=event.preempted,
+    )
+    moved = _moved(job, JobState.STARTING, event.reason, event.at_s)
+    kept = (*job.attempts, attempt)[-ATTEMPTS_KEPT:]
+    return replace(moved, attempts=kept, attempt=event.attempt, revision=revision, detail="")
+
+
+def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
+    attempt = replace(
+        _current(job, event),
+        exited_s=event.at_s,
+        exit_code=event.exit_code,
+        lost=event.lost,
+        end_reason=event.reason,
+    )
+    moved = _with_attempt(_moved(job, event.to, event.reason, event.at_s), attempt, revision)
+    final = event.to in FINAL_STATES
+    return replace(
+        moved,
+        detail=event.detail,
+        eligible_s=event.eligible_s,
+        eligible_reason=event.reason,
+        preemptions=event.preemptions,
+        failures=event.failures,
+        queued_since_s=job.queued_since_s if final else event.at_s,
+        finished_s=event.at_s if final else None,
+    )
+
+
+def _moved(job: Job, to: JobState, reason: Reason, at_s: float) -> Job:
+    if to not in MOVES[job.state]:
+        raise TransitionError(f"job {job.id} can't move from {job.state} to {to}")
+    return replace(job, state=to, reason=reason, state_since_s=at_s)
+
+
+def _current(
+    job: Job,
+    event: AttemptStarted | StopDecided | AttemptSignalled | AttemptAcknowledged | CheckpointReported | AttemptEnded,
+) -> Attempt:
+    if not job.holds or event.attempt != job.attempt:
+        raise TransitionError(
+            f"{type(event).__name__} of attempt {event.attempt}: job {job.id} is {job.state}, attempt {job.attempt}"
+        )
+    return job.attempts[-1]
+
+
+def _numbered(job: Job, number: int) -> Attempt:
+    for attempt in job.attempts:
+        if attempt.number == number:
+            return attempt
+    raise TransitionError(f"job {job.id} keeps no attempt {number}")
+
+
+def _with_attempt(job: Job, attempt: Attempt, revision: int) -> Job:
+    kept = tuple(attempt if a.number == attempt.number else a for a in job.attempts)
+    return replace(job, attempts=kept, revision=revision)

@@ -1,0 +1,1 @@
+"""Pure: arrays, valuation, allocation, preemption, the planner."""
