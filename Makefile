@@ -18,6 +18,11 @@ RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
 RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
 UNITS := $(wildcard deploy/*.service)
 
+IDENTIFY := import sys; print(sys.base_prefix, sys.version)
+same_python = $(filter $(call identity,$(PYTHON)),$(call identity,$(PY)))
+# One word, so that two identities can be compared.
+identity = $(shell $(1) -c '$(IDENTIFY)' 2>/dev/null | tr -c '[:alnum:]/.\n' _)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo run test test-all lint fmt proto bench install clean
@@ -25,7 +30,7 @@ UNITS := $(wildcard deploy/*.service)
 help: ## Print this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-setup: $(COMPILED) ## Make .venv with everything that development needs (PYTHON=python3.12 chooses; clean first to change)
+setup: $(COMPILED) ## Make .venv with everything that development needs (PYTHON=python3.12 chooses the interpreter)
 
 demo: $(COMPILED) ## Show it working: the daemon on simulated GPUs with real processes
 	$(PY) tools/demo.py
@@ -80,7 +85,8 @@ $(INSTALLED): pyproject.toml proto/build_hook.py
 	  { echo "setup: $(PYTHON) is missing or not 3.11 to 3.13; try: make setup PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "setup: $(PYTHON) has no venv module; as root: apt-get install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@# Two interpreters in one environment break it in odd ways (no ssl module): start over for another one.
+	$(PYTHON) -m venv $(if $(call same_python),,--clear) $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
