@@ -1,7 +1,7 @@
 """Compiles proto/scheduler/v1/*.proto into scheduler/v1 whenever the package is built.
 
-The generated code is never committed: it would differ by generator, and a reviewer can't read it. `make proto`
-runs this file directly, which is quicker than a build.
+The generated code is never committed: it would differ by generator, and nobody reviews it. `make proto` runs
+this file directly, which is quicker than a build.
 """
 
 import sys
