@@ -1,0 +1,213 @@
+"""The node's settings as values, every default filled in. `config.py` reads them from TOML.
+
+Field names are the keys of `wattshift.toml`; `deploy/wattshift.toml` says what each one means.
+"""
+
+import ipaddress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from scheduler.model.jobs import SHARE_MILLI_WHOLE, JobClass, JobSpec, OnPreempt, RestartRule
+from scheduler.model.policy import Policy
+
+MICROUSD_PER_USD = 1_000_000
+PRIORITY_DEFAULT = 500
+PORT_MAX = 65_535
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """`[node]`: who and how big this node is."""
+
+    name: str = ""  # empty = the host name, filled in by `config.load`
+    cpus: int | None = None  # that jobs may book; None = all that this machine has
+    memory_mib: int | None = None  # host memory that jobs may book; None = all
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """`[server]`: where the daemon listens, and its limits."""
+
+    listen: tuple[str, ...] = ()  # unix:///path or host:port; empty = the default socket
+    socket_mode: int = 0o660
+    insecure_loopback: bool = False
+    metrics_listen: str = "127.0.0.1:9477"  # host:port; empty = no metrics
+    metrics_beyond_loopback: bool = False
+    message_bytes_max: int = 16 * 1024 * 1024
+    concurrent_rpcs_max: int = 256
+    connection_streams_max: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class StateConfig:
+    """`[state]`: where the journal lives and how long things are kept."""
+
+    directory: Path | None = None  # None = the default state directory
+    finished_jobs_kept_s: float = 7 * 86_400.0
+    finished_jobs_kept_max: int = 100_000
+    watch_revisions_kept_max: int = 100_000
+    journal_segment_events_max: int = 1_000_000
+    journal_segments_kept_max: int = 16
+    free_mib_min: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class JobsConfig:
+    """`[jobs]`: as whom jobs run, and their limits."""
+
+    user: str = ""  # empty = the daemon's own user
+    pending_max: int = 100_000
+    grace_s_max: float = 3600.0
+    environment_bytes_max: int = 64 * 1024
+    log_bytes_max: int = 10 * 1024 * 1024  # of one file, before it is rotated
+    log_files_kept: int = 4  # per job, with the one being written
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """`[sampling]`: how often the GPUs are read."""
+
+    period_s: float = 1.0
+    processes_period_s: float = 5.0
+
+
+class ForeignAction(StrEnum):
+    """What is done about a process on a GPU that Wattshift did not start."""
+
+    PROTECT = "protect"  # the GPU is not schedulable while it lives
+    IGNORE = "ignore"  # its memory is part of the baseline
+    EVICT = "evict"  # it is ended
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignRule:
+    """`[[foreign.rules]]`: what to do about the processes of a user, of a command, or of both."""
+
+    action: ForeignAction
+    user: str = ""  # empty = any
+    command: str = ""  # base name of the executable; empty = any
+
+
+FOREIGN_RULES_BUILT_IN = tuple(
+    ForeignRule(ForeignAction.IGNORE, command=command)
+    for command in ("Xorg", "gnome-shell", "nvidia-cuda-mps-server", "nvidia-persistenced")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignConfig:
+    """`[foreign]`: processes that Wattshift did not start."""
+
+    default: ForeignAction = ForeignAction.PROTECT
+    rules: tuple[ForeignRule, ...] = ()
+
+    def action(self, user: str, command: str) -> ForeignAction:
+        """What to do about a process: its first rule, else the built-in one, else the default."""
+        for rule in (*self.rules, *FOREIGN_RULES_BUILT_IN):
+            if rule.user in ("", user) and rule.command in ("", command):
+                return rule.action
+        return self.default
+
+
+@dataclass(frozen=True, slots=True)
+class StandingJob:
+    """`[[standing_jobs]]`: a job that is kept alive, one instance per idle GPU.
+
+    None = what its class says.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    job_class: JobClass = JobClass.MINING  # the key is `class`
+    value_usd_per_gpu_hour: float | None = None
+    priority: int = PRIORITY_DEFAULT
+    environment: dict[str, str] = field(default_factory=dict)
+    working_directory: str = ""
+    stop_command: tuple[str, ...] = ()
+    gpu_models: tuple[str, ...] = ()
+    gpu_memory_mib: int | None = None
+    cpus: int | None = None
+    memory_mib: int | None = None
+    grace_s: float | None = None
+    min_runtime_s: float | None = None
+    restart_loss_s: float | None = None
+    draw_w: float | None = None  # None = not known
+    tenant: str = ""
+
+    def spec(self, policy: Policy, environment_digest: str = "") -> JobSpec:
+        """One instance of it as a job: a whole GPU, kept alive, gives way like any job."""
+        defaults = policy.classes[self.job_class]
+        value_usd = _or(self.value_usd_per_gpu_hour, defaults.value_usd_per_gpu_hour)
+        return JobSpec(
+            name=self.name,
+            command=self.command,
+            job_class=self.job_class,
+            priority=self.priority,
+            value_microusd_per_gpu_hour=round(value_usd * MICROUSD_PER_USD),
+            gpus=1,
+            gpu_share_milli=SHARE_MILLI_WHOLE,
+            gpu_memory_mib=_or(self.gpu_memory_mib, defaults.gpu_memory_mib),
+            gpu_models=self.gpu_models,
+            cpus=_or(self.cpus, defaults.cpus),
+            memory_mib=_or(self.memory_mib, defaults.memory_mib),
+            preemptible=True,
+            on_preempt=OnPreempt.REQUEUE,
+            grace_s=_or(self.grace_s, defaults.grace_s),
+            min_runtime_s=_or(self.min_runtime_s, defaults.min_runtime_s),
+            restart_loss_s=_or(self.restart_loss_s, defaults.restart_loss_s),
+            exit_zero_is_done=False,
+            restart=RestartRule.ALWAYS,
+            working_directory=self.working_directory,
+            stop_command=self.stop_command,
+            draw_w=self.draw_w,
+            tenant=self.tenant,
+            environment_digest=environment_digest,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of a node."""
+
+    node: NodeConfig = field(default_factory=NodeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    state: StateConfig = field(default_factory=StateConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    policy: Policy = field(default_factory=Policy)  # with `[classes.*]`
+    foreign: ForeignConfig = field(default_factory=ForeignConfig)
+    standing_jobs: tuple[StandingJob, ...] = ()
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`, the host without brackets; port 0 = any free one.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    host, colon, digits = address.rpartition(":")
+    if not colon or not digits.isascii() or not digits.isdecimal() or int(digits) > PORT_MAX:
+        raise ValueError(f"the port must be a number from 0 to {PORT_MAX}")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("an IPv6 host needs brackets: [::1]:9477")
+    if not host or "/" in host or host.strip() != host:
+        raise ValueError("the host is missing; 127.0.0.1 is this machine alone")
+    return host, int(digits)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host can be reached from this machine only; names other than localhost are not asked."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _or(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
