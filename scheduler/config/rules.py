@@ -32,7 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "server.message_bytes_max": (64 * 1024, 1024 * _MIB),
     "server.concurrent_rpcs_max": (8, 65_536),
     "server.connection_streams_max": (1, 65_536),
-    "state.finished_jobs_kept_s": (0, 100 * _YEAR_S),
+    "state.finished_jobs_kept_s": (0, 10 * _YEAR_S),
     "state.finished_jobs_kept_max": (0, 10_000_000),
     "state.watch_revisions_kept_max": (1, 10_000_000),
     "state.journal_segment_events_max": (1_000, 1_000_000_000),

@@ -4,6 +4,7 @@ A scanner for text that `tomllib` has accepted: it trusts the syntax and looks o
 the place: keys, brackets, strings, comments, line ends.
 """
 
+import json
 import re
 import tomllib
 
@@ -12,6 +13,7 @@ KeyPath = tuple[str | int, ...]
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _KEY_PART = re.compile(r"""[ \t]*("(?:\\.|[^"\\\n])*"|'[^'\n]*'|[A-Za-z0-9_-]+)[ \t]*""")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _STRING = re.compile(
     r'"""(?:\\.|[^\\])*?"{3,5}'  # a multi-line string may end in up to two quotes of its own
     r"|'''.*?'{3,5}"
@@ -32,13 +34,14 @@ def key_lines(text: str) -> dict[KeyPath, int]:
 
 
 def key_name(key: KeyPath) -> str:
-    """A key as a person writes it: `standing_jobs[1].name`, counted from 0."""
+    """A key as a person writes it: `standing_jobs[1].name`, counted from 0; odd names in quotes."""
     name = ""
     for part in key:
         if isinstance(part, int):
             name += f"[{part}]"
         else:
-            name += ("." if name else "") + part
+            quoted = part if _BARE_KEY.fullmatch(part) else json.dumps(part)
+            name += ("." if name else "") + quoted
     return name
 
 
