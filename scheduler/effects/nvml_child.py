@@ -1,0 +1,309 @@
+"""The NVML child: the process in which the driver may hang.
+
+    python -I -m scheduler.effects.nvml_child FD
+
+FD is one end of a socket pair; `nvml_protocol.py` says what goes over it. The main thread reads requests and
+never calls the library. Every GPU has one thread, its lane, that makes one call after the other, so that a
+hung GPU costs only itself and nothing is stacked on it; one more lane opens and closes the library. The
+process holds nothing of the daemon's but FD, and ends when that does.
+"""
+
+import contextlib
+import math
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from scheduler.effects import nvml
+from scheduler.effects.nvml_protocol import (
+    LINE_BYTES_MAX,
+    PROTOCOL_VERSION,
+    TIMEOUT,
+    Message,
+    decode,
+    encode,
+    holders_to_json,
+    value_to_json,
+)
+from scheduler.errors import GpuReadError
+from scheduler.model.gpus import GpuSample
+
+# One sample and a hand-over's checks, each of which the daemon gives up before it asks again.
+LANE_WAITING_MAX = 8
+NO_GPU = "ERROR_GPU_NOT_FOUND"  # the driver is there and counts none
+# Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
+ORDERLY_END_S = 0.5
+
+
+def main() -> None:
+    """Serve the daemon until its end of the socket is closed."""
+    # Systemd signals the whole control group; the end of the socket says when it is time.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        server = Server(end)
+        server.serve()
+    # Not sys.exit: the interpreter would wait for a thread that is hung in the driver.
+    os._exit(0)
+
+
+class Server:
+    """Answers the daemon's requests; each answer is sent by the thread that has it."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._sending = threading.Lock()
+        self._gpus = GpuLanes()
+        # Rounds wait for lanes; holders are answered meanwhile.
+        self._rounds = Lane("rounds")
+
+    def serve(self) -> None:
+        """Return when the daemon closed its end, and the library is closed as far as it lets itself."""
+        self._send({"protocol": PROTOCOL_VERSION})
+        with contextlib.suppress(OSError), self._end.makefile("rb") as lines:
+            while line := lines.readline(LINE_BYTES_MAX):
+                self._handle(decode(line))
+        self._gpus.close(ORDERLY_END_S)
+
+    def _handle(self, request: Message) -> None:
+        match request["do"]:
+            case "sample":
+                within_s, stuck_s = request["within_s"], request["stuck_s"]
+                # The daemon waits for the answer before it asks again, so one can't be refused.
+                self._rounds.submit(lambda: self._round(request["id"], within_s, stuck_s))
+            case "holders":
+                self._holders(request["id"], request["uuid"], request["within_s"])
+            case unknown:
+                raise ValueError(f"no such request: {unknown}")
+
+    def _round(self, request_id: int, within_s: float, stuck_s: float) -> None:
+        self._send({"id": request_id, **self._gpus.readings(within_s, stuck_s)})
+
+    def _holders(self, request_id: int, uuid: str, within_s: float) -> None:
+        def answer(gpu: nvml.OpenGpu) -> None:
+            try:
+                self._send({"id": request_id, "holders": holders_to_json(gpu.holders())})
+            except GpuReadError as error:
+                self._refuse(request_id, error)
+
+        try:
+            self._gpus.submit(uuid, answer, within_s)
+        except GpuReadError as error:
+            self._refuse(request_id, error)
+
+    def _refuse(self, request_id: int, error: GpuReadError) -> None:
+        self._send({"id": request_id, "error": error.code, "message": str(error)})
+
+    def _send(self, message: Message) -> None:
+        # The daemon may be gone; then the main thread reads the end of the stream.
+        with self._sending, contextlib.suppress(OSError):
+            self._end.sendall(encode(message))
+
+
+class Lane:
+    """A daemon thread that does one piece of work after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._waiting: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._busy_since_s: float | None = None
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, work: Callable[[], None], within_s: float = math.inf) -> bool:
+        """Queue the work; whether there was room. It is dropped if it has not begun in time."""
+        if self._waiting.qsize() >= LANE_WAITING_MAX:
+            return False
+        self._waiting.put((time.monotonic() + within_s, work))
+        return True
+
+    @property
+    def busy_s(self) -> float:
+        """Return for how long the work at hand has taken, or 0 without one."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
+    def stop(self) -> None:
+        """End the thread after what is queued."""
+        self._waiting.put(None)
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            expires_s, work = item
+            if time.monotonic() >= expires_s:
+                continue
+            self._busy_since_s = time.monotonic()
+            try:
+                work()
+            except Exception:  # a defect of ours: told in the daemon's log, and the lane goes on
+                traceback.print_exc()
+            self._busy_since_s = None
+
+
+class GpuLane:
+    """One GPU by its index: opened when it is first read, then read again and again."""
+
+    def __init__(self, index: int, driver_version: str, changed: threading.Condition) -> None:
+        self.index = index
+        self.gpu: nvml.OpenGpu | None = None
+        self.lane = Lane(f"gpu-{index}")
+        self._driver_version = driver_version
+        self._changed = changed
+        self.is_sampling = False
+        self._result: tuple[GpuSample | None, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the UUID, or "index N" while it isn't known."""
+        return self.gpu.identity.uuid if self.gpu else f"index {self.index}"
+
+    def begin_sample(self) -> bool:
+        """Start a sample; False while the one before hangs."""
+        if self.is_sampling:
+            return False
+        self.is_sampling = self.lane.submit(self._sample)
+        return self.is_sampling
+
+    def take(self) -> tuple[GpuSample | None, str]:
+        """Return the sample and the failure of the last one that came back; each is given once."""
+        result, self._result = self._result, None
+        return (None, TIMEOUT) if result is None else result
+
+    def _sample(self) -> None:
+        result: tuple[GpuSample | None, str] = (None, "ERROR_UNKNOWN")
+        try:
+            if self.gpu is None:
+                self.gpu = nvml.OpenGpu(self.index, self._driver_version)
+            result = self.gpu.sample()
+        except GpuReadError as error:
+            result = (None, error.code)
+        finally:
+            with self._changed:
+                self.is_sampling = False
+                self._result = result
+                self._changed.notify_all()
+
+
+class GpuLanes:
+    """All GPUs. Opens the library when it is asked for readings, and again after the driver went away."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards what lanes hand over
+        self._driver = Lane("driver")
+        self._is_opening = False
+        self._failure = ""  # why the library isn't open
+        self._driver_version = ""
+        self._gpus: tuple[GpuLane, ...] = ()
+
+    def readings(self, within_s: float, stuck_s: float) -> Message:
+        """Return one round after at most `within_s`: what has not answered by then has timed out.
+
+        `replace_me` asks for another process: this one can't recover, or all calls hang for `stuck_s`.
+        """
+        until_s = time.monotonic() + within_s
+        with self._changed:
+            if not self._gpus:
+                if not self._is_opening:
+                    self._is_opening = self._driver.submit(self._open)
+                self._wait(lambda: not self._is_opening, until_s)
+                if not self._gpus:
+                    return self._without_driver(TIMEOUT if self._is_opening else self._failure, stuck_s)
+            begun = [gpu for gpu in self._gpus if gpu.begin_sample()]
+            self._wait(lambda: not any(gpu.is_sampling for gpu in begun), until_s)
+            return self._collect(stuck_s)
+
+    def submit(self, uuid: str, work: Callable[[nvml.OpenGpu], None], within_s: float) -> None:
+        """Do the work in the GPU's lane.
+
+        Raises:
+            GpuReadError: There is no such GPU, or its lane hangs.
+        """
+        with self._changed:
+            found = next(
+                ((each.lane, each.gpu) for each in self._gpus if each.gpu and each.name == uuid), None
+            )
+            failure = self._failure or "ERROR_NOT_FOUND"
+        if found is None:
+            raise GpuReadError(failure, f"no GPU {uuid} is open: {failure}")
+        lane, gpu = found
+        if lane.busy_s > within_s or not lane.submit(lambda: work(gpu), within_s):
+            raise GpuReadError(TIMEOUT, f"a call to GPU {uuid} has not come back for {lane.busy_s:.1f} s")
+
+    def close(self, within_s: float) -> None:
+        """Let the calls at hand come back, then close the library; bounded."""
+        until_s = time.monotonic() + within_s
+        closed = threading.Event()
+
+        def close_library() -> None:
+            with contextlib.suppress(GpuReadError):
+                nvml.close_library()
+            closed.set()
+
+        with self._changed:
+            # Beneath a call that hangs the library is left as it is: the process ends anyway.
+            if self._wait(lambda: not any(gpu.is_sampling for gpu in self._gpus), until_s):
+                self._driver.submit(close_library)
+                closed.wait(max(0.0, until_s - time.monotonic()))
+
+    def _wait(self, is_met: Callable[[], bool], until_s: float) -> bool:
+        return self._changed.wait_for(is_met, max(0.0, until_s - time.monotonic()))
+
+    def _open(self) -> None:
+        count, failure = 0, ""
+        try:
+            nvml.close_library()
+            count, self._driver_version = nvml.open_library()
+        except GpuReadError as error:
+            failure = error.code
+        with self._changed:
+            self._failure = failure or ("" if count else NO_GPU)
+            self._gpus = tuple(GpuLane(index, self._driver_version, self._changed) for index in range(count))
+            self._is_opening = False
+            self._changed.notify_all()
+
+    def _collect(self, stuck_s: float) -> Message:
+        errors: dict[str, str] = {}
+        samples: list[Message] = []
+        for gpu in self._gpus:
+            sample, failure = gpu.take()
+            if sample:
+                samples.append(value_to_json(sample))
+            if failure in nvml.DRIVER_GONE:
+                return self._lose_driver(failure, stuck_s)
+            if failure:
+                errors[gpu.name] = failure
+        return {
+            "identities": [value_to_json(gpu.gpu.identity) for gpu in self._gpus if gpu.gpu],
+            "samples": samples,
+            "errors": errors,
+            "driver_version": self._driver_version,
+            "replace_me": all(gpu.lane.busy_s > stuck_s for gpu in self._gpus),
+        }
+
+    def _lose_driver(self, failure: str, stuck_s: float) -> Message:
+        """Drop all handles, so that the next round opens the library again."""
+        # Opening it again beside a call that hangs would hang a second one.
+        is_hung = any(gpu.is_sampling for gpu in self._gpus)
+        for gpu in self._gpus:
+            gpu.lane.stop()
+        self._gpus = ()
+        self._failure = failure
+        return self._without_driver(failure, stuck_s) | ({"replace_me": True} if is_hung else {})
+
+    def _without_driver(self, failure: str, stuck_s: float) -> Message:
+        return {
+            "identities": [],
+            "samples": [],
+            "errors": {"driver": failure},
+            "driver_version": self._driver_version,
+            # A library that was exchanged stays mapped until the process ends.
+            "replace_me": failure == "ERROR_LIB_RM_VERSION_MISMATCH" or self._driver.busy_s > stuck_s,
+        }
+
+
+if __name__ == "__main__":
+    main()
