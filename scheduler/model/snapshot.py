@@ -89,13 +89,21 @@ class NodeColumns:
 class HoldingColumns:
     """Shape (holdings,) each: job row `job` holds GPU row `gpu`.
 
-    `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified.
+    `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified. The last two
+    columns say more of what is coming free; left out they are UNKNOWN for every row.
     """
 
     job: Any
     gpu: Any
     share_milli: Any
     memory_mib: Any
+    preemptor: Any = None  # number of the job that the holder gives, or gave, way to
+    stop_us: Any = None  # when the holder's stop was decided
+
+    def __post_init__(self) -> None:
+        for name in ("preemptor", "stop_us"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(len(self.job), UNKNOWN, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.job)
@@ -125,13 +133,26 @@ class Snapshot:
                     raise SnapshotError(f"{name}.{column.name} has {len(values)} rows, not {len(columns)}")
         jobs, gpus, holdings = self.jobs, self.gpus, self.holdings
         _check(jobs.number, np.diff(np.sort(jobs.number), prepend=-1) > 0, "jobs.number is not unique")
-        _check(jobs.number, (jobs.share_milli >= 1) & (jobs.share_milli <= 1000), "share_milli is not 1..1000")
+        _check(
+            jobs.number, (jobs.share_milli >= 1) & (jobs.share_milli <= 1000), "share_milli is not 1..1000"
+        )
         _check(jobs.number, (jobs.share_milli == 1000) | (jobs.gpus == 1), "a share is of one GPU")
         _check(jobs.number, (jobs.state >= PENDING) & (jobs.state <= STOPPING), "unknown state")
         _check(jobs.number, (jobs.models >= 0) & (jobs.models < len(self.model_fits)), "unknown model set")
+        located = (jobs.node >= 0) & (jobs.node < len(self.nodes))
+        _check(jobs.number, located | (jobs.state == PENDING), "a live job is on no known node")
         _check(gpus.index, (gpus.node >= 0) & (gpus.node < len(self.nodes)), "GPU of an unknown node")
         _check(holdings.gpu, (holdings.gpu >= 0) & (holdings.gpu < len(gpus)), "holding of an unknown GPU")
-        _check(holdings.job, (holdings.job >= UNKNOWN) & (holdings.job < len(jobs)), "holding of an unknown job")
+        _check(
+            holdings.job, (holdings.job >= UNKNOWN) & (holdings.job < len(jobs)), "holding of an unknown job"
+        )
+        owned = (
+            (holdings.job != UNKNOWN) & (jobs.state[holdings.job] != PENDING)
+            if len(jobs)
+            else holdings.job > UNKNOWN
+        )
+        elsewhere = owned & (jobs.node[holdings.job] != gpus.node[holdings.gpu]) if len(jobs) else owned
+        _check(holdings.gpu, ~elsewhere, "a job holds a GPU of another node")
         held = np.bincount(holdings.gpu, weights=holdings.share_milli, minlength=len(gpus))
         _check(gpus.index, held <= 1000, "GPU is held more than once")
         if self.model_fits.shape[1:] != (len(gpus),):

@@ -1,0 +1,306 @@
+"""Fit and placement: what a node has to spare, and on which of its GPUs a request goes.
+
+A node's capacity is in three layers. *Free*: nobody has it. *Leaving*: jobs that were told to stop, and
+what ended jobs still occupy until their hand-over is verified; it comes free without a further decision.
+*Live*: held by jobs that stay unless they are displaced. A claim takes what is free first, then what
+leaves, its own victims' before others', the oldest stop first: so a waiting job's claim is the same in
+each plan however many later stops are added (R7), without remembering one.
+
+Placement: whole GPUs that the fewest model sets accept, then the smallest, then by index; a share goes to
+the GPU with the smallest remaining share that fits (best fit), so that whole GPUs stay whole.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+WHOLE_MILLI = 1000
+
+# GPU position -> how much placement would rather not use it; 0 where it is not named.
+Penalty = Mapping[int, int]
+NO_PENALTY: Penalty = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A pending job as planning sees it. `memory_mib` is host memory; 0 = not accounted."""
+
+    number: int
+    job_class: int
+    priority: int
+    value: int
+    gpus: int
+    share_milli: int
+    gpu_memory_mib: int
+    models: int
+    cpus: int
+    memory_mib: int
+    preemptible: bool
+    min_runtime_us: int
+    restart_loss_us: int
+    expected_us: int
+    grace_us: int
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it wants a part of one GPU."""
+        return self.share_milli < WHOLE_MILLI
+
+
+@dataclass(slots=True)
+class Hold:
+    """What one job, or one hand-over, has of a node. `parts`: GPU position -> [thousandths, MiB]."""
+
+    number: int  # UNKNOWN for a hand-over whose job has ended
+    parts: dict[int, list[int]]
+    cpus: int
+    memory_mib: int
+    slots: int  # 1 while it counts as a live job
+    preemptor: int  # of a leaving job: the number of the job that it gives way to; else UNKNOWN
+    stop_us: int  # of a leaving job: when its stop was decided
+    ready_us: int  # of a leaving job: until when its grace runs, at most
+
+
+@dataclass(slots=True)
+class Spare:
+    """An amount of each of a node's resources; lists are by GPU position."""
+
+    milli: list[int]
+    mib: list[int]
+    cpus: int
+    memory_mib: int
+    slots: int
+
+    def copy(self) -> "Spare":
+        """An independent amount."""
+        return Spare(self.milli[:], self.mib[:], self.cpus, self.memory_mib, self.slots)
+
+    def add(self, hold: Hold) -> None:
+        """Put in what the hold has."""
+        for position, (milli, mib) in hold.parts.items():
+            self.milli[position] += milli
+            self.mib[position] += mib
+        self.cpus += hold.cpus
+        self.memory_mib += hold.memory_mib
+        self.slots += hold.slots
+
+    def remove(self, hold: Hold) -> None:
+        """Undo `add`."""
+        for position, (milli, mib) in hold.parts.items():
+            self.milli[position] -= milli
+            self.mib[position] -= mib
+        self.cpus -= hold.cpus
+        self.memory_mib -= hold.memory_mib
+        self.slots -= hold.slots
+
+    def take(self, request: Request, positions: tuple[int, ...]) -> None:
+        """Take out what the request needs at these positions."""
+        for position in positions:
+            self.milli[position] -= request.share_milli
+            self.mib[position] -= request.gpu_memory_mib if request.is_share else 0
+        self.cpus -= request.cpus
+        self.memory_mib -= request.memory_mib
+        self.slots -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as placement sees it; its position is its place in `Node.gpus`."""
+
+    row: int
+    uuid: str
+    index: int
+    memory_mib: int
+    is_open: bool
+    serves: tuple[bool, ...]  # by model set
+
+
+@dataclass(slots=True)
+class Claim:
+    """What a request was given: `awaited` are the leaving jobs whose capacity it counts on."""
+
+    node: int
+    positions: tuple[int, ...]
+    is_free: bool  # nothing of it has to be awaited
+    awaited: tuple[int, ...]
+    ready_us: int  # when all of it is free at the latest; 0 where it is free
+
+
+@dataclass(slots=True)
+class Node:
+    """A node while a plan is made; `free`, `leaving` and `live` change as jobs are served."""
+
+    row: int
+    gpus: tuple[Gpu, ...]
+    free: Spare
+    drains: bool
+    leaving: list[Hold] = field(default_factory=list)
+    _suitable: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+
+    def suitable(self, request: Request) -> tuple[int, ...]:
+        """Positions of the open GPUs that serve the request at all, the best to give away first."""
+        key = (request.models, request.gpu_memory_mib)
+        known = self._suitable.get(key)
+        if known is None:
+            fit = [
+                (sum(gpu.serves), gpu.memory_mib, gpu.index, gpu.uuid, position)
+                for position, gpu in enumerate(self.gpus)
+                if gpu.is_open
+                and gpu.serves[request.models]
+                and (request.gpu_memory_mib == 0 or gpu.memory_mib >= request.gpu_memory_mib)
+            ]
+            known = self._suitable[key] = tuple(entry[-1] for entry in sorted(fit))
+        return known
+
+    def spare_with(self, holds: Iterable[Hold]) -> Spare:
+        """What would be free without these holds."""
+        spare = self.free.copy()
+        for hold in holds:
+            spare.add(hold)
+        return spare
+
+
+def host_fits(request: Request, spare: Spare) -> bool:
+    """Whether CPUs, host memory and a job slot are there; what is not accounted always fits."""
+    return (
+        spare.slots >= 1
+        and (request.cpus == 0 or request.cpus <= spare.cpus)
+        and (request.memory_mib == 0 or request.memory_mib <= spare.memory_mib)
+    )
+
+
+def gpus_fit(request: Request, node: Node, spare: Spare) -> bool:
+    """Whether the GPU part of the request fits."""
+    if request.gpus == 0:
+        return True
+    suitable = node.suitable(request)
+    if request.is_share:
+        return any(share_fits(request, spare, position) for position in suitable)
+    milli = spare.milli
+    return sum(milli[position] == WHOLE_MILLI for position in suitable) >= request.gpus
+
+
+def share_fits(request: Request, spare: Spare, position: int) -> bool:
+    """Whether a share fits on this GPU."""
+    memory = request.gpu_memory_mib
+    return spare.milli[position] >= request.share_milli and (memory == 0 or spare.mib[position] >= memory)
+
+
+def fits(request: Request, node: Node, spare: Spare) -> bool:
+    """Whether the request fits in the amount."""
+    return host_fits(request, spare) and gpus_fit(request, node, spare)
+
+
+def fits_at(request: Request, spare: Spare, position: int) -> bool:
+    """Whether a suitable GPU has what the request wants of each of its GPUs."""
+    return share_fits(request, spare, position) if request.is_share else spare.milli[position] == WHOLE_MILLI
+
+
+def place(
+    request: Request, node: Node, spare: Spare, penalty: Penalty = NO_PENALTY
+) -> tuple[int, ...] | None:
+    """Positions for the request, those of the least penalty first, or None where it does not fit."""
+    if not host_fits(request, spare):
+        return None
+    if request.gpus == 0:
+        return ()
+    suitable = node.suitable(request)
+    if not request.is_share:
+        whole = [position for position in suitable if spare.milli[position] == WHOLE_MILLI]
+        if len(whole) < request.gpus:
+            return None
+        if penalty:
+            whole.sort(key=lambda position: penalty.get(position, 0))
+        return tuple(whole[: request.gpus])
+    found = [
+        (penalty.get(position, 0), spare.milli[position], spare.mib[position], turn, position)
+        for turn, position in enumerate(suitable)
+        if share_fits(request, spare, position)
+    ]
+    return (min(found)[-1],) if found else None
+
+
+def claim_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Claim | None:
+    """Give the request what is free, on the node with the fewest whole free GPUs; None: it does not fit."""
+    best: tuple[int, Node, tuple[int, ...]] | None = None
+    for node in nodes:
+        if node.drains:
+            continue
+        positions = place(request, node, node.free, penalty)
+        if positions is not None:
+            left = node.free.milli.count(WHOLE_MILLI)
+            if best is None or left < best[0]:
+                best = (left, node, positions)
+    if best is None:
+        return None
+    _, node, positions = best
+    node.free.take(request, positions)
+    return Claim(node.row, positions, True, (), 0)
+
+
+def claim_leaving(request: Request, node: Node, penalty: Penalty = NO_PENALTY) -> Claim | None:
+    """Give the request what is free and what leaves on this node, as early as possible; None: doesn't fit."""
+    if node.drains or not node.leaving:
+        return None
+    spare, delays = node.free.copy(), dict(penalty)
+    for turn, hold in enumerate(sorted(node.leaving, key=lambda hold: _turn(hold, request.number)), start=1):
+        late = [position for position in hold.parts if not fits_at(request, spare, position)]
+        spare.add(hold)
+        for position in late:
+            delays[position] = penalty.get(position, 0) + turn
+        positions = place(request, node, spare, delays)
+        if positions is not None:
+            return take(request, node, positions)
+    return None
+
+
+def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
+    """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
+    free, awaited, ready_us, is_free = node.free, [], 0, True
+    lacking: dict[int, list[int]] = {}
+    for position in positions:
+        milli = min(max(free.milli[position], 0), request.share_milli)
+        memory = request.gpu_memory_mib if request.is_share else 0
+        mib = min(max(free.mib[position], 0), memory)
+        free.milli[position] -= milli
+        free.mib[position] -= mib
+        lacking[position] = [request.share_milli - milli, memory - mib]
+    cpus = min(max(free.cpus, 0), request.cpus)
+    memory_mib = min(max(free.memory_mib, 0), request.memory_mib)
+    slots = min(max(free.slots, 0), 1)
+    free.cpus -= cpus
+    free.memory_mib -= memory_mib
+    free.slots -= slots
+    host = [request.cpus - cpus, request.memory_mib - memory_mib, 1 - slots]
+    for hold in sorted(node.leaving, key=lambda hold: _turn(hold, request.number)):
+        if _draw(hold, lacking, host):
+            is_free = False
+            awaited.append(hold.number)
+            ready_us = max(ready_us, hold.ready_us)
+    return Claim(node.row, positions, is_free, tuple(sorted(n for n in awaited if n >= 0)), ready_us)
+
+
+def _turn(hold: Hold, number: int) -> tuple[bool, int, int]:
+    return (hold.preemptor != number, hold.stop_us, hold.number)
+
+
+def _draw(hold: Hold, lacking: dict[int, list[int]], host: list[int]) -> bool:
+    """Take from the hold what is still lacking; whether anything was."""
+    drawn = 0
+    for position, part in hold.parts.items():
+        need = lacking.get(position)
+        if need is not None:
+            for i in (0, 1):
+                amount = min(part[i], need[i])
+                part[i] -= amount
+                need[i] -= amount
+                drawn += amount
+    amounts = [
+        min(has, need) for has, need in zip((hold.cpus, hold.memory_mib, hold.slots), host, strict=True)
+    ]
+    hold.cpus -= amounts[0]
+    hold.memory_mib -= amounts[1]
+    hold.slots -= amounts[2]
+    for i, amount in enumerate(amounts):
+        host[i] -= amount
+    return drawn + sum(amounts) > 0

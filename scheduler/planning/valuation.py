@@ -1,0 +1,72 @@
+"""Rank: who goes before whom, and by how much a challenger must be worth more.
+
+Under order "class": class, then effective priority (larger first), then value (larger first), then number.
+Under order "value": value, then class, then priority, then number. Numbers are unique, so rank is total.
+"""
+
+from typing import Any
+
+from scheduler.model.jobs import JobClass
+from scheduler.model.policy import Order, Policy
+from scheduler.planning.arrays import xp
+
+# Bits of a packed key: int64 without its sign.
+_KEY_BITS = 63
+# Below this many rows a sort of plain tuples is faster than packing (measured: they meet near 100).
+_FEW_ROWS = 64
+_CLASSES = len(JobClass)
+_MICRO = 1_000_000
+_US_PER_HOUR = 3_600_000_000
+
+
+def rank_order(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any:
+    """Positions in the order of rank, first to last; shape (rows,) like each column."""
+    if len(number) <= _FEW_ROWS:
+        keys = zip(job_class.tolist(), priority.tolist(), value.tolist(), number.tolist(), strict=True)
+        ranked = [rank_key(order, *key) for key in keys]
+        return xp.array(sorted(range(len(ranked)), key=ranked.__getitem__), dtype=xp.int64)
+    packed = _packed(order, job_class, priority, value, number)
+    if packed is not None:
+        return packed
+    if order is Order.CLASS:
+        return xp.lexsort((number, -value, -priority, job_class))
+    return xp.lexsort((number, -priority, job_class, -value))
+
+
+def rank_key(
+    order: Order, job_class: int, priority: int, value: int, number: int
+) -> tuple[int, int, int, int]:
+    """A key that is smaller for a job of higher rank."""
+    if order is Order.CLASS:
+        return (job_class, -priority, -value, number)
+    return (-value, job_class, -priority, number)
+
+
+def value_bar(value: int, restart_loss_us: int, policy: Policy) -> int:
+    """The least value with which a challenger of equal priority displaces an incumbent of this value.
+
+    The incumbent plus the larger of the policy's share of it and its restart loss spread over an hour;
+    always more than the incumbent, so that equals never displace each other.
+    """
+    ratio_micro = round(policy.hysteresis_ratio * _MICRO)
+    share = -(-abs(value) * ratio_micro // _MICRO)
+    restart = -(-value * restart_loss_us // _US_PER_HOUR) if value > 0 else 0
+    return value + max(share, restart, 1)
+
+
+def _packed(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any | None:
+    """`rank_order` by one sort of int64 keys (3 times faster at 100,000 rows), or None: they don't fit."""
+    top_priority, top_value, least_number = int(priority.max()), int(value.max()), int(number.min())
+    priority_bits = (top_priority - int(priority.min())).bit_length()
+    value_bits = (top_value - int(value.min())).bit_length()
+    number_bits = (int(number.max()) - least_number).bit_length()
+    class_bits = (_CLASSES - 1).bit_length()
+    if class_bits + priority_bits + value_bits + number_bits > _KEY_BITS:
+        return None
+    low_priority, low_value = top_priority - priority, top_value - value
+    if order is Order.CLASS:
+        head = ((job_class << priority_bits) | low_priority) << value_bits | low_value
+    else:
+        head = ((low_value << class_bits) | job_class) << priority_bits | low_priority
+    keys = (head << number_bits) | (number - least_number)
+    return xp.argsort(keys)
