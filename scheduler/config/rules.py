@@ -42,7 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "jobs.grace_s_max": (0, 7 * _DAY_S),
     "jobs.environment_bytes_max": (0, _MIB),  # Linux takes 2 MiB of arguments and environment
     "jobs.log_bytes_max": (4096, 1024 * 1024 * _MIB),
-    "jobs.log_files_kept": (1, 1000),
+    "jobs.log_files_kept": (1, 100),
     "sampling.period_s": (0.05, 60),  # boards refresh 10 times a second at best
     "sampling.processes_period_s": (0.05, 600),
     "policy.hysteresis_ratio": (0, 10),

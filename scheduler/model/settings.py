@@ -63,7 +63,7 @@ class JobsConfig:
     pending_max: int = 100_000
     grace_s_max: float = 3600.0
     environment_bytes_max: int = 64 * 1024
-    log_bytes_max: int = 10 * 1024 * 1024  # of one file, before it is rotated
+    log_bytes_max: int = 8 * 1024 * 1024  # of one file, before it is rotated
     log_files_kept: int = 4  # per job, with the one being written
 
 
