@@ -58,6 +58,7 @@ class JobSubmitted:
     number: int
     spec: JobSpec
     request_id: str = ""
+    request_digest: str = ""  # salted, of what the client typed: the same request again is known by it
     standing: str = ""
 
 
@@ -320,6 +321,7 @@ def submitted(event: JobSubmitted, revision: int) -> Job:
         number=event.number,
         spec=event.spec,
         request_id=event.request_id,
+        request_digest=event.request_digest,
         submitted_s=event.at_s,
         state=JobState.PENDING,
         reason=Reason.SUBMITTED,

@@ -148,6 +148,7 @@ class Job:
     reason: Reason
     state_since_s: float
     revision: int  # sequence number of the last event that changed it
+    request_digest: str = ""
     attempts: tuple[Attempt, ...] = ()  # the last ATTEMPTS_KEPT
     attempt: int = 0  # number of the last attempt
     standing: str = ""  # name of the standing job that it is an instance of

@@ -1,0 +1,137 @@
+"""What every RPC shares: errors as canonical statuses with details, and its two metrics."""
+
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from scheduler.control.meters import Meters
+from scheduler.errors import (
+    IllegalMove,
+    InvalidRequest,
+    JournalError,
+    LimitReached,
+    NotFound,
+    RequestError,
+    RequestIdReused,
+    RevisionGone,
+    Unavailable,
+)
+
+log = logging.getLogger("wattshift.api")
+
+ERROR_DOMAIN = "wattshift"
+# gRPC keeps details in a header line: what does not fit would lose the whole status.
+VIOLATIONS_MAX = 32
+_DETAILS_KEY = "grpc-status-details-bin"
+
+_CODES: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
+    IllegalMove: grpc.StatusCode.FAILED_PRECONDITION,
+    LimitReached: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RevisionGone: grpc.StatusCode.OUT_OF_RANGE,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_S = TypeVar("_S")
+_Q = TypeVar("_Q")
+_R = TypeVar("_R")
+_Unary = Callable[[_S, _Q, Context], Awaitable[_R]]
+_Stream = Callable[[_S, _Q, Context], AsyncIterator[_R]]
+
+
+def unary(method: _Unary[_S, _Q, _R]) -> _Unary[_S, _Q, _R]:
+    """Serve one answer: counted, timed, errors translated. The servicer has a `meters`."""
+
+    @functools.wraps(method)
+    async def served(self: _S, request: _Q, context: Context) -> _R:
+        meter = _Meter(self.meters, method.__name__)  # type: ignore[attr-defined]
+        try:
+            answer = await method(self, request, context)
+        except Exception as error:
+            await refuse(context, error, meter)
+        meter.done(grpc.StatusCode.OK)
+        return answer
+
+    return served
+
+
+def stream(method: _Stream[_S, _Q, _R]) -> _Stream[_S, _Q, _R]:
+    """Serve a stream of answers: counted, timed, errors translated. The servicer has a `meters`."""
+
+    @functools.wraps(method)
+    async def served(self: _S, request: _Q, context: Context) -> AsyncIterator[_R]:
+        meter = _Meter(self.meters, method.__name__)  # type: ignore[attr-defined]
+        try:
+            async for answer in method(self, request, context):
+                yield answer
+        except GeneratorExit:
+            meter.done(grpc.StatusCode.CANCELLED)
+            raise
+        except Exception as error:
+            await refuse(context, error, meter)
+        meter.done(grpc.StatusCode.OK)
+
+    return served
+
+
+class _Meter:
+    """Counts and times one call."""
+
+    def __init__(self, meters: Meters, method: str) -> None:
+        self._meters = meters
+        self._method = method
+        self._begun = time.perf_counter()
+
+    def done(self, code: grpc.StatusCode) -> None:
+        labels = (self._method, code.name)
+        self._meters.rpc_requests[labels] += 1
+        self._meters.rpc_s[labels].observe(time.perf_counter() - self._begun)
+
+
+async def refuse(context: Context, error: Exception, meter: _Meter) -> NoReturn:
+    """End a call with the status that fits the error."""
+    if isinstance(error, RequestError):
+        code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
+        message, details = str(error), _details(error)
+    elif isinstance(error, JournalError):
+        code, message, details = grpc.StatusCode.UNAVAILABLE, str(error), []
+    else:
+        log.exception("an RPC failed")
+        code, message, details = grpc.StatusCode.INTERNAL, "the daemon failed; its log says why", []
+    meter.done(code)
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    await context.abort(code, message, ((_DETAILS_KEY, status.SerializeToString()),))
+    raise AssertionError("abort returned")
+
+
+def _details(error: RequestError) -> list[Any]:
+    if isinstance(error, InvalidRequest):
+        return [
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                    for v in error.violations[:VIOLATIONS_MAX]
+                ]
+            )
+        ]
+    return [error_details_pb2.ErrorInfo(reason=_reason(error), domain=ERROR_DOMAIN)]
+
+
+def _reason(error: RequestError) -> str:
+    """The error's own name in capitals: `LIMIT_REACHED`."""
+    name = type(error).__name__
+    return "".join("_" + c if c.isupper() and i else c.upper() for i, c in enumerate(name)).upper()

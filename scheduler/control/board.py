@@ -1,0 +1,253 @@
+"""The GPUs of the node as the daemon sees them: who is there, in which state, and what may be booked.
+
+A GPU's state is derived: from the last readings, from the operator's marks in the ledger, from the
+jobs that hold it, and from the hand-overs that are not yet proved. Nothing here is counted twice.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scheduler.control.ledger import Ledger
+from scheduler.effects.gpus import GpuReadings
+from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuSample, GpuState
+from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
+from scheduler.model.reasons import Reason
+from scheduler.model.snapshot import (
+    CLOSED,
+    DRAINING,
+    DRAINING_STOP,
+    NOT_DRAINING,
+    OPEN,
+    UNKNOWN,
+    GpuColumns,
+    HoldingColumns,
+    NodeColumns,
+    Snapshot,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Occupant:
+    """What an ended attempt still occupies of a GPU until it is proved free. No job: nobody knows yet."""
+
+    job_id: str
+    attempt: int
+    share_milli: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSize:
+    """What the node has for jobs beside GPUs."""
+
+    cpus: int
+    memory_mib: int
+    live_jobs_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuView:
+    """One GPU for a person or a dashboard."""
+
+    identity: GpuIdentity
+    state: GpuState
+    reason: Reason
+    detail: str
+    since_s: float
+    sample: GpuSample | None
+    job_ids: tuple[str, ...]
+    free_share_milli: int
+    foreign: tuple[GpuProcess, ...]
+
+
+class GpuBoard:
+    """Every GPU that this daemon has seen, by index."""
+
+    def __init__(self, ledger: Ledger, size: NodeSize) -> None:
+        self._ledger = ledger
+        self.size = size
+        self.identities: tuple[GpuIdentity, ...] = ()
+        self.row: dict[str, int] = {}
+        self.samples: dict[str, GpuSample] = {}
+        self.errors: dict[str, str] = {}
+        self.driver_version = ""
+        self._unproved: set[str] = set()
+        self._proved: set[tuple[str, int, str]] = set()
+        self.foreign: dict[str, tuple[GpuProcess, ...]] = {}
+        self.baseline_mib: dict[str, int] = {}
+        self.released = False
+        self._present: frozenset[str] = frozenset()
+        self._since: dict[str, tuple[GpuState, float]] = {}
+
+    def read(self, readings: GpuReadings, now_s: float) -> tuple[GpuIdentity, ...]:
+        """Take a round of readings; return the GPUs seen for the first time.
+
+        A GPU that is not in the round any more is lost, not forgotten: jobs may still hold it.
+        """
+        present = frozenset(gpu.uuid for gpu in readings.identities)
+        fresh = tuple(gpu for gpu in readings.identities if gpu.uuid not in self.row)
+        self.errors = readings.errors
+        self.samples.update((sample.uuid, sample) for sample in readings.samples)
+        if readings.driver_version:
+            self.driver_version = readings.driver_version
+        if fresh or present != self._present:
+            known = {gpu.uuid: gpu for gpu in (*self.identities, *readings.identities)}
+            self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.index, gpu.uuid)))
+            self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
+            self._present = present
+            self._ledger.table.see_gpus(self.identities)
+        return fresh
+
+    def is_present(self, uuid: str) -> bool:
+        """Whether the last round of readings saw the GPU."""
+        return uuid in self._present and self.errors.get(uuid) not in (
+            "ERROR_GPU_IS_LOST",
+            "ERROR_RESET_REQUIRED",
+        )
+
+    def occupants(self) -> dict[str, list[Occupant]]:
+        """By GPU, what ended there and is not proved gone; or that nobody has looked yet."""
+        found: dict[str, list[Occupant]] = {}
+        for (job_id, attempt), leaving in self._ledger.leaving.items():
+            for uuid in leaving.gpus:
+                if (job_id, attempt, uuid) not in self._proved:
+                    found.setdefault(uuid, []).append(
+                        Occupant(job_id, attempt, leaving.share_milli, leaving.memory_mib)
+                    )
+        held = self.holders() if self._unproved else {}
+        for uuid in self._unproved:
+            if uuid not in held and uuid not in found:
+                found[uuid] = [Occupant("", 0, SHARE_MILLI_WHOLE, 0)]
+        return found
+
+    def doubt(self, uuid: str) -> None:
+        """The GPU must be proved free before anything starts on it."""
+        self._unproved.add(uuid)
+
+    def prove(self, uuid: str) -> list[tuple[str, int]]:
+        """The GPU is free of all that ended there; returns the attempts that have left all their GPUs."""
+        self._unproved.discard(uuid)
+        gone = []
+        for (job_id, attempt), leaving in self._ledger.leaving.items():
+            if uuid in leaving.gpus:
+                self._proved.add((job_id, attempt, uuid))
+                if all((job_id, attempt, gpu) in self._proved for gpu in leaving.gpus):
+                    gone.append((job_id, attempt))
+        return gone
+
+    def settle(self) -> None:
+        """Forget the proofs of attempts that the ledger has as verified."""
+        self._proved = {key for key in self._proved if key[:2] in self._ledger.leaving}
+
+    def holders(self) -> dict[str, list[Job]]:
+        """Live jobs by the GPU that they hold."""
+        held: dict[str, list[Job]] = {}
+        for job in self._ledger.live_jobs():
+            for uuid in job.attempts[-1].gpus:
+                held.setdefault(uuid, []).append(job)
+        return held
+
+    def state(self, uuid: str, held: bool, leaving: bool) -> tuple[GpuState, Reason, str]:
+        """The GPU's state, its reason and the facts behind it."""
+        mark = self._ledger.marks.get(uuid)
+        if not self.is_present(uuid):
+            return GpuState.LOST, Reason.GPU_NOT_SEEN, self.errors.get(uuid, "not in the driver's list")
+        if mark is not None:
+            return mark.state, Reason(mark.reason), mark.detail
+        if held:
+            return GpuState.ALLOCATED, Reason.GPU_HELD, ""
+        if self.foreign.get(uuid):
+            return GpuState.FOREIGN, Reason.FOREIGN_PROCESS, describe(self.foreign[uuid])
+        if leaving:
+            return GpuState.HANDOVER, Reason.HANDOVER_PENDING, ""
+        return GpuState.FREE, Reason.GPU_FREE, ""
+
+    def views(self, now_s: float) -> list[GpuView]:
+        """All GPUs, by index."""
+        holders, occupants = self.holders(), self.occupants()
+        views = []
+        for gpu in self.identities:
+            jobs = holders.get(gpu.uuid, [])
+            occupied = sum(o.share_milli for o in occupants.get(gpu.uuid, ()))
+            held = sum(job.spec.gpu_share_milli for job in jobs)
+            state, reason, detail = self.state(gpu.uuid, bool(jobs), bool(occupied))
+            before = self._since.get(gpu.uuid)
+            if before is None or before[0] is not state:
+                before = self._since[gpu.uuid] = (state, now_s)
+            views.append(
+                GpuView(
+                    identity=gpu,
+                    state=state,
+                    reason=reason,
+                    detail=detail,
+                    since_s=before[1],
+                    sample=self.samples.get(gpu.uuid),
+                    job_ids=tuple(sorted(job.id for job in jobs)),
+                    free_share_milli=max(0, SHARE_MILLI_WHOLE - held - occupied),
+                    foreign=self.foreign.get(gpu.uuid, ()),
+                )
+            )
+        return views
+
+    def bookable_mib(self, gpu: GpuIdentity) -> int:
+        """GPU memory that jobs may book: the total less what the empty GPU shows as used."""
+        return gpu.memory_total_mib - self.baseline_mib.get(gpu.uuid, 0)
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        """The world now, for the planner; valid until the next change."""
+        return self._ledger.table.snapshot(
+            now_s, self._gpu_columns(), self._node_columns(), self._holding_columns()
+        )
+
+    def _gpu_columns(self) -> GpuColumns:
+        gpus = self.identities
+        closed = [
+            self.released
+            or gpu.uuid in self._ledger.marks
+            or not self.is_present(gpu.uuid)
+            or bool(self.foreign.get(gpu.uuid))
+            for gpu in gpus
+        ]
+        return GpuColumns(
+            uuid=tuple(gpu.uuid for gpu in gpus),
+            index=np.arange(len(gpus), dtype=np.int64),
+            node=np.zeros(len(gpus), dtype=np.int64),
+            memory_mib=np.array([self.bookable_mib(gpu) for gpu in gpus], dtype=np.int64),
+            state=np.where(np.array(closed, dtype=bool), CLOSED, OPEN).astype(np.int64),
+        )
+
+    def _node_columns(self) -> NodeColumns:
+        drain = self._ledger.drain
+        code = NOT_DRAINING if drain is None else DRAINING_STOP if drain.stop_jobs else DRAINING
+        size = self.size
+        return NodeColumns(
+            *(np.array([v], dtype=np.int64) for v in (size.cpus, size.memory_mib, size.live_jobs_max, code))
+        )
+
+    def _holding_columns(self) -> HoldingColumns:
+        rows: list[tuple[int, int, int, int]] = []
+        table = self._ledger.table
+        for job in self._ledger.live_jobs():
+            row = table.row(job.number)
+            for uuid in job.attempts[-1].gpus:
+                gpu = self.row.get(uuid)
+                if gpu is not None:  # an adopted job may hold a GPU that has not come back
+                    rows.append((row, gpu, job.spec.gpu_share_milli, job.spec.gpu_memory_mib))
+        for uuid, occupants in self.occupants().items():
+            gpu = self.row.get(uuid)
+            if gpu is not None:
+                rows += [(UNKNOWN, gpu, o.share_milli, o.memory_mib) for o in occupants]
+        columns: Any = np.array(rows, dtype=np.int64).reshape(len(rows), 4).T
+        return HoldingColumns(*columns)
+
+
+def describe(processes: tuple[GpuProcess, ...]) -> str:
+    """Processes in words: `pid 4711 (alice, python3, 2048 MiB)`."""
+    return ", ".join(
+        f"pid {p.pid} ({', '.join(filter(None, (p.user, p.command, f'{p.memory_mib} MiB' if p.memory_mib else '')))})"
+        if p.pid
+        else "a process that can't be named"
+        for p in processes
+    )

@@ -1,0 +1,228 @@
+"""The jobs of the node as the journal knows them, changed only by events, a transaction a tick.
+
+`apply` folds an event into its job and stages it; `commit` makes the tick durable; `rollback` puts
+everything back as it was, so that a full disk loses nothing that was acknowledged.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from scheduler.control.table import JobTable
+from scheduler.effects.journal import Derived, Journal, NodeState, UsageBooking, job_number
+from scheduler.errors import JournalError
+from scheduler.model.events import (
+    DaemonStarted,
+    Event,
+    GpuMarked,
+    GpuUnmarked,
+    JobEvent,
+    JobSubmitted,
+    NodeDrainChanged,
+    UsageBooked,
+    fold,
+    submitted,
+)
+from scheduler.model.gpus import GpuMark, GpuState
+from scheduler.model.jobs import FINAL_STATES, Job, JobState
+from scheduler.model.policy import Policy
+
+Observer = Callable[[Job | None, Job], None]  # before, after
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """An attempt that ended on GPUs which are not all proved free of it."""
+
+    gpus: tuple[str, ...]
+    share_milli: int
+    memory_mib: int
+
+
+class Ledger:
+    """Active jobs by number, and what an operator decided about the node."""
+
+    def __init__(self, journal: Journal, policy: Policy) -> None:
+        self.journal = journal
+        self.jobs: dict[int, Job] = {job.number: job for job in journal.active_jobs()}
+        self.table = JobTable(policy)
+        self.pending = 0
+        self.live: dict[int, Job] = {}
+        self.leaving: dict[tuple[str, int], Leaving] = {}  # by job id and attempt
+        for job in self.jobs.values():
+            self._index(None, job)
+        node = journal.node_state()
+        self.marks: dict[str, GpuMark] = node.marks
+        self.drain: NodeDrainChanged | None = node.drain
+        self.next_number = node.next_number
+        self._undo: dict[int, Job | None] = {}
+        self.booked_s = node.booked_s
+        self.boot_id = node.boot_id  # of the last daemon; empty before the first
+        self._node_before = self._node()
+        self._environments: dict[int, dict[str, str]] = {}
+        self._usage: list[UsageBooking] = []
+        self._requests: dict[str, tuple[int, str]] = {}
+        self._observer: Observer = lambda before, after: None
+        self._finals: dict[int, Job] = {}
+
+    def observe(self, observer: Observer) -> None:
+        """Call `observer` for each job that a commit changed."""
+        self._observer = observer
+
+    def job(self, number: int) -> Job | None:
+        """A job by number, finished ones too."""
+        return self.jobs.get(number) or self._finals.get(number) or self.journal.job(number)
+
+    def by_id(self, job_id: str) -> Job | None:
+        """A job by id, finished ones too."""
+        number = job_number(job_id)
+        return None if number is None else self.job(number)
+
+    def request(self, request_id: str) -> tuple[int, str] | None:
+        """Number of the job that a request_id made, and the digest of that request."""
+        return self._requests.get(request_id) or self.journal.request(request_id)
+
+    def live_jobs(self) -> Iterator[Job]:
+        """Jobs that have a process or may have one."""
+        return iter(self.live.values())
+
+    def apply(self, event: Event) -> Job | None:
+        """Stage an event and fold it; returns the job that it changed."""
+        match event:
+            case JobSubmitted():
+                job = submitted(event, self.journal.stage(event))
+                self._put(job)
+                if event.request_id:
+                    self._requests[event.request_id] = (event.number, event.request_digest)
+                self.next_number = max(self.next_number, event.number + 1)
+                return job
+            case GpuMarked():
+                self.marks[event.uuid] = GpuMark(
+                    event.uuid, GpuState(event.state), event.reason.value, event.detail, event.at_s
+                )
+            case GpuUnmarked():
+                self.marks.pop(event.uuid, None)
+            case DaemonStarted():
+                self.boot_id = event.boot_id
+            case NodeDrainChanged():
+                self.drain = event if event.draining else None
+            case UsageBooked():
+                self.booked_s = event.at_s
+                self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
+            case _ if isinstance(event, JobEvent):
+                number = job_number(event.job_id)
+                before = None if number is None else self.job(number)
+                if before is None:
+                    return None  # aged out in the meantime
+                job = fold(before, event, self.journal.head + 1)
+                self.journal.stage(event)
+                self._put(job)
+                return job
+        self.journal.stage(event)
+        return None
+
+    def keep_environment(self, number: int, environment: dict[str, str]) -> None:
+        """Store a job's environment with the transaction."""
+        self._environments[number] = environment
+
+    def book(self, booking: UsageBooking) -> None:
+        """Store a usage row that no event carries (a preemption count) with the transaction."""
+        self._usage.append(booking)
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything is waiting for a commit."""
+        return self.journal.staged
+
+    def commit(self) -> None:
+        """Make the tick durable, then tell the observer.
+
+        Raises:
+            JournalError: Nothing was kept; jobs and node are as they were before the tick.
+        """
+        if not self.touched:
+            return
+        changed = [self._current(number) for number in self._undo]
+        try:
+            node = self._node()
+            self.journal.commit(
+                Derived(
+                    changed,
+                    self._environments,
+                    self._usage,
+                    node if node != self._node_before else None,
+                )
+            )
+        except JournalError:
+            self._rollback()
+            raise
+        before = self._undo
+        self._begin()
+        for job in changed:
+            self._observer(before[job.number], job)
+
+    def abandon(self) -> None:
+        """Drop what was staged: jobs and node are as they were before the tick."""
+        self.journal.abandon()
+        self._rollback()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Rank by another policy from now on."""
+        self.table.set_policy(policy, self.jobs)
+
+    def _current(self, number: int) -> Job:
+        return self.jobs.get(number) or self._finals[number]
+
+    def _put(self, job: Job) -> None:
+        before = self.jobs.get(job.number) or self._finals.get(job.number)
+        self._undo.setdefault(job.number, before)
+        self._index(before, job)
+        if job.state in FINAL_STATES:
+            self.jobs.pop(job.number, None)
+            self._finals[job.number] = job
+        else:
+            self.jobs[job.number] = job
+
+    def _index(self, before: Job | None, job: Job) -> None:
+        self.pending += (job.state is JobState.PENDING) - (
+            before is not None and before.state is JobState.PENDING
+        )
+        if job.holds:
+            self.live[job.number] = job
+        else:
+            self.live.pop(job.number, None)
+        self.table.put(job)
+        for attempt in job.attempts:
+            if attempt.exited_s is not None and attempt.verified_s is None and attempt.gpus:
+                self.leaving[job.id, attempt.number] = Leaving(
+                    attempt.gpus, attempt.gpu_share_milli, job.spec.gpu_memory_mib
+                )
+            else:
+                self.leaving.pop((job.id, attempt.number), None)
+
+    def _rollback(self) -> None:
+        for number, earlier in self._undo.items():
+            now = self._current(number)
+            self._finals.pop(number, None)
+            if earlier is None:
+                self.jobs.pop(number, None)
+                self.live.pop(number, None)
+                self.table.drop(number)
+                self.pending -= now.state is JobState.PENDING
+            else:
+                self._index(now, earlier)
+                self.jobs[number] = earlier
+        before = self._node_before
+        self.marks, self.drain = dict(before.marks), before.drain
+        self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id
+        self._begin()
+
+    def _node(self) -> NodeState:
+        return NodeState(dict(self.marks), self.drain, self.next_number, self.booked_s, self.boot_id)
+
+    def _begin(self) -> None:
+        self._undo = {}
+        self._finals = {}
+        self._environments = {}
+        self._usage = []
+        self._requests = {}
+        self._node_before = self._node()

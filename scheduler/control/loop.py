@@ -1,0 +1,406 @@
+"""The loop: take what arrived, fold it into jobs, plan, make it durable, act, publish.
+
+A tick is one transaction. It runs when something arrived and when time alone may have changed the
+plan; nothing acts on arrival. If the journal can't be written, the tick never was: reports go back
+into the inbox, commands are answered with the error, and no order leaves.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.control.accounting import Accounts
+from scheduler.control.board import GpuBoard, NodeSize
+from scheduler.control.commands import CommandHandler
+from scheduler.control.handover import HandoverVerifier, Look
+from scheduler.control.inbox import (
+    Asked,
+    Command,
+    Drain,
+    Elapsed,
+    HandoverResult,
+    HoldersSeen,
+    Inbox,
+    Item,
+    LauncherBack,
+    Uncordon,
+    Undrain,
+)
+from scheduler.control.ledger import Ledger
+from scheduler.control.meters import Meters
+from scheduler.control.observer import Observer
+from scheduler.control.orders import Orders
+from scheduler.control.reports import ReportHandler
+from scheduler.control.standing import StandingJobs
+from scheduler.control.watch import Watchers
+from scheduler.effects.clock import Clock
+from scheduler.effects.gpus import GpuReadings, Gpus
+from scheduler.effects.journal import Journal
+from scheduler.effects.launcher import Launcher, LauncherGone
+from scheduler.effects.processes import Processes
+from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestError, Unavailable
+from scheduler.model.actions import Plan
+from scheduler.model.events import DaemonStarted, PlanDecided
+from scheduler.model.jobs import Job
+from scheduler.model.settings import Config
+from scheduler.planning.planner import Memo, digest, plan
+
+log = logging.getLogger("wattshift.loop")
+
+# A journal that could not be written is tried again this soon.
+JOURNAL_RETRY_S = 1.0
+EXPIRE_PERIOD_S = 60.0
+# A launcher that can't be reached is tried again: at once, then ever later.
+RECONNECT_S = 0.1
+RECONNECT_S_MAX = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """The outside world."""
+
+    clock: Clock
+    journal: Journal
+    launcher: Launcher
+    gpus: Gpus
+    processes: Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What the composition root knows of the place."""
+
+    size: NodeSize
+    base_environment: Mapping[str, str]  # of every job: a minimal PATH, HOME
+    remove_job: Callable[[str], None]  # removes what a job left on disk
+    boot_id: str
+    version: str
+    pid: int
+
+
+class Controller:
+    """The node's loop and all that it keeps."""
+
+    def __init__(self, effects: Effects, config: Config, site: Site) -> None:
+        self.effects = effects
+        self.site = site
+        self.config = config
+        self.meters = Meters()
+        self.watchers = Watchers()
+        self.ledger = Ledger(effects.journal, config.policy)
+        self.board = GpuBoard(self.ledger, site.size)
+        self.accounts = Accounts(self.ledger, self.board, self.meters)
+        self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
+        self.inbox = Inbox(self._schedule)
+        self.verifier = HandoverVerifier(
+            effects.gpus,
+            foreign=lambda: self.config.foreign,
+            baseline_mib=self.board.baseline_mib.get,
+            is_held=self.is_held,
+            on_result=self._handover_ended,
+            timeout_s=lambda: self.config.policy.handover_timeout_s,
+        )
+        self.orders = Orders(effects.launcher, effects.journal, self.verifier, site.base_environment)
+        self.reports = ReportHandler(self)
+        self.standing = StandingJobs(self)
+        self.observer = Observer(self.ledger, self.meters, self.watchers)
+        self.ledger.observe(self._committed)
+        # Another boot than the last daemon's: every process of before is gone.
+        self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
+        self.launcher_id = ""  # empty while none answers
+        self.problems: dict[str, str] = {}
+        self.last_plan: Plan | None = None
+        self._memo = Memo()
+        self._gpus_before: dict[str, str] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._scheduled = False
+        self._running = False
+        self._looks: set[asyncio.Task[None]] = set()
+        self._looked_s = 0.0
+        self._expired_s = 0.0
+
+    # Life -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Adopt what still runs, then look at the GPUs, then tick.
+
+        In this order: a GPU that is missing never kills a running job by itself.
+
+        Raises:
+            LauncherError: No launcher could be reached or started.
+            JournalError: The journal can't be written.
+        """
+        now_s = self.effects.clock.now_s()
+        self.accounts.resume(now_s)
+        self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
+        await self.connect_launcher()
+        self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
+        self._running = True
+        self._release_or_acquire()
+        self._tick()
+
+    async def connect_launcher(self) -> None:
+        """Reach the launcher and put what it holds into the inbox.
+
+        Raises:
+            LauncherError: None could be reached or started.
+        """
+        self.inbox.put(LauncherBack(await self.effects.launcher.connect(self.inbox.put)))
+
+    async def _reconnect(self) -> None:
+        delay_s = RECONNECT_S
+        while self._running:
+            try:
+                await self.connect_launcher()
+            except LauncherError as error:
+                self.problems["launcher"] = str(error)
+                log.error("no launcher: %s", error)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RECONNECT_S_MAX)
+            else:
+                return
+
+    def stop(self) -> None:
+        """Tick no more. Jobs go on under the launcher."""
+        self._running = False
+        self.verifier.close()
+        for task in self._looks:
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def ask(self, command: Command) -> Any:
+        """Hand a command to the next tick; returns its answer after it is on disk.
+
+        Raises:
+            RequestError: It was refused; nothing was changed.
+        """
+        return await self.inbox.ask(command)
+
+    def reload(self, config: Config) -> None:
+        """Go by another configuration from now on."""
+        self.config = config
+        self.commands.pending_max = config.jobs.pending_max
+        self.ledger.set_policy(config.policy)
+        self.standing.reload()
+        self.inbox.put(Elapsed())
+
+    def is_held(self, uuid: str, pid: int) -> bool:
+        """Whether the process belongs to a live job that holds the GPU."""
+        return any(
+            job.attempts[-1].pid is not None and self.effects.processes.belongs_to(pid, job.attempts[-1].pid)
+            for job in self.ledger.live_jobs()
+            if uuid in job.attempts[-1].gpus
+        )
+
+    # A tick -----------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        if self._running and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._tick)
+
+    def _tick(self) -> None:
+        self._scheduled = False
+        if not self._running:
+            return
+        begun = time.perf_counter()
+        items = self.inbox.drain()
+        try:
+            self._turn(items)
+        except Exception:  # the loop is the one place that catches everything: it logs, counts, goes on
+            log.exception("a tick failed")
+            self.meters.tick_failures += 1
+            self._fail_asked(items, Unavailable("the daemon could not do it; its log says why"))
+            self.ledger.abandon()
+            self.orders.clear()
+        self.meters.tick_s.observe(time.perf_counter() - begun)
+
+    def _turn(self, items: list[Item]) -> None:
+        now_s = self.effects.clock.now_s()
+        self.accounts.advance(now_s)
+        answers = [answer for item in items if (answer := self._take(item, now_s)) is not None]
+        self.standing.reconcile(now_s)
+        wake_s = self._plan(now_s)
+        if self.accounts.due(now_s):
+            self.accounts.book(now_s)
+        try:
+            self._commit()
+        except JournalError as error:
+            self._not_kept(items, error)
+            return
+        for future, result in answers:
+            if not future.done():
+                future.set_result(self._newest(result))
+        self.orders.send()
+        self.watchers.publish_node()
+        self._wake_at(wake_s, now_s)
+
+    def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
+        match item:
+            case Asked():
+                return self._answer(item, now_s)
+            case GpuReadings():
+                self._read(item, now_s)
+            case HandoverResult():
+                self.reports.handover(item, now_s)
+            case HoldersSeen():
+                self.reports.holders(item.holders, now_s)
+            case LauncherGone():
+                self.launcher_id = ""
+                self.problems["launcher"] = "the launcher is gone; starting another"
+                self._spawn(self._reconnect())
+            case LauncherBack():
+                self.reports.reconcile(item.hello, now_s)
+            case Elapsed():
+                pass
+            case _:
+                self.reports.report(item, now_s)
+        return None
+
+    def _answer(self, item: Asked, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
+        if item.answer.done():  # the client is gone
+            return None
+        try:
+            result = self.commands.handle(item.command, now_s)
+        except RequestError as error:
+            item.answer.set_exception(error)
+            return None
+        if isinstance(item.command, Drain | Undrain):
+            self._release_or_acquire()
+        elif isinstance(item.command, Uncordon):
+            assert isinstance(result, str)
+            self.board.doubt(result)
+            self.orders.watch(result)
+        return item.answer, result
+
+    def _plan(self, now_s: float) -> float | None:
+        """Plan and turn the plan into events; returns when time alone could change it."""
+        if not self.launcher_id:
+            return None
+        begun = time.perf_counter()
+        snapshot = self.board.snapshot(now_s)
+        made = plan(snapshot, self.config.policy, self._memo)
+        self.meters.plan_s.observe(time.perf_counter() - begun)
+        self.last_plan = made
+        if made.actions:
+            self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed()))
+            self.reports.perform(made.actions, now_s)
+        return None if made.wake_us is None else made.wake_us / 1e6
+
+    def _gpus_changed(self) -> tuple[str, ...]:
+        columns = self.board.snapshot(0.0).gpus
+        now = {
+            uuid: f"{int(state)} {int(memory)}"
+            for uuid, state, memory in zip(columns.uuid, columns.state, columns.memory_mib, strict=True)
+        }
+        changed = tuple(
+            f"{uuid} {text}" for uuid, text in sorted(now.items()) if self._gpus_before.get(uuid) != text
+        )
+        self._gpus_before = now
+        return changed
+
+    def _committed(self, before: Job | None, after: Job) -> None:
+        self.observer.see(before, after)
+        self.orders.follow(before, after)
+
+    def _commit(self) -> None:
+        if not self.ledger.touched:
+            return
+        begun = time.perf_counter()
+        self.ledger.commit()
+        self.meters.journal_append_s.observe(time.perf_counter() - begun)
+        self.problems.pop("journal", None)
+
+    def _not_kept(self, items: list[Item], error: JournalError) -> None:
+        log.error("the journal could not be written: %s", error)
+        self.problems["journal"] = str(error)
+        self.orders.clear()
+        self._fail_asked(items, Unavailable(f"nothing was accepted: {error}"))
+        self.inbox.put_back([item for item in items if not isinstance(item, Asked)])
+        asyncio.get_running_loop().call_later(JOURNAL_RETRY_S, self._schedule)
+
+    @staticmethod
+    def _fail_asked(items: list[Item], error: RequestError) -> None:
+        for item in items:
+            if isinstance(item, Asked) and not item.answer.done():
+                item.answer.set_exception(error)
+
+    def _release_or_acquire(self) -> None:
+        """Let go of the GPUs, or take them back, as the drain says."""
+        drain = self.ledger.drain
+        release = drain is not None and drain.released
+        if release != self.board.released:
+            self.board.released = release
+            gpus = self.effects.gpus
+            self._spawn(gpus.release() if release else gpus.acquire())
+
+    def _newest(self, result: object) -> object:
+        """The answer as it is after the whole tick: a job may have started in it."""
+        return self.reports.newest(result)
+
+    def _wake_at(self, wake_s: float | None, now_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if wake_s is not None:
+            delay_s = max(0.0, wake_s - now_s)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._elapsed)
+
+    def _elapsed(self) -> None:
+        self.inbox.put(Elapsed())
+
+    # Readings ---------------------------------------------------------------------------------
+
+    def _read(self, readings: GpuReadings, now_s: float) -> None:
+        for code in readings.errors.values():
+            self.meters.telemetry_errors[(code,)] += 1
+        if "driver" in readings.errors:
+            self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
+        else:
+            self.problems.pop("driver", None)
+        fresh = self.board.read(readings, now_s)
+        self.accounts.read(now_s)
+        self.reports.fresh_gpus(fresh, now_s)
+        if now_s - self._looked_s >= self.config.sampling.processes_period_s:
+            self._looked_s = now_s
+            occupied = self.board.occupants()
+            for gpu in self.board.identities:
+                if self.board.is_present(gpu.uuid) and gpu.uuid not in occupied:
+                    self._spawn(self._look_once(gpu.uuid))
+        self._housekeep(now_s)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+
+    async def _look_once(self, uuid: str) -> None:
+        try:
+            self.inbox.put(HoldersSeen(await self.effects.gpus.holders(uuid)))
+        except GpuReadError as error:
+            self.meters.telemetry_errors[(error.code,)] += 1
+
+    def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
+        self.inbox.put(HandoverResult(uuid, look, error))
+
+    def _housekeep(self, now_s: float) -> None:
+        if len(self.inbox) or self.ledger.touched:
+            return
+        self.effects.journal.checkpoint()
+        if now_s - self._expired_s < EXPIRE_PERIOD_S:
+            return
+        self._expired_s = now_s
+        state = self.config.state
+        try:
+            gone = self.effects.journal.expire(
+                now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max
+            )
+        except JournalError as error:
+            log.warning("old jobs could not be dropped: %s", error)
+            return
+        for job_id in gone:
+            self.site.remove_job(job_id)

@@ -1,0 +1,123 @@
+"""Orders that follow from what a tick made durable, sent in the order of safety.
+
+They are derived from each job's change, so that none can be forgotten: a new notice is a stop, a new
+attempt is a start, an end is a hand-over to watch and an attempt that the launcher may forget.
+"""
+
+from collections.abc import Mapping
+
+from scheduler.control.handover import HandoverVerifier
+from scheduler.effects.journal import Journal
+from scheduler.effects.launcher import AttemptKey, Launcher, StartOrder, StopOrder
+from scheduler.model.jobs import Attempt, Job, JobState
+
+
+class Orders:
+    """What the effects are asked to do after the commit."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        journal: Journal,
+        verifier: HandoverVerifier,
+        base_environment: Mapping[str, str],
+    ) -> None:
+        self._launcher = launcher
+        self._journal = journal
+        self._verifier = verifier
+        self._base_environment = base_environment
+        self._kills: list[AttemptKey] = []
+        self._stops: list[StopOrder] = []
+        self._forgets: list[AttemptKey] = []
+        self._watches: dict[str, bool] = {}
+        self._starts: list[Job] = []
+
+    def follow(self, before: Job | None, after: Job) -> None:
+        """Note the orders that follow from a job's change."""
+        last = after.last
+        if last is None:
+            return
+        was = before.last if before is not None else None
+        if was is not None and was.number != last.number:
+            was = None
+        if was is None and after.state is JobState.STARTING:
+            self._starts.append(after)
+        if last.exited_s is not None:
+            if was is None or was.exited_s is None:
+                self.forget(AttemptKey(after.id, last.number))
+                for uuid in last.gpus:
+                    self.watch(uuid)
+            return
+        if last.notice is not None and (was is None or was.notice is None):
+            self.stop(after, last)
+        if last.notice is not None and last.acknowledged_s and (was is None or not was.acknowledged_s):
+            self.kill(AttemptKey(after.id, last.number))
+
+    def start(self, job: Job) -> None:
+        """Start the job's newest attempt (again: the launcher does it once)."""
+        self._starts.append(job)
+
+    def stop(self, job: Job, attempt: Attempt) -> None:
+        """Stop an attempt as its notice says."""
+        notice = attempt.notice
+        assert notice is not None
+        words: dict[str, str | float] = {
+            "job_id": job.id,
+            "attempt": float(attempt.number),
+            "reason": notice.reason.value,
+            "decided_s": notice.decided_s,
+            "deadline_s": notice.deadline_s,
+            "preempted_by": notice.preempted_by,
+        }
+        self._stops.append(StopOrder(AttemptKey(job.id, attempt.number), notice.deadline_s, words))
+
+    def kill(self, key: AttemptKey) -> None:
+        """End an attempt's grace."""
+        self._kills.append(key)
+
+    def forget(self, key: AttemptKey) -> None:
+        """The attempt's end is in the journal."""
+        self._forgets.append(key)
+
+    def watch(self, uuid: str, *, once: bool = False) -> None:
+        """Prove that a GPU is free."""
+        self._watches[uuid] = once
+
+    def clear(self) -> None:
+        """The tick was not kept: nothing follows from it."""
+        for orders in (self._kills, self._stops, self._forgets, self._starts):
+            orders.clear()
+        self._watches.clear()
+
+    def send(self) -> None:
+        """Send everything: stops before starts."""
+        for key in self._kills:
+            self._launcher.end_grace(key)
+        for stop in self._stops:
+            self._launcher.stop(stop)
+        for key in self._forgets:
+            self._launcher.forget(key)
+        for uuid, once in self._watches.items():
+            self._verifier.watch(uuid, once=once)
+        for job in self._starts:
+            self._launcher.start(self._start_order(job))
+        self.clear()
+
+    def _start_order(self, job: Job) -> StartOrder:
+        attempt = job.attempts[-1]
+        return StartOrder(
+            key=AttemptKey(job.id, attempt.number),
+            command=job.spec.command,
+            environment={
+                **self._base_environment,
+                **self._journal.environment(job.number),
+                # One invalid entry would hide all behind it; an empty string hides every GPU.
+                "CUDA_VISIBLE_DEVICES": ",".join(attempt.gpus),
+                "NVIDIA_VISIBLE_DEVICES": ",".join(attempt.gpus) or "void",
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                "WATTSHIFT_JOB_ID": job.id,
+                "WATTSHIFT_ATTEMPT": str(attempt.number),
+            },
+            working_directory=job.spec.working_directory,
+            stop_command=job.spec.stop_command,
+        )

@@ -1,0 +1,311 @@
+"""Reports of the effects, and the actions of a plan, as events."""
+
+import errno
+import signal as signals
+from typing import TYPE_CHECKING
+
+from scheduler.control.board import describe
+from scheduler.control.handover import is_ignored
+from scheduler.control.inbox import HandoverResult
+from scheduler.effects.journal import job_id, job_number
+from scheduler.effects.launcher import (
+    Acknowledged,
+    AttemptKey,
+    CheckpointSaved,
+    Exited,
+    HeldAttempt,
+    LauncherHello,
+    Report,
+    Signalled,
+    Started,
+    StartFailed,
+    TreeStuck,
+)
+from scheduler.model.actions import Action, FailJob, PreemptJob, RequeueJob, StartJob, StopJob
+from scheduler.model.events import (
+    AttemptAcknowledged,
+    AttemptSignalled,
+    AttemptStarted,
+    AttemptVerified,
+    CheckpointReported,
+    GpuMarked,
+    LauncherConnected,
+    PendingEnded,
+    StartDecided,
+    StopDecided,
+    SuccessorStarted,
+)
+from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuState
+from scheduler.model.jobs import Job, JobState, Notice
+from scheduler.model.reasons import Reason
+from scheduler.model.settings import ForeignAction
+from scheduler.planning.outcome import Ending, ended
+
+if TYPE_CHECKING:
+    from scheduler.control.loop import Controller
+
+# What shells say of a command that is not there, or can't be run.
+EXIT_NOT_FOUND = 127
+EXIT_NOT_EXECUTABLE = 126
+SIGNAL_BASE = 128
+
+
+class ReportHandler:
+    """Folds what the effects say into the ledger."""
+
+    def __init__(self, controller: "Controller") -> None:
+        self._control = controller
+        # Victims by the job for which they stop: id and attempt.
+        self._victims: dict[int, list[tuple[str, int]]] = {}
+        self._evicted: set[int] = set()
+
+    # The launcher -----------------------------------------------------------------------------
+
+    def report(self, report: Report, now_s: float) -> None:
+        """Take one report of the launcher."""
+        match report:
+            case Started():
+                self._started(report)
+            case StartFailed():
+                self._start_failed(report)
+            case Signalled():
+                if (job := self._live(report.key)) and job.attempts[-1].signalled_s is None:
+                    self._apply(AttemptSignalled(report.at_s, job.id, job.attempt))
+            case Acknowledged():
+                if (job := self._live(report.key)) and job.attempts[-1].acknowledged_s is None:
+                    self._apply(AttemptAcknowledged(report.at_s, job.id, job.attempt))
+            case CheckpointSaved():
+                if job := self._live(report.key):
+                    self._apply(CheckpointReported(report.at_s, job.id, job.attempt))
+            case Exited():
+                self._exited(report)
+            case TreeStuck():
+                self._stuck(report, now_s)
+
+    def reconcile(self, hello: LauncherHello, now_s: float) -> None:
+        """Adopt what the launcher holds, bury what nobody holds any more."""
+        control = self._control
+        control.launcher_id = hello.launcher_id
+        control.problems.pop("launcher", None)
+        self._apply(LauncherConnected(now_s, hello.launcher_id))
+        held = {(one.key.job_id, one.key.attempt): one for one in hello.attempts}
+        for job in list(control.ledger.live_jobs()):
+            mine = held.pop((job.id, job.attempt), None)
+            if mine is not None:
+                self._adopt(job, mine, now_s)
+            elif job.attempts[-1].launcher_id == hello.launcher_id and job.attempts[-1].started_s is None:
+                self._say_again(job)
+            else:
+                self._bury(job, now_s)
+        for (held_id, attempt), mine in held.items():
+            key = AttemptKey(held_id, attempt)
+            if any(isinstance(report, Exited | StartFailed) for report in mine.reports):
+                control.orders.forget(key)
+            else:  # the journal says that it ended: it must not run
+                control.orders.kill(key)
+
+    def _adopt(self, job: Job, held: HeldAttempt, now_s: float) -> None:
+        for report in held.reports:
+            self.report(report, now_s)
+        current = self._control.ledger.jobs.get(job.number)
+        signalled = any(isinstance(report, Signalled) for report in held.reports)
+        if current is not None and current.holds and current.attempts[-1].notice and not signalled:
+            self._control.orders.stop(current, current.attempts[-1])
+
+    def _say_again(self, job: Job) -> None:
+        """The order to start may not have arrived; the launcher does it once."""
+        self._control.orders.start(job)
+        if job.attempts[-1].notice is not None:
+            self._control.orders.stop(job, job.attempts[-1])
+
+    def _bury(self, job: Job, now_s: float) -> None:
+        rebooted = self._control.rebooted
+        reason = Reason.NODE_REBOOTED if rebooted else Reason.LAUNCHER_LOST
+        detail = "the node was started anew" if rebooted else "the launcher that held it is gone"
+        self._end(job, Ending(now_s, None, reason, detail, lost=True))
+
+    def _started(self, report: Started) -> None:
+        job = self._live(report.key)
+        if job is None or job.attempts[-1].started_s is not None:
+            return
+        self._apply(AttemptStarted(report.at_s, job.id, job.attempt, report.pid, report.pid_start_ticks))
+        for victim_id, attempt in self._victims.pop(job.number, ()):
+            victim = self._control.ledger.by_id(victim_id)
+            if victim is not None and any(a.number == attempt for a in victim.attempts):
+                self._apply(SuccessorStarted(report.at_s, victim_id, attempt))
+
+    def _start_failed(self, report: StartFailed) -> None:
+        job = self._live(report.key)
+        if job is None:
+            self._control.orders.forget(report.key)
+            return
+        code, reason, never = None, Reason.START_FAILED, False
+        if report.what == "command":
+            missing = report.errno in (errno.ENOENT, errno.ENOTDIR)
+            code = EXIT_NOT_FOUND if missing else EXIT_NOT_EXECUTABLE
+            reason = Reason.COMMAND_NOT_FOUND if missing else Reason.COMMAND_NOT_EXECUTABLE
+            never = True
+        elif report.what == "working_directory":
+            code, reason, never = EXIT_NOT_EXECUTABLE, Reason.WORKING_DIRECTORY_MISSING, True
+        self._end(
+            job, Ending(report.at_s, code, reason, report.message, retry_start=not never, never_again=never)
+        )
+
+    def _exited(self, report: Exited) -> None:
+        job = self._live(report.key)
+        if job is None:
+            self._control.orders.forget(report.key)
+            return
+        if report.signal is not None:
+            code, reason = SIGNAL_BASE + report.signal, Reason.KILLED_BY_SIGNAL
+            detail = f"signal {report.signal} ({_signal_name(report.signal)})"
+        else:
+            code, detail = report.exit_code, ""
+            reason = Reason.EXITED_ZERO if code == 0 else Reason.EXITED_NONZERO
+            detail = "" if code == 0 else f"exit code {code}"
+        self._end(job, Ending(report.at_s, code, reason, detail))
+
+    def _end(self, job: Job, ending: Ending) -> None:
+        self._apply(ended(job, ending, self._control.config.policy))
+        if job.standing:
+            self._control.standing.reload()
+
+    def _stuck(self, report: TreeStuck, now_s: float) -> None:
+        job = self._live(report.key)
+        if job is None:
+            return
+        pids = ", ".join(str(pid) for pid in report.pids)
+        for uuid in job.attempts[-1].gpus:
+            if uuid not in self._control.ledger.marks:
+                self._apply(
+                    GpuMarked(
+                        now_s,
+                        uuid,
+                        GpuState.QUARANTINED.value,
+                        Reason.PROCESS_TREE_STUCK,
+                        f"SIGKILL did not end pids {pids} of job {job.id}",
+                    )
+                )
+
+    # GPUs -------------------------------------------------------------------------------------
+
+    def fresh_gpus(self, fresh: tuple[GpuIdentity, ...], now_s: float) -> None:
+        """GPUs seen for the first time: nobody knows who is on them."""
+        for gpu in fresh:
+            self._control.board.doubt(gpu.uuid)
+            self._control.orders.watch(gpu.uuid, once=True)
+        if fresh:
+            self._control.standing.reload()
+
+    def handover(self, result: HandoverResult, now_s: float) -> None:
+        """A GPU is proved free, or could not be in time."""
+        control, uuid, look = self._control, result.uuid, result.look
+        if look is not None and look.free:
+            control.board.foreign.pop(uuid, None)
+            if uuid not in control.board.holders() and look.memory_used_mib is not None:
+                control.board.baseline_mib[uuid] = look.memory_used_mib - look.ignored_mib
+            for victim_id, attempt in control.board.prove(uuid):
+                self._apply(AttemptVerified(now_s, victim_id, attempt))
+            return
+        occupants = control.board.occupants().get(uuid, [])
+        if look is not None and look.strangers and not any(o.job_id for o in occupants):
+            control.board.prove(uuid)  # none of ours ended there: whoever is there is foreign
+            control.board.foreign[uuid] = look.strangers
+            return
+        if look is not None:
+            found = describe(look.strangers) or f"{look.memory_used_mib} MiB in use and no process to name"
+        else:
+            found = f"it can't be read: {result.error}"
+        if uuid not in control.ledger.marks:
+            self._apply(
+                GpuMarked(
+                    now_s,
+                    uuid,
+                    GpuState.QUARANTINED.value,
+                    Reason.HANDOVER_TIMED_OUT,
+                    f"still held by {found}",
+                )
+            )
+
+    def holders(self, holders: GpuHolders, now_s: float) -> None:
+        """A routine look: who is there that Wattshift did not start."""
+        control, uuid = self._control, holders.uuid
+        if uuid in control.board.occupants():
+            return  # a hand-over runs; its own looks decide
+        rules = control.config.foreign
+        strangers = tuple(
+            p
+            for p in holders.processes
+            if not is_ignored(rules, p) and not (p.pid and control.is_held(uuid, p.pid))
+        )
+        if not strangers:
+            control.board.foreign.pop(uuid, None)
+            self._evicted.clear()
+            return
+        control.board.foreign[uuid] = strangers
+        for process in strangers:
+            if process.pid and rules.action(process.user, process.command) is ForeignAction.EVICT:
+                if not control.effects.processes.end(process.pid, at_once=process.pid in self._evicted):
+                    control.problems["evict"] = f"no permission to end {describe((process,))}"
+                self._evicted.add(process.pid)
+
+    # Plans ------------------------------------------------------------------------------------
+
+    def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
+        """Turn a plan's actions into events; the orders follow from them."""
+        for action in actions:
+            job = self._control.ledger.jobs[action.job]
+            match action:
+                case StartJob():
+                    self._start(job, action, now_s)
+                case PreemptJob():
+                    notice = Notice(action.reason, now_s, now_s + job.spec.grace_s, job_id(action.preemptor))
+                    self._apply(
+                        StopDecided(
+                            now_s, job.id, job.attempt, JobState.PREEMPTING, notice, action.lost_gpu_ms
+                        )
+                    )
+                    self._victims.setdefault(action.preemptor, []).append((job.id, job.attempt))
+                    preemptor = self._control.ledger.jobs[action.preemptor]
+                    labels = (job.spec.job_class.name, preemptor.spec.job_class.name, action.reason.value)
+                    self._control.meters.preemption_lost_gpu_s[labels] += action.lost_gpu_ms / 1000.0
+                case StopJob():
+                    self._control.commands.stop(job, JobState.STOPPING, action.reason, now_s)
+                case RequeueJob():
+                    self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s)
+                case FailJob():
+                    self._apply(PendingEnded(now_s, job.id, JobState.FAILED, action.reason, action.detail))
+
+    def _start(self, job: Job, action: StartJob, now_s: float) -> None:
+        victims = tuple(victim_id for victim_id, _ in self._victims.get(job.number, ()))
+        reason = Reason.STARTED_AFTER_PREEMPTION if victims else action.reason
+        self._apply(
+            StartDecided(
+                now_s, job.id, job.attempt + 1, action.gpus, self._control.launcher_id, reason, victims
+            )
+        )
+
+    # Answers ----------------------------------------------------------------------------------
+
+    def newest(self, result: object) -> object:
+        """A command's answer as it is after the tick."""
+        if isinstance(result, Job):
+            return self._control.ledger.job(result.number) or result
+        if isinstance(result, list):
+            return [self.newest(one) for one in result]
+        return result
+
+    def _live(self, key: AttemptKey) -> Job | None:
+        number = job_number(key.job_id)
+        job = self._control.ledger.jobs.get(number) if number is not None else None
+        return job if job is not None and job.holds and job.attempt == key.attempt else None
+
+    def _apply(self, event: object) -> None:
+        self._control.ledger.apply(event)  # type: ignore[arg-type]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return "unknown"

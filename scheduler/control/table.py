@@ -1,0 +1,154 @@
+"""The columns of the jobs that are not final, kept up to date by change, and the snapshot over them."""
+
+from typing import Any
+
+import numpy as np
+
+from scheduler.model import snapshot as columns
+from scheduler.model.gpus import GpuIdentity, model_matches
+from scheduler.model.jobs import Job, JobState
+from scheduler.model.policy import Policy, aged_priority
+from scheduler.model.snapshot import UNKNOWN, GpuColumns, HoldingColumns, JobColumns, NodeColumns, Snapshot
+
+_STATE_CODES = {
+    JobState.PENDING: columns.PENDING,
+    JobState.STARTING: columns.STARTING,
+    JobState.RUNNING: columns.RUNNING,
+    JobState.SUSPENDED: columns.SUSPENDED,
+    JobState.PREEMPTING: columns.PREEMPTING,
+    JobState.STOPPING: columns.STOPPING,
+}
+_COLUMNS = tuple(JobColumns.__dataclass_fields__)
+_BOOL_COLUMNS = frozenset({"preemptible"})
+_ROWS_AT_FIRST = 256
+
+
+def microseconds(seconds: float | None) -> int:
+    """Whole microseconds; UNKNOWN for None."""
+    return UNKNOWN if seconds is None else round(seconds * 1e6)
+
+
+class JobTable:
+    """Jobs as columns: a row per job that is not final, in no particular order."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._rows: dict[int, int] = {}  # job number -> row
+        self._arrays = self._allocate(_ROWS_AT_FIRST)
+        self._model_sets: dict[tuple[str, ...], int] = {}
+        self._model_fits: Any = np.zeros((0, 0), dtype=bool)
+        self._identities: tuple[GpuIdentity, ...] = ()
+        self._model_set(())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def put(self, job: Job) -> None:
+        """Write the job's row, or drop it where the job is final."""
+        code = _STATE_CODES.get(job.state)
+        if code is None:
+            self.drop(job.number)
+            return
+        row = self._rows.get(job.number)
+        if row is None:
+            row = len(self._rows)
+            if row == len(self._arrays[0]):
+                self._grow()
+            self._rows[job.number] = row
+        for array, value in zip(self._arrays, self._values(job, code), strict=True):
+            array[row] = value
+
+    def drop(self, number: int) -> None:
+        """Forget a job; the last row takes its place."""
+        row = self._rows.pop(number, None)
+        if row is None:
+            return
+        last = len(self._rows)
+        if row != last:
+            for array in self._arrays:
+                array[row] = array[last]
+            self._rows[int(self._arrays[0][row])] = row
+
+    def row(self, number: int) -> int:
+        """The job's row."""
+        return self._rows[number]
+
+    def see_gpus(self, identities: tuple[GpuIdentity, ...]) -> None:
+        """Match every set of models against these GPUs from now on."""
+        if identities == self._identities:
+            return
+        self._identities = identities
+        self._model_fits = np.array([self._fits(models) for models in self._model_sets], dtype=bool).reshape(
+            len(self._model_sets), len(identities)
+        )
+
+    def set_policy(self, policy: Policy, jobs: dict[int, Job]) -> None:
+        """Rank by another policy from now on."""
+        self._policy = policy
+        for number in self._rows:
+            self.put(jobs[number])
+
+    def snapshot(
+        self, now_s: float, gpus: GpuColumns, nodes: NodeColumns, holdings: HoldingColumns
+    ) -> Snapshot:
+        """The world now; the columns are views, valid until the next change."""
+        count = len(self._rows)
+        return Snapshot(
+            now_us=microseconds(now_s),
+            jobs=JobColumns(*(array[:count] for array in self._arrays)),
+            gpus=gpus,
+            nodes=nodes,
+            holdings=holdings,
+            model_fits=self._model_fits,
+        )
+
+    def _values(self, job: Job, code: int) -> tuple[int | bool, ...]:
+        spec, last = job.spec, job.last
+        live = code != columns.PENDING and last is not None
+        return (
+            job.number,
+            code,
+            int(spec.job_class),
+            aged_priority(spec.job_class, spec.priority, job.preemptions, self._policy),
+            spec.value_microusd_per_gpu_hour,
+            spec.gpus,
+            spec.gpu_share_milli,
+            spec.gpu_memory_mib,
+            self._model_set(spec.gpu_models),
+            spec.cpus,
+            spec.memory_mib,
+            spec.preemptible,
+            microseconds(job.eligible_s),
+            microseconds(spec.min_runtime_s),
+            microseconds(spec.grace_s),
+            microseconds(spec.restart_loss_s),
+            microseconds(spec.expected_duration_s),
+            microseconds(spec.deadline_s),
+            microseconds(spec.time_limit_s),
+            microseconds(last.started_s) if live and last else UNKNOWN,
+            microseconds(last.checkpoint_s) if live and last else UNKNOWN,
+            0 if live else UNKNOWN,
+        )
+
+    def _model_set(self, models: tuple[str, ...]) -> int:
+        known = self._model_sets.get(models)
+        if known is None:
+            known = self._model_sets[models] = len(self._model_sets)
+            fits = np.array(self._fits(models), dtype=bool).reshape(1, len(self._identities))
+            self._model_fits = np.concatenate([self._model_fits.reshape(known, len(self._identities)), fits])
+        return known
+
+    def _fits(self, models: tuple[str, ...]) -> list[bool]:
+        return [
+            not models or any(model_matches(model, gpu.model) for model in models) for gpu in self._identities
+        ]
+
+    def _grow(self) -> None:
+        grown = self._allocate(2 * len(self._arrays[0]))
+        for new, old in zip(grown, self._arrays, strict=True):
+            new[: len(old)] = old
+        self._arrays = grown
+
+    @staticmethod
+    def _allocate(rows: int) -> list[Any]:
+        return [np.zeros(rows, dtype=bool if name in _BOOL_COLUMNS else np.int64) for name in _COLUMNS]

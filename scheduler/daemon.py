@@ -1,0 +1,250 @@
+"""The daemon: composition root of the real world, and of `serve --simulate`.
+
+Start-up order: the journal and its lock, the launcher (adopt what runs), the GPUs, then listeners.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import pwd
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scheduler import config as configuration
+from scheduler import paths
+from scheduler.api.http import MetricsServer
+from scheduler.api.job_service import JobService
+from scheduler.api.logs import LogReader
+from scheduler.api.metrics import NodeCollector, registry
+from scheduler.api.node_service import NodeService
+from scheduler.api.server import Server
+from scheduler.api.usage_service import UsageService
+from scheduler.control.board import NodeSize
+from scheduler.control.loop import Controller, Effects, Site
+from scheduler.effects.clock import SystemClock, boot_id
+from scheduler.effects.gpus import Gpus
+from scheduler.effects.job_files import remove_job
+from scheduler.effects.journal import SqliteJournal
+from scheduler.effects.launcher import Launcher
+from scheduler.effects.launcher_client import LauncherClient
+from scheduler.effects.nvml_client import NvmlGpus
+from scheduler.effects.processes import ProcProcesses
+from scheduler.effects.systemd import Notifier, set_up_logging, watchdog_period_s
+from scheduler.errors import ConfigError, InstallationError, NodeError, WattshiftError
+from scheduler.model.settings import Config
+from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus, parse
+
+log = logging.getLogger("wattshift")
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+LAUNCHER_SOCKET = "launcher.sock"
+JOBS_DIRECTORY = "jobs"
+JOB_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Set by the unit where systemd owns the launcher's socket.
+LAUNCHER_SOCKET_VARIABLE = "WATTSHIFT_LAUNCHER_SOCKET"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line of `wattshift serve`; None = as the configuration says."""
+
+    config_path: Path | None = None
+    simulate: str | None = None
+    state_dir: Path | None = None
+    listen: str | None = None
+    metrics_listen: str | None = None
+    log_level: str = "info"
+
+
+def serve(options: Options) -> int:
+    """Run the daemon until SIGTERM or SIGINT; returns the exit status."""
+    set_up_logging(options.log_level)
+    # grpc's fork handlers are what deadlocks; nothing here forks once it runs.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+    try:
+        _check_installation()
+        return asyncio.run(_Daemon(options).run())
+    except WattshiftError as error:
+        log.error("%s", error)
+        return EXIT_FAILED
+
+
+def _check_installation() -> None:
+    """Refuse to run beside PyPI's other `scheduler` package: each would overwrite the other's files."""
+    try:
+        importlib.metadata.distribution("scheduler")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise InstallationError(
+        "the package `scheduler` is installed in this environment and uses the same import name; "
+        "uninstall both, then install wattshift into an environment of its own"
+    )
+
+
+class _Daemon:
+    """All that one run of the daemon holds."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._config_path = _config_path(options)
+        self._config = self._load()
+        self._simulated = options.simulate is not None
+        defaults = paths.for_daemon()
+        self._state_dir = options.state_dir or self._config.state.directory or defaults.state_dir
+        self._listen = (
+            (options.listen,) if options.listen else self._config.server.listen or (defaults.address,)
+        )
+        self._notifier = Notifier()
+        self._stop = asyncio.Event()
+
+    def _load(self) -> Config:
+        config = configuration.load(self._config_path)
+        metrics = self._options.metrics_listen
+        if metrics is not None:
+            config = replace(config, server=replace(config.server, metrics_listen=metrics))
+        return config
+
+    async def run(self) -> int:
+        """Serve until told to stop."""
+        _check_user(self._config, self._simulated)
+        state_dir = self._state_dir.absolute()
+        clock = SystemClock()
+        state = self._config.state
+        journal = SqliteJournal(
+            state_dir,
+            now_s=clock.now_s(),
+            segment_events=state.journal_segment_events_max,
+            segments_kept=state.journal_segments_kept_max,
+        )
+        try:
+            launcher, gpus = self._effects(state_dir, clock)
+            effects = Effects(clock, journal, launcher, gpus, ProcProcesses())
+            controller = Controller(effects, self._config, self._site(state_dir))
+            await self._serve(controller, state_dir, clock.now_s())
+        finally:
+            journal.close()
+        return EXIT_OK
+
+    async def _serve(self, controller: Controller, state_dir: Path, now_s: float) -> None:
+        logs = LogReader(controller, state_dir / JOBS_DIRECTORY)
+        server = Server(
+            self._config.server,
+            self._listen,
+            JobService(controller, logs),
+            NodeService(controller, simulated=self._simulated, started_s=now_s),
+            UsageService(controller),
+        )
+        metrics = MetricsServer(registry(NodeCollector(controller)), lambda: _not_ready(controller))
+        self._handle_signals(controller)
+        try:
+            await controller.start()
+            addresses = await server.start()
+            log.info("wattshift %s serves on %s", controller.site.version, ", ".join(addresses))
+            if self._config.server.metrics_listen:
+                host, _, port = self._config.server.metrics_listen.rpartition(":")
+                bound = await metrics.start(host.strip("[]"), int(port))
+                log.info("metrics on http://%s:%d/metrics", *bound)
+            self._notifier.ready(f"{len(controller.board.identities)} GPUs")
+            watchdog = asyncio.get_running_loop().create_task(self._watchdog())
+            await self._stop.wait()
+            watchdog.cancel()
+            self._notifier.stopping()
+        finally:
+            metrics.close()
+            await server.stop()
+            controller.stop()
+            await controller.effects.gpus.close()
+            await controller.effects.launcher.close()
+
+    def _effects(self, state_dir: Path, clock: SystemClock) -> tuple[Launcher, Gpus]:
+        jobs = self._config.jobs
+        owned = os.environ.get(LAUNCHER_SOCKET_VARIABLE)
+        launcher = LauncherClient(
+            Path(owned) if owned else state_dir / LAUNCHER_SOCKET,
+            state_dir / JOBS_DIRECTORY,
+            user=jobs.user,
+            log_bytes_max=jobs.log_bytes_max,
+            log_files_max=jobs.log_files_kept,
+            spawn=owned is None,
+        )
+        if self._options.simulate is None:
+            return launcher, NvmlGpus()
+        gpus = SimulatedGpus(parse(self._options.simulate), clock, node=self._config.node.name)
+        return ObservingLauncher(launcher, gpus), gpus
+
+    def _site(self, state_dir: Path) -> Site:
+        node = self._config.node
+        user = pwd.getpwnam(self._config.jobs.user) if self._config.jobs.user else pwd.getpwuid(os.geteuid())
+        jobs_dir = str(state_dir / JOBS_DIRECTORY)
+        return Site(
+            size=NodeSize(
+                cpus=node.cpus or len(os.sched_getaffinity(0)),
+                memory_mib=node.memory_mib or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
+                live_jobs_max=self._config.policy.live_jobs_max,
+            ),
+            base_environment={"PATH": JOB_PATH, "HOME": user.pw_dir, "USER": user.pw_name, "LANG": "C.UTF-8"},
+            remove_job=lambda job_id: remove_job(jobs_dir, job_id),
+            boot_id=boot_id(),
+            version=importlib.metadata.version("wattshift"),
+            pid=os.getpid(),
+        )
+
+    def _handle_signals(self, controller: Controller) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload, controller)
+
+    def _reload(self, controller: Controller) -> None:
+        """Go by the configuration file as it is now, or keep the old one and say why."""
+        self._notifier.reloading()
+        try:
+            config = self._load()
+            controller.reload(config)
+            self._config = config
+            log.info("configuration reloaded")
+            controller.problems.pop("config", None)
+        except NodeError as error:
+            log.error("the configuration was not reloaded, the old one stays: %s", error)
+            controller.problems["config"] = f"not reloaded: {error}"
+        self._notifier.ready()
+
+    async def _watchdog(self) -> None:
+        """Tell systemd that the loop turns."""
+        period_s = watchdog_period_s()
+        if period_s is None:
+            return
+        while True:
+            self._notifier.watchdog()
+            await asyncio.sleep(period_s / 2)
+
+
+def _config_path(options: Options) -> Path | None:
+    if options.config_path is not None:
+        return options.config_path
+    default = paths.for_daemon().config
+    return default if default.exists() else None
+
+
+def _check_user(config: Config, simulated: bool) -> None:
+    """Jobs do not run as root unless somebody wrote that down; a trial on simulated GPUs may."""
+    if os.geteuid() != 0 or config.jobs.user:
+        return
+    if not simulated:
+        raise ConfigError(
+            "the daemon runs as root and jobs.user is not set: name the user that jobs run as "
+            '(`[jobs] user = "..."` in wattshift.toml), or run the daemon as that user'
+        )
+    log.warning("jobs run as root, because this is a trial with --simulate; set jobs.user for real work")
+
+
+def _not_ready(controller: Controller) -> str:
+    """Why the node is not ready to take jobs; empty where it is."""
+    return "; ".join(
+        text
+        for kind, text in sorted(controller.problems.items())
+        if kind in ("driver", "launcher", "journal")
+    )
