@@ -206,15 +206,12 @@ class GpuLanes:
         """
         until_s = time.monotonic() + within_s
         with self._changed:
-            if not self._gpus:
-                if not self._is_opening:
-                    self._is_opening = self._driver.submit(self._open)
-                self._wait(lambda: not self._is_opening, until_s)
-                if not self._gpus:
-                    return self._without_driver(TIMEOUT if self._is_opening else self._failure, stuck_s)
-            begun = [gpu for gpu in self._gpus if gpu.begin_sample()]
-            self._wait(lambda: not any(gpu.is_sampling for gpu in begun), until_s)
-            return self._collect(stuck_s)
+            was_open = bool(self._gpus)
+            message = self._round(until_s, stuck_s)
+            if was_open and not self._gpus and not message["replace_me"]:
+                # A driver that was only reloaded is open again before its loss is news.
+                message = self._round(until_s, stuck_s)
+            return message
 
     def submit(self, uuid: str, work: Callable[[nvml.OpenGpu], None], within_s: float) -> None:
         """Do the work in the GPU's lane.
@@ -251,6 +248,17 @@ class GpuLanes:
 
     def _wait(self, is_met: Callable[[], bool], until_s: float) -> bool:
         return self._changed.wait_for(is_met, max(0.0, until_s - time.monotonic()))
+
+    def _round(self, until_s: float, stuck_s: float) -> Message:
+        if not self._gpus:
+            if not self._is_opening:
+                self._is_opening = self._driver.submit(self._open)
+            self._wait(lambda: not self._is_opening, until_s)
+            if not self._gpus:
+                return self._without_driver(TIMEOUT if self._is_opening else self._failure, stuck_s)
+        begun = [gpu for gpu in self._gpus if gpu.begin_sample()]
+        self._wait(lambda: not any(gpu.is_sampling for gpu in begun), until_s)
+        return self._collect(stuck_s)
 
     def _open(self) -> None:
         count, failure = 0, ""

@@ -40,7 +40,8 @@ class NvmlLimits:
     """How long is waited, and how often tried. Tests shorten them; nothing else has a reason to."""
 
     round_s: float = 1.0  # a round's wait for its slowest GPU, if the period is not shorter
-    first_round_s: float = 10.0  # a driver without persistence mode initialises its GPUs now
+    # The first of each child: a driver without persistence mode initialises its GPUs now.
+    first_round_s: float = 10.0
     holders_s: float = 2.0  # a process list takes 5 ms, and waits for a sample at most
     # The child answers in time whatever the driver does; one that is this late is stopped or broken.
     silence_s: float = 5.0
@@ -58,8 +59,8 @@ class NvmlGpus:
     """The node's GPUs through NVML, as `Gpus`.
 
     A GPU can be in a round's samples and errors: then some of the sample's fields failed. One that hangs is
-    in errors as ERROR_TIMEOUT. While the child is being replaced, rounds carry the last identities, no
-    samples and errors["driver"]: that says nothing about the GPUs.
+    in errors as ERROR_TIMEOUT. While the whole driver hangs, or the child is being replaced, rounds carry the
+    last identities, no samples and errors["driver"]: that says nothing about the GPUs.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class NvmlGpus:
         """Return the first round; deliver one every `period_s` from then on. Never raises."""
         assert self._on_readings is None, "started twice"
         self._on_readings, self._period_s = on_readings, period_s
-        readings = await self._round(self._limits.first_round_s)
+        readings = await self._round()
         self._sampling = asyncio.create_task(self._sample_for_ever(period_s), name="nvml-sampling")
         return readings
 
@@ -136,28 +137,33 @@ class NvmlGpus:
         due_s = loop.time() + first_in_s
         while True:
             await asyncio.sleep(due_s - loop.time())
-            readings = await self._round(min(self._period_s, self._limits.round_s))
+            readings = await self._round()
             assert self._on_readings is not None
             # Not from this task: what a receiver raises must not end the sampling.
             loop.call_soon(self._on_readings, readings)
             due_s = max(due_s + self._period_s, loop.time())  # a round that was late is not made up for
 
-    async def _round(self, within_s: float) -> GpuReadings:
+    async def _round(self) -> GpuReadings:
         """Return one round: the child's, or one that says why there is none."""
+        limits = self._limits
+        # A new child opens the GPUs first; what it says before they had time for that is no news.
+        within_s = min(self._period_s, limits.round_s) if self._child else limits.first_round_s
         if self._child is None and asyncio.get_running_loop().time() < self._retry_at_s:
-            return self._without_child(self._last.errors.get("driver", NOT_OPEN))
+            return self._nothing_new(self._last.errors.get("driver", NOT_OPEN))
         try:
             child = self._child = self._child or await self._start_child()
-            request = {"do": "sample", "within_s": within_s, "stuck_s": self._limits.stuck_s}
-            answer = await child.ask(request, within_s + self._limits.silence_s)
+            request = {"do": "sample", "within_s": within_s, "stuck_s": limits.stuck_s}
+            answer = await child.ask(request, within_s + limits.silence_s)
             readings = _readings_from_json(answer)
             is_lost = answer["replace_me"]
         except TimeoutError:
-            return self._fail(TIMEOUT, f"silent for {self._limits.silence_s} s")
+            return self._fail(TIMEOUT, f"silent for {limits.silence_s} s")
         except (_ChildEnded, KeyError, TypeError) as error:
             return self._fail(NOT_OPEN, str(error))
         except OSError as error:
             return self._fail(NOT_STARTED, str(error))
+        if readings.errors.get("driver") == TIMEOUT:
+            readings = self._nothing_new(TIMEOUT)
         self._last = readings
         if is_lost:
             self._replace_later(f"it can't recover: {readings.errors}")
@@ -167,9 +173,9 @@ class NvmlGpus:
 
     def _fail(self, code: str, message: str) -> GpuReadings:
         self._replace_later(message)
-        return self._without_child(code)
+        return self._nothing_new(code)
 
-    def _without_child(self, code: str) -> GpuReadings:
+    def _nothing_new(self, code: str) -> GpuReadings:
         self._last = GpuReadings(self._last.identities, (), {"driver": code}, self._last.driver_version)
         return self._last
 

@@ -106,6 +106,8 @@ class State(ctypes.Structure):
         ("driver_generation", ctypes.c_uint32),
         ("kernel_version", ctypes.c_uint32),
         ("gpu_count", ctypes.c_uint32),
+        ("opened_by", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
         ("driver_version", ctypes.c_char * 80),
         ("rules", Rule * RULES_MAX),
         ("gpus", Gpu * GPUS_MAX),
@@ -167,6 +169,11 @@ class FakeNvml:
             "WATTSHIFT_FAKE_NVML_STATE": str(self._file),
             **more,
         }
+
+    @property
+    def opened_by(self) -> int:
+        """PID of the last process that initialised the library, 0 = none yet."""
+        return self._state.opened_by
 
     def set_count(self, gpus: int) -> None:
         self._state.gpu_count = gpus

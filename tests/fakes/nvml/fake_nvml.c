@@ -71,6 +71,8 @@ struct state {
     uint32_t driver_generation; /* handles of an older one are dead */
     uint32_t kernel_version;    /* a library that was mapped under another one can't be used */
     uint32_t gpu_count;
+    uint32_t opened_by; /* PID of the last process that initialised the library */
+    uint32_t pad;
     char driver_version[80];
     struct rule rules[RULES_MAX];
     struct gpu gpus[GPUS_MAX];
@@ -156,6 +158,7 @@ int nvmlInitWithFlags(unsigned flags) {
     if (mapped_version != state->kernel_version) return LIB_RM_VERSION_MISMATCH;
     opened_generation = state->driver_generation;
     init_count++;
+    state->opened_by = (uint32_t)getpid();
     return SUCCESS;
 }
 
