@@ -16,7 +16,7 @@ SLOW_TESTS := $(wildcard tests/simulation tests/e2e)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
 RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
 RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
-UNITS := $(wildcard deploy/*.service)
+UNITS := $(wildcard deploy/*.service deploy/*.socket)
 
 IDENTIFY := import sys; print(sys.base_prefix, sys.version)
 same_python = $(filter $(call identity,$(PYTHON)),$(call identity,$(PY)))
@@ -54,10 +54,13 @@ lint: $(COMPILED) ## Check style, types, the floors, protos, alert rules and uni
 	elif command -v promtool >/dev/null; then \
 	  promtool check rules $(RULES) && $(if $(RULE_TESTS),promtool test rules $(RULE_TESTS),:); \
 	else echo "lint: no promtool here (apt-get install prometheus): rules not checked"; fi
-# systemd-analyze exits 0 on keys it does not know: any output is a failure.
+# systemd-analyze exits 0 on keys it does not know: any output is a failure. It wants to see the commands, which
+# are not installed here, so that the copies that it gets say /bin/true.
 	@if [ -z "$(UNITS)" ]; then :; \
 	elif command -v systemd-analyze >/dev/null; then \
-	  out=$$(systemd-analyze verify --recursive-errors=yes $(UNITS) 2>&1) || { echo "$$out"; exit 1; }; \
+	  copies=$$(mktemp -d) && trap 'rm -rf "$$copies"' EXIT && cp $(UNITS) "$$copies" && \
+	  sed -i -E 's#^(Exec[A-Za-z]+=[-+@:!]*)/opt/wattshift/[^ ]+#\1/bin/true#' "$$copies"/* && \
+	  out=$$(systemd-analyze verify --recursive-errors=yes "$$copies"/* 2>&1) || { echo "$$out"; exit 1; }; \
 	  [ -z "$$out" ] || { echo "$$out"; exit 1; }; \
 	else echo "lint: no systemd-analyze here: units not checked"; fi
 

@@ -111,12 +111,16 @@ def listening_sockets(environ: Mapping[str, str] = os.environ) -> tuple[socket.s
 
 
 def set_up_logging(
-    level: int = logging.INFO, stream: TextIO = sys.stderr, environ: Mapping[str, str] = os.environ
+    level: str = "info", stream: TextIO | None = None, environ: Mapping[str, str] = os.environ
 ) -> None:
-    """Send what is logged to `stream`: with priorities where it is the journal, else with times."""
+    """Send what is logged, from `level` on, to `stream` (standard error by default).
+
+    With priorities where that is the journal, else with times.
+    """
+    stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JournalFormatter() if is_journal(stream, environ) else TerminalFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def is_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:

@@ -236,7 +236,7 @@ def test_logging_is_set_up_for_where_it_goes() -> None:
     root.handlers = []  # pytest's own, which `force` would close
     stream = io.StringIO()
     try:
-        systemd.set_up_logging(logging.WARNING, stream, {})
+        systemd.set_up_logging("warning", stream, {})
         logging.getLogger("scheduler.test").warning("here")
         logging.getLogger("scheduler.test").info("not here")
     finally:
