@@ -45,6 +45,8 @@ LIST_TRIES_MAX = 3
 USERS_CACHED_MAX = 256
 COMM_LENGTH_MAX = 15  # the kernel cuts /proc/<pid>/comm here
 NAME_LENGTH_MAX = 255  # NAME_MAX of a file system
+# More than fit on any GPU, and their names fit in a line of the protocol; one entry is enough to be held.
+PROCESSES_MAX = 512
 
 # Kind of process, and the calls that list it: the newest that the driver has is used. MPS lists its clients
 # apart, while its server owns their context.
@@ -297,13 +299,13 @@ def merge_processes(entries: Iterable[tuple[str, int, int | None]]) -> tuple[Gpu
         known = [mib for mib in (first_mib, memory_mib) if mib is not None]
         merged[pid] = (first_kind, max(known, default=None))
     living: list[GpuProcess] = []
-    for pid, (kind, mib) in sorted(merged.items()):
+    for pid, (kind, mib) in sorted(merged.items())[:PROCESSES_MAX]:
         owner = _owner(pid)
         if owner is None:
             unknown.append(GpuProcess(pid=0, memory_mib=mib, kind=kind))
         else:
             living.append(GpuProcess(pid, mib, kind, owner.user, owner.command))
-    return (*unknown, *living)
+    return (*unknown, *living)[:PROCESSES_MAX]
 
 
 def _owner(pid: int) -> _Owner | None:
@@ -333,7 +335,9 @@ def _command(pid: int) -> str:
         argument = _text(process / "cmdline").split("\0", 1)[0].rsplit("/", 1)[-1]
         is_cut = len(comm) == COMM_LENGTH_MAX and argument.startswith(comm)
         name = argument if is_cut else comm
-    return name.removesuffix(" (deleted)")[:NAME_LENGTH_MAX]
+    # Its own word may hold what would steer an operator's terminal.
+    printable = "".join(letter if letter.isprintable() else "?" for letter in name.removesuffix(" (deleted)"))
+    return printable[:NAME_LENGTH_MAX]
 
 
 def _text(path: Path) -> str:
@@ -362,6 +366,8 @@ def _call(function: str, *arguments: Any) -> Any:
     except pynvml.NVMLError as error:
         # Compared by value: instances have __eq__ without __hash__.
         raise _failure(error.value, function) from None
+    except UnicodeDecodeError:
+        raise GpuReadError("ERROR_UNKNOWN", f"{function}: answers with bytes that are no text") from None
 
 
 def _first(*calls: tuple[Any, ...]) -> Any:

@@ -37,6 +37,7 @@ from scheduler.model.gpus import GpuSample
 # One sample and a hand-over's checks, each of which the daemon gives up before it asks again.
 LANE_WAITING_MAX = 8
 NO_GPU = "ERROR_GPU_NOT_FOUND"  # the driver is there and counts none
+GPUS_MAX = 64  # a lane each; the largest boards hold 16
 # Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
 ORDERLY_END_S = 0.5
 
@@ -112,6 +113,7 @@ class Lane:
     def __init__(self, name: str) -> None:
         self._waiting: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
         self._busy_since_s: float | None = None
+        self._has_failed = False
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, work: Callable[[], None], within_s: float = math.inf) -> bool:
@@ -139,8 +141,10 @@ class Lane:
             self._busy_since_s = time.monotonic()
             try:
                 work()
-            except Exception:  # a defect of ours: told in the daemon's log, and the lane goes on
-                traceback.print_exc()
+            except Exception:  # a defect of ours: told once in the daemon's log, and the lane goes on
+                if not self._has_failed:
+                    traceback.print_exc()
+                self._has_failed = True
             self._busy_since_s = None
 
 
@@ -269,7 +273,9 @@ class GpuLanes:
             failure = error.code
         with self._changed:
             self._failure = failure or ("" if count else NO_GPU)
-            self._gpus = tuple(GpuLane(index, self._driver_version, self._changed) for index in range(count))
+            self._gpus = tuple(
+                GpuLane(index, self._driver_version, self._changed) for index in range(min(count, GPUS_MAX))
+            )
             self._is_opening = False
             self._changed.notify_all()
 

@@ -33,6 +33,9 @@ CHILD_MODULE = "scheduler.effects.nvml_child"
 NOT_OPEN = "ERROR_UNINITIALIZED"  # NVML's word for a library that nobody has open
 NOT_STARTED = "ERROR_OPERATING_SYSTEM"  # and for what the system refused
 BACKOFF_FACTOR = 2
+# 535.43, 535.54 and 535.86 fill a longer struct than they say [wookayin/gpustat#161, XuehaiPan/nvitop#75].
+SCRAMBLING_BRANCH = "535"
+SCRAMBLING_MINORS = ("43", "54", "86")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class NvmlGpus:
         self._last = GpuReadings((), (), {"driver": NOT_OPEN})
         self._sampling: asyncio.Task[None] | None = None
         self._child: _Child | None = None
-        self._failures = 0  # in a row
+        self._backoff_s = self._limits.backoff_s_first  # what the next failure costs
         self._retry_at_s = 0.0  # the loop's clock
         self._leaving: set[asyncio.Task[None]] = set()  # one per child that has not ended yet
 
@@ -112,8 +115,7 @@ class NvmlGpus:
         """
         if self._sampling:
             self._sampling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sampling
+            await asyncio.wait([self._sampling])
             self._sampling = None
         self._retire()
         if self._leaving:
@@ -123,7 +125,7 @@ class NvmlGpus:
         """Open the GPUs again after `release`; readings go on."""
         assert self._on_readings is not None, "acquire before start"
         if self._sampling is None:
-            self._failures, self._retry_at_s = 0, 0.0
+            self._backoff_s, self._retry_at_s = self._limits.backoff_s_first, 0.0
             self._sampling = asyncio.create_task(self._sample_for_ever(0.0), name="nvml-sampling")
 
     async def close(self) -> None:
@@ -150,8 +152,10 @@ class NvmlGpus:
         within_s = min(self._period_s, limits.round_s) if self._child else limits.first_round_s
         if self._child is None and asyncio.get_running_loop().time() < self._retry_at_s:
             return self._nothing_new(self._last.errors.get("driver", NOT_OPEN))
+        if self._child is None and len(self._leaving) > limits.left_behind_max:
+            return self._fail(TIMEOUT, f"{len(self._leaving)} before it hang and have not ended")
         try:
-            child = self._child = self._child or await self._start_child()
+            child = self._child = self._child or await _Child.start(self._environment)
             request = {"do": "sample", "within_s": within_s, "stuck_s": limits.stuck_s}
             answer = await child.ask(request, within_s + limits.silence_s)
             readings = _readings_from_json(answer)
@@ -160,16 +164,29 @@ class NvmlGpus:
             return self._fail(TIMEOUT, f"silent for {limits.silence_s} s")
         except (_ChildEnded, KeyError, TypeError) as error:
             return self._fail(NOT_OPEN, str(error))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no process, or no thread that would wait for it
             return self._fail(NOT_STARTED, str(error))
+        self._distrust(readings.driver_version)
         if readings.errors.get("driver") == TIMEOUT:
             readings = self._nothing_new(TIMEOUT)
         self._last = readings
         if is_lost:
             self._replace_later(f"it can't recover: {readings.errors}")
         else:
-            self._failures = 0
+            self._backoff_s = limits.backoff_s_first
         return readings
+
+    def _distrust(self, driver_version: str) -> None:
+        """Say once of each driver that scrambles its process lists that it does."""
+        if driver_version == self._last.driver_version:
+            return
+        branch, _, minor = driver_version.partition(".")
+        if branch == SCRAMBLING_BRANCH and minor.split(".")[0] in SCRAMBLING_MINORS:
+            log.warning(
+                "driver %s fills its process lists with wrong PIDs: GPUs may look held by unknown processes; "
+                "upgrade it to 535.98 or later",
+                driver_version,
+            )
 
     def _fail(self, code: str, message: str) -> GpuReadings:
         self._replace_later(message)
@@ -180,12 +197,10 @@ class NvmlGpus:
         return self._last
 
     def _replace_later(self, message: str) -> None:
-        limits = self._limits
         self._retire()
-        backoff_s = min(limits.backoff_s_first * BACKOFF_FACTOR**self._failures, limits.backoff_s_max)
-        self._failures += 1
-        self._retry_at_s = asyncio.get_running_loop().time() + backoff_s
-        log.warning("NVML child is replaced in %.2f s: %s", backoff_s, message)
+        self._retry_at_s = asyncio.get_running_loop().time() + self._backoff_s
+        log.warning("NVML child is replaced in %.2f s: %s", self._backoff_s, message)
+        self._backoff_s = min(self._backoff_s * BACKOFF_FACTOR, self._limits.backoff_s_max)
 
     def _retire(self) -> None:
         """Tell the child to end and see to it, without waiting."""
@@ -194,11 +209,6 @@ class NvmlGpus:
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
             self._child = None
-
-    async def _start_child(self) -> "_Child":
-        if len(self._leaving) > self._limits.left_behind_max:
-            raise _ChildEnded(f"{len(self._leaving)} children before it have not ended")
-        return await _Child.start(self._environment)
 
 
 class _ChildEnded(Exception):

@@ -17,7 +17,7 @@ from typing import Any
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuProcess, GpuSample
 
 PROTOCOL_VERSION = 1
-# 16 GPUs take 10 KiB, a process about 100 bytes: room for ten thousand of them.
+# 16 GPUs take 10 KiB; 512 processes with the longest names, every letter escaped, 850 KiB.
 LINE_BYTES_MAX = 2**20
 TIMEOUT = "ERROR_TIMEOUT"  # a call that hangs: NVML's own word for it
 

@@ -330,6 +330,33 @@ async def test_a_system_that_refuses_a_process_is_no_reason_to_raise(
         await read.until(is_whole)
 
 
+async def test_a_child_that_never_starts_is_tried_ever_more_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeNvml(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing here"))
+    limits = dataclasses.replace(LIMITS, backoff_s_first=0.01, backoff_s_max=0.04)
+    async with reading(fake, limits):
+        await eventually(lambda: len(caplog.messages) >= 5)
+    backoffs_s = [float(message.split("replaced in ")[1].split(" s:")[0]) for message in caplog.messages[:5]]
+    assert backoffs_s == [0.01, 0.02, 0.04, 0.04, 0.04]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_distrusted"),
+    [("535.54.03", True), ("535.98", False), ("570.86.15", False), ("535.129.03", False)],
+)
+async def test_a_driver_that_scrambles_its_lists_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, version: str, is_distrusted: bool
+) -> None:
+    fake = FakeNvml(tmp_path)
+    fake.set_driver_version(version)
+    async with reading(fake) as read:
+        for _ in range(3):
+            assert (await read.next()).driver_version == version
+    assert [version in message for message in caplog.messages] == [True] * is_distrusted
+
+
 async def test_a_receiver_that_raises_does_not_end_the_sampling(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path)
     raised: list[dict[str, object]] = []

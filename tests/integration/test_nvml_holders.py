@@ -27,8 +27,8 @@ IMPATIENT = dataclasses.replace(LIMITS, holders_s=0.2)
 
 
 @contextlib.contextmanager
-def running(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE)
+def running(*command: str | Path, user: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, user=user)
     try:
         yield process
     finally:
@@ -108,6 +108,16 @@ async def test_a_zombie_still_holds_its_gpu_under_its_own_name(tmp_path: Path) -
         fake.gpus[0].set_processes([(zombie.pid, GIB)])
         (process,) = (await holders_of_first(fake)).processes
     assert (process.pid, process.command) == (zombie.pid, "true")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to start a process as another user")
+async def test_a_process_of_another_user_is_named_by_that_user(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    with running("cat", user="nobody") as cat:
+        fake.gpus[0].set_processes([(cat.pid, GIB)])
+        (process,) = (await holders_of_first(fake)).processes
+    assert (process.user, process.command) == ("nobody", "cat")
 
 
 async def test_memory_that_a_driver_does_not_tell_is_absent(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class FakeNvml:
         self._state = State.from_buffer(memory)
         self._state.size = ctypes.sizeof(State)
         self._state.driver_loaded = 1
-        self._state.driver_version = b"570.86.15"
+        self.set_driver_version("570.86.15")
         self.gpus: Any = self._state.gpus
         for index in range(GPUS_MAX):
             self._fill(index)
@@ -177,6 +177,9 @@ class FakeNvml:
 
     def set_count(self, gpus: int) -> None:
         self._state.gpu_count = gpus
+
+    def set_driver_version(self, version: str) -> None:
+        self._state.driver_version = version.encode()
 
     def reorder(self, *order: int) -> None:
         """Give place N what is now at place order[N]."""
