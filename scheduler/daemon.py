@@ -25,7 +25,7 @@ from scheduler.control.board import NodeSize
 from scheduler.control.loop import Controller, Effects, Site
 from scheduler.effects.clock import SystemClock, boot_id
 from scheduler.effects.gpus import Gpus
-from scheduler.effects.job_files import remove_job
+from scheduler.effects.job_files import remove_job  # noqa
 from scheduler.effects.journal import SqliteJournal
 from scheduler.effects.launcher import Launcher
 from scheduler.effects.launcher_client import LauncherClient
@@ -51,17 +51,25 @@ LAUNCHER_SOCKET_VARIABLE = "WATTSHIFT_LAUNCHER_SOCKET"
 class Options:
     """The command line of `wattshift serve`; None = as the configuration says."""
 
-    config_path: Path | None = None
-    simulate: str | None = None
-    state_dir: Path | None = None
-    listen: str | None = None
-    metrics_listen: str | None = None
-    log_level: str = "info"
+    config_path: Path | None
+    simulate: str | None
+    state_dir: Path | None
+    listen: str | None
+    metrics_listen: str | None
 
 
-def serve(options: Options) -> int:
-    """Run the daemon until SIGTERM or SIGINT; returns the exit status."""
-    set_up_logging(options.log_level)
+def serve(
+    *,
+    config_path: Path | None = None,
+    simulate: str | None = None,
+    state_dir: Path | None = None,
+    listen: str | None = None,
+    metrics_listen: str | None = None,
+    log_level: str = "info",
+) -> int:
+    """Run the daemon until SIGTERM or SIGINT; returns the exit status. None = as the configuration says."""
+    options = Options(config_path, simulate, state_dir, listen, metrics_listen)
+    set_up_logging(log_level)
     # grpc's fork handlers are what deadlocks; nothing here forks once it runs.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     try:
