@@ -1,0 +1,276 @@
+"""Trees of processes as the content of cgroups (v2)."""
+
+import errno
+import os
+import select
+import signal
+
+from scheduler.effects.job_spawn import Program, Spawner, StartPipe, say_parent, signal_tree
+from scheduler.effects.job_tree import Listener, Tree
+from scheduler.effects.launcher_loop import Loop, log
+
+_TEXT_BYTES = 4096
+# What an earlier launcher left is killed before the first order; what is stuck in the kernel is let be.
+_LEFTOVER_S_MAX = 5.0
+_LEFTOVER_POLL_MS_MAX = 1000
+
+
+class CgroupsUnusable(Exception):
+    """No cgroup v2 can be written here; the message says why."""
+
+
+class CgroupTree(Tree):
+    """A tree that is the content of a cgroup."""
+
+    __slots__ = ("_containment", "_events_fd", "_path")
+
+    def __init__(self, containment: "CgroupContainment", loop: Loop, listener: Listener, name: str) -> None:
+        super().__init__(loop, listener)
+        self._containment = containment
+        self._path = f"{containment.base}/{name}"
+        self._events_fd = -1
+
+    def pids(self) -> set[int]:
+        """Return what cgroup.procs lists, and the first process if it has not got there yet."""
+        pids = cgroup_pids(self._path)
+        if self.main_status is None:
+            pids.add(self.main_pid)
+        return pids
+
+    def kill(self) -> None:
+        """SIGKILL the first process, which may still be on its way into the cgroup, and the cgroup."""
+        if self.is_over:
+            return
+        if self.main_status is None:
+            os.kill(self.main_pid, signal.SIGKILL)
+        kill_cgroup(self._path)
+
+    def main_was_reaped(self, status: int) -> None:
+        """The launcher reaped the first process."""
+        self._main_ended(status)
+        self.look()
+        if not self.is_over:
+            self._listener.rest_remains()
+
+    def look(self) -> None:
+        """Find out whether the tree is gone; called after each exit and when the kernel says so."""
+        if self.is_over or self.main_status is None:
+            return
+        if not cgroup_is_empty(self._path):
+            if self._events_fd < 0:
+                # Only now: most trees end with their first process, and each watch costs.
+                self._events_fd = os.open(f"{self._path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+                self._loop.watch(self._events_fd, self._read_events, select.EPOLLPRI)
+                self._containment.lingering.append(self)
+                self._read_events()
+            return
+        if self._events_fd >= 0:
+            self._loop.unwatch(self._events_fd)
+            os.close(self._events_fd)
+            self._events_fd = -1
+            self._containment.lingering.remove(self)
+        self._containment.remove(self._path)
+        self._ended()
+
+    def _fork(self, program: Program, start: StartPipe) -> None:
+        os.mkdir(self._path, 0o755)
+        try:
+            procs_fd = os.open(f"{self._path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self.main_pid = self._containment.spawner.spawn(program, start.write_fd, procs_fd)
+            finally:
+                os.close(procs_fd)
+        except OSError:
+            os.rmdir(self._path)
+            raise
+        self._containment.by_main_pid[self.main_pid] = self
+        say_parent(start.write_fd, self.main_pid)
+
+    def _read_events(self) -> None:
+        # The kernel reports the next change only to who has read the last one.
+        os.pread(self._events_fd, _TEXT_BYTES, 0)
+        if cgroup_is_empty(self._path):
+            self.look()
+
+
+class CgroupContainment:
+    """Makes trees in cgroups below one of our own."""
+
+    kind = "cgroup"
+
+    __slots__ = ("_unremoved", "base", "by_main_pid", "lingering", "spawner")
+
+    def __init__(self, base: str, spawner: Spawner) -> None:
+        self.base = base
+        self.spawner = spawner
+        self.by_main_pid: dict[int, CgroupTree] = {}
+        self.lingering: list[CgroupTree] = []  # the first process is gone, others are not
+        self._unremoved: list[str] = []
+
+    def tree(self, loop: Loop, listener: Listener, name: str) -> Tree:
+        """Return a tree to start; `name` is its alone."""
+        return CgroupTree(self, loop, listener, name)
+
+    def reaped(self, pid: int, status: int) -> None:
+        """A child of the launcher ended: a first process, or an orphan of some tree."""
+        tree = self.by_main_pid.pop(pid, None)
+        if tree is not None:
+            tree.main_was_reaped(status)
+
+    def all_reaped(self) -> None:
+        """Look after those whose last process may have been among the reaped.
+
+        The kernel says so, too, but up to 10 ms late (CGROUP_FILE_NOTIFY_MIN_INTV).
+        """
+        for tree in list(self.lingering):
+            tree.look()
+        for path in list(self._unremoved):
+            self._unremoved.remove(path)
+            self.remove(path)
+
+    def remove(self, path: str) -> None:
+        """Remove an empty cgroup, now or after a later exit: the last process may still be on its way out."""
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                self._unremoved.append(path)
+            elif error.errno != errno.ENOENT:
+                log(f"{path} is left behind: {error}")
+
+
+def cgroup_pids(path: str) -> set[int]:
+    """Return the processes in a cgroup; none if it is gone."""
+    try:
+        fd = os.open(f"{path}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return set()
+    text = b""
+    try:
+        while piece := os.read(fd, 65536):
+            text += piece
+    except OSError:
+        pass  # the cgroup was removed
+    finally:
+        os.close(fd)
+    return {int(pid) for pid in text.split()}
+
+
+def cgroup_is_empty(path: str) -> bool:
+    """Say whether no living process is in a cgroup or below it."""
+    try:
+        fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        return b"populated 0" in os.read(fd, _TEXT_BYTES)
+    finally:
+        os.close(fd)
+
+
+def kill_cgroup(path: str) -> None:
+    """SIGKILL all in a cgroup and below, with the kernel's help where it has `cgroup.kill` (Linux 5.14)."""
+    try:
+        fd = os.open(f"{path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        signal_tree(lambda: cgroup_pids(path), signal.SIGKILL)
+        return
+    try:
+        os.write(fd, b"1")
+    finally:
+        os.close(fd)
+
+
+def prepare_base(jobs_fd: int) -> str:
+    """Return the path of this jobs directory's own cgroup, made, proved to be usable, and emptied.
+
+    It lies below the cgroup that we are in (systemd delegates that one), and is named for the jobs
+    directory's place on the disk: another launcher's jobs are never in it, an earlier one's of this
+    directory are.
+
+    Raises:
+        CgroupsUnusable: There is no cgroup v2 here, or it is not ours to write.
+    """
+    status = os.fstat(jobs_fd)
+    base = f"{_own_cgroup()}/wattshift-{status.st_dev:x}-{status.st_ino:x}"
+    try:
+        try:
+            os.mkdir(base, 0o755)
+        except FileExistsError:
+            _clear(base)
+        _prove(f"{base}/probe")
+    except OSError as error:
+        raise CgroupsUnusable(f"{base}: {error.strerror}") from error
+    return base
+
+
+def _own_cgroup() -> str:
+    """Return where in the file system our own cgroup v2 is."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
+            own = next((line[3:].rstrip("\n") for line in lines if line.startswith("0::")), None)
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            mounts = [line.split() for line in lines if " - cgroup2 " in line]
+    except OSError as error:
+        raise CgroupsUnusable(f"/proc: {error.strerror}") from error
+    if own is None or not mounts:
+        raise CgroupsUnusable("no cgroup v2 is mounted")
+    root, mount_point = mounts[0][3], mounts[0][4]
+    if root != "/":
+        own = own.removeprefix(root)
+    return (mount_point + own).rstrip("/")
+
+
+def _prove(path: str) -> None:
+    """Put a process into a new cgroup: only that shows that we may."""
+    os.mkdir(path, 0o755)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                fd = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
+                os.write(fd, b"0")
+                os._exit(0)
+            except OSError as error:
+                os._exit(error.errno or 1)
+        _, status = os.waitpid(pid, 0)
+        if number := os.waitstatus_to_exitcode(status):
+            raise OSError(number, os.strerror(abs(number)))
+    finally:
+        os.rmdir(path)
+
+
+def _clear(base: str) -> None:
+    """Kill and remove what an earlier launcher of this jobs directory left."""
+    names = [entry.name for entry in os.scandir(base) if entry.is_dir(follow_symlinks=False)]
+    for name in names:
+        kill_cgroup(f"{base}/{name}")
+    for name in names:
+        path = f"{base}/{name}"
+        if not _await_empty(path):
+            log(f"{path}: an earlier launcher's processes survive SIGKILL: {sorted(cgroup_pids(path))}")
+            continue
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            log(f"{path} is left behind: {error}")
+
+
+def _await_empty(path: str) -> bool:
+    try:
+        fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLPRI)
+        left_ms = round(_LEFTOVER_S_MAX * 1000)
+        while b"populated 1" in os.pread(fd, _TEXT_BYTES, 0):
+            if left_ms <= 0:
+                return False
+            wait_ms = min(left_ms, _LEFTOVER_POLL_MS_MAX)
+            if not poll.poll(wait_ms):
+                left_ms -= wait_ms
+    finally:
+        os.close(fd)
+    return True

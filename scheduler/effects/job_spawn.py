@@ -1,0 +1,358 @@
+r"""From a fork to the job's first instruction, and signals to processes that are not our children.
+
+The launcher has one thread, so the child may run Python between fork and exec. What goes wrong there comes
+back through the start pipe, which the exec closes:
+
+    P <pid> <start ticks>\n         written by the parent of the new process
+    E <what> <errno> <message>\n    written by the child: there was no exec
+
+Its end without an E line means that the exec succeeded (or that a SIGKILL came first; the launcher calls
+that started, too: a process was there).
+"""
+
+import errno
+import gc
+import os
+import resource
+import signal
+from collections.abc import Callable
+from typing import NoReturn
+
+from scheduler.effects.job_files import JobUser
+from scheduler.effects.linux import set_parent_death_signal
+
+# Blocked around a fork: until the child has reset its handlers, a signal to it would wake the launcher.
+_SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+# Python ignores two of these, whoever started us may have ignored the others; an exec keeps that.
+_SIGNALS_RESET = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+)
+_CHILD_FAILED = 127  # nobody reads it: the E line says more
+_MESSAGE_CHARACTERS_MAX = 500
+# pidfds open at a time while a tree is signalled.
+_SIGNAL_BATCH = 128
+# A tree that forks faster than this many rounds can list it will meet its deadline instead.
+_SIGNAL_ROUNDS_MAX = 8
+
+
+class Spawner:
+    """What all jobs' processes have in common; made once, before the first fork."""
+
+    __slots__ = ("_files_max", "_null_fd", "_oom_score", "user")
+
+    def __init__(self, user: JobUser, oom_score: bytes | None) -> None:
+        """Prepare.
+
+        Args:
+            oom_score: What to write to the child's oom_score_adj; None leaves it alone.
+        """
+        self.user = user
+        self._oom_score = oom_score
+        self._null_fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        # We raise our own limit (`raise_open_files_limit`); programs that use select() need the old one.
+        self._files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    @property
+    def null_fd(self) -> int:
+        """/dev/null, open."""
+        return self._null_fd
+
+    def spawn(self, program: "Program", start_fd: int, cgroup_procs_fd: int = -1) -> int:
+        """Fork; return the pid. The child goes on to exec or says through `start_fd` why not.
+
+        Raises:
+            OSError: The fork failed.
+        """
+        parent_pid = os.getpid()
+        pid = fork_blocked()
+        if pid:
+            return pid
+        what = "fork"
+        try:
+            os.setsid()
+            if cgroup_procs_fd >= 0:
+                os.write(cgroup_procs_fd, b"0")
+            os.dup2(self._null_fd, 0)
+            os.dup2(program.output_fd, 1)
+            os.dup2(program.output_fd, 2)
+            for number in _SIGNALS_RESET:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            if self._oom_score is not None:
+                _write_oom_score(self._oom_score)
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
+            if self.user.name:
+                os.setgroups(self.user.groups)
+                os.setresgid(self.user.gid, self.user.gid, self.user.gid)
+                os.setresuid(self.user.uid, self.user.uid, self.user.uid)
+            # After the change of user, which clears it.
+            set_parent_death_signal(signal.SIGKILL)
+            if os.getppid() != parent_pid:
+                os._exit(_CHILD_FAILED)  # too late: the parent died before it was asked for
+            what = "working_directory"
+            os.chdir(program.working_directory or program.job_fd)
+            what = "command"
+            program.execute()
+        except OSError as error:
+            _fail(start_fd, what, error.errno or errno.EIO, error.strerror or str(error))
+        except BaseException as error:
+            _fail(start_fd, what, errno.EINVAL, str(error))
+
+    def raise_open_files_limit(self) -> None:
+        """Let this process hold as many descriptors as it may; children get the old limit back."""
+        hard = self._files_max[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Program:
+    """What one process is to run."""
+
+    __slots__ = ("_arguments", "_environment", "_paths", "job_fd", "output_fd", "working_directory")
+
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        working_directory: str,
+        job_fd: int,
+        output_fd: int,
+    ) -> None:
+        """Resolve the command against the job's own PATH.
+
+        Args:
+            working_directory: Absolute; "" = the directory that `job_fd` is open on.
+            output_fd: Becomes stdout and stderr.
+        """
+        self._arguments = arguments
+        self._environment = environment
+        self._paths = _candidates(arguments[0], environment.get("PATH", os.defpath))
+        self.working_directory = working_directory
+        self.job_fd = job_fd
+        self.output_fd = output_fd
+
+    def execute(self) -> NoReturn:
+        """Become the program.
+
+        Raises:
+            OSError: As execvp(3): the first EACCES of the PATH, else the last error.
+        """
+        denied: OSError | None = None
+        missing: OSError | None = None
+        for path in self._paths:
+            try:
+                os.execve(path, self._arguments, self._environment)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                missing = error
+            except PermissionError as error:
+                denied = denied or error
+        raise denied or missing or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+class StartPipe:
+    """The reading end: says when the start is decided, and how."""
+
+    __slots__ = ("_read_fd", "_text", "failure", "pid", "start_ticks", "write_fd")
+
+    def __init__(self) -> None:
+        """Make the pipe.
+
+        Raises:
+            OSError: No descriptor is left.
+        """
+        self._read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
+        self._text = b""
+        self.pid = 0
+        self.start_ticks = 0
+        self.failure: tuple[str, int, str] | None = None  # what, errno, message
+
+    @property
+    def read_fd(self) -> int:
+        """What to wait on."""
+        return self._read_fd
+
+    def close_writer(self) -> None:
+        """After the fork: only the child (and its supervisor) may hold the start open."""
+        os.close(self.write_fd)
+        self.write_fd = -1
+
+    def is_decided(self) -> bool:
+        """Read what has come; once True, the fields are set and the pipe may be closed."""
+        while True:
+            try:
+                piece = os.read(self._read_fd, 4096)
+            except BlockingIOError:
+                return False
+            if not piece:
+                break
+            self._text += piece
+        for line in self._text.decode("utf-8", "replace").splitlines():
+            match line.split(" ", 3):
+                case ["P", pid, start_ticks]:
+                    self.pid, self.start_ticks = int(pid), int(start_ticks)
+                case ["E", what, number, message]:
+                    self.failure = (what, int(number), message)
+                case _:
+                    pass  # a line cut short by a SIGKILL
+        return True
+
+    def close(self) -> None:
+        """Let go of what is still open."""
+        os.close(self._read_fd)
+        if self.write_fd >= 0:
+            self.close_writer()
+
+
+def fork_blocked() -> int:
+    """Fork with the launcher's signals blocked; the parent's are unblocked again, the child's are not.
+
+    Raises:
+        OSError: The fork failed.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_HANDLED)
+    try:
+        pid = os.fork()
+    except OSError:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_HANDLED)
+        raise
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_HANDLED)
+    else:
+        gc.disable()
+    return pid
+
+
+def say_parent(start_fd: int, pid: int) -> None:
+    """Write the P line for a child that has not been reaped."""
+    try:
+        ticks = start_ticks(pid)
+    except OSError:
+        ticks = 0  # no descriptor left, say; the process is there all the same
+    os.write(start_fd, b"P %d %d\n" % (pid, ticks))
+
+
+def close_descriptors(keep: set[int]) -> None:
+    """Close everything that is open but 0, 1, 2 and what is to be kept."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in keep:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the one that the listing itself used
+
+
+def start_ticks(pid: int) -> int:
+    """Return field 22 of /proc/<pid>/stat: with the pid it names a process for ever.
+
+    Raises:
+        OSError: There is no such process.
+    """
+    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, 4096)
+    finally:
+        os.close(fd)
+    # The name (field 2) may hold spaces and parentheses; after its last ")" comes field 3.
+    return int(text[text.rindex(b")") + 2 :].split()[19])
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the pids of everything below a process, as far as one look can tell."""
+    found: set[int] = set()
+    unread = [pid]
+    while unread:
+        for child in children(unread.pop()):
+            if child not in found:
+                found.add(child)
+                unread.append(child)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the pids of a process's children, all its threads', as far as one look can tell."""
+    found: list[int] = []
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for thread in threads:
+        try:
+            fd = os.open(f"/proc/{pid}/task/{thread}/children", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        text = b""
+        try:
+            while piece := os.read(fd, 65536):
+                text += piece
+        except OSError:
+            pass  # it ended while we read; what it had is listed elsewhere now
+        finally:
+            os.close(fd)
+        found += map(int, text.split())
+    return found
+
+
+def signal_tree(members: Callable[[], set[int]], *signals: int) -> None:
+    """Send the signals, in order, to each process that `members` lists, also to those it forks meanwhile.
+
+    A pid is looked up again after its descriptor is open, so that a number that changed hands between
+    listing and signalling hits nobody else.
+    """
+    done: set[int] = set()
+    for _ in range(_SIGNAL_ROUNDS_MAX):
+        new = members() - done
+        if not new:
+            return
+        done |= new
+        pids = sorted(new)
+        for start in range(0, len(pids), _SIGNAL_BATCH):
+            _signal_batch(pids[start : start + _SIGNAL_BATCH], members, signals)
+
+
+def _signal_batch(pids: list[int], members: Callable[[], set[int]], signals: tuple[int, ...]) -> None:
+    opened: list[tuple[int, int]] = []
+    try:
+        for pid in pids:
+            try:
+                opened.append((pid, os.pidfd_open(pid)))
+            except OSError:
+                continue  # gone already
+        still = members()
+        for pid, fd in opened:
+            if pid in still:
+                for number in signals:
+                    try:
+                        signal.pidfd_send_signal(fd, number)
+                    except OSError:
+                        break  # gone meanwhile
+    finally:
+        for _, fd in opened:
+            os.close(fd)
+
+
+def _candidates(command: str, path: str) -> list[str]:
+    if "/" in command:
+        return [command]
+    return [f"{directory or '.'}/{command}" for directory in path.split(os.pathsep)]
+
+
+def _write_oom_score(score: bytes) -> None:
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, score)
+    finally:
+        os.close(fd)
+
+
+def _fail(start_fd: int, what: str, number: int, message: str) -> NoReturn:
+    try:
+        text = message[:_MESSAGE_CHARACTERS_MAX].replace("\n", " ")
+        os.write(start_fd, f"E {what} {number} {text}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(_CHILD_FAILED)

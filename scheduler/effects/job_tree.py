@@ -1,0 +1,136 @@
+"""A program's whole tree of processes: started, signalled, killed, known to be gone.
+
+Two ways to know a tree, whatever it forks and however it detaches itself:
+
+* `cgroup` (`job_cgroup.py`): a cgroup v2 for each tree; the launcher is its parent and inherits its orphans.
+* `supervisor` (`job_supervisor.py`): where no cgroup is writable, a copy of the launcher for each tree. It
+  inherits the orphans, so that the tree is what lies below it.
+"""
+
+import errno
+import signal
+from typing import Protocol
+
+from scheduler.effects.job_spawn import Program, StartPipe, signal_tree
+from scheduler.effects.launcher_loop import Loop
+
+_STUCK_PIDS_MAX = 64
+
+
+class Listener(Protocol):
+    """Whom a tree tells what becomes of it. `is_empty` comes last, once."""
+
+    def has_started(self, pid: int, start_ticks: int) -> None:
+        """The program runs."""
+
+    def has_failed_to_start(self, what: str, number: int, message: str) -> None:
+        """There was no exec."""
+
+    def main_has_exited(self, status: int) -> None:
+        """The first process ended, with this wait status."""
+
+    def rest_remains(self) -> None:
+        """The first process ended and others are still there, as far as is known yet."""
+
+    def is_empty(self) -> None:
+        """No process is left."""
+
+
+class Tree:
+    """What both ways share: the start and the end of the first process."""
+
+    __slots__ = (
+        "_listener",
+        "_loop",
+        "_start",
+        "is_over",
+        "is_started",
+        "main_pid",
+        "main_status",
+    )
+
+    def __init__(self, loop: Loop, listener: Listener) -> None:
+        self._loop = loop
+        self._listener = listener
+        self._start: StartPipe | None = None
+        self.is_over = False
+        self.is_started = False
+        self.main_pid = 0
+        self.main_status: int | None = None
+
+    def start(self, program: Program) -> None:
+        """Fork; the listener hears the rest.
+
+        Raises:
+            OSError: No process came to be, and nothing more will be heard of this tree.
+        """
+        start = StartPipe()
+        try:
+            self._fork(program, start)
+        except OSError:
+            start.close()
+            raise
+        start.close_writer()
+        self._start = start
+        self._loop.watch(start.read_fd, self._read_start)
+
+    def pids(self) -> set[int]:
+        """Return the processes that are in the tree now."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """SIGKILL everything; may be repeated."""
+        raise NotImplementedError
+
+    def terminate(self) -> None:
+        """SIGTERM everything, and wake what is stopped so that it can answer."""
+        signal_tree(self.pids, signal.SIGTERM, signal.SIGCONT)
+
+    def stuck_pids(self) -> list[int]:
+        """Return the lowest of the pids that are left, a bounded number."""
+        return sorted(self.pids())[:_STUCK_PIDS_MAX]
+
+    def _fork(self, program: Program, start: StartPipe) -> None:
+        raise NotImplementedError
+
+    def _read_start(self) -> None:
+        start = self._start
+        if start is None or not start.is_decided():
+            return
+        self._start = None
+        self._loop.unwatch(start.read_fd)
+        start.close()
+        if start.failure is not None:
+            self._listener.has_failed_to_start(*start.failure)
+        elif start.pid:
+            self.main_pid = start.pid
+            self.is_started = True
+            self._listener.has_started(start.pid, start.start_ticks)
+        else:
+            self._listener.has_failed_to_start("fork", errno.ESRCH, "the supervisor was killed")
+
+    def _main_ended(self, status: int) -> None:
+        self.main_status = status
+        self._read_start()  # its end decides the start, too, and was perhaps not read yet
+        if self.is_started:
+            self._listener.main_has_exited(status)
+
+    def _ended(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self._listener.is_empty()
+
+
+class Containment(Protocol):
+    """Makes trees, and is told of every child of the launcher that ended."""
+
+    kind: str
+
+    def tree(self, loop: Loop, listener: Listener, name: str) -> Tree:
+        """Return a tree to start; `name` is its alone."""
+
+    def reaped(self, pid: int, status: int) -> None:
+        """A child of the launcher ended, with this wait status."""
+
+    def all_reaped(self) -> None:
+        """All children that had ended were told."""

@@ -1,0 +1,350 @@
+"""What the launcher does with connections, orders, ended children and its own end."""
+
+import errno
+import os
+import select
+import signal
+import socket
+import struct
+import time
+
+from scheduler.effects.job_attempt import Attempt, Key, Workshop
+from scheduler.effects.launcher_loop import Loop, Timer, log
+from scheduler.effects.launcher_wire import LineSplitter, Message, WireError, agreed_version, decode, encode
+from scheduler.effects.linux import IN_Q_OVERFLOW
+
+IDLE_S = 2.0  # time for a restarting daemon to come back before a launcher without jobs ends
+TERM_GRACE_S = 5.0
+HELD_MAX = 10_000  # attempts; a daemon that never forgets one is broken
+GREETING_MAX = 4  # connections that have not said hello; the oldest gives way
+UNSENT_BYTES_MAX = 16 << 20  # reports for a daemon that doesn't read; it reconnects and gets what is held
+JOB_ID_CHARACTERS_MAX = 100
+
+_READ_BYTES = 65536
+_PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_JOB_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
+
+
+class Connection:
+    """One peer: lines in, lines out, never waiting."""
+
+    __slots__ = ("_loop", "_socket", "_unsent", "_waits_to_send", "is_greeted", "lines")
+
+    def __init__(self, loop: Loop, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        self._loop = loop
+        self._socket = peer
+        self._unsent = bytearray()
+        self._waits_to_send = False
+        self.is_greeted = False
+        self.lines = LineSplitter()
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 once closed."""
+        return self._socket.fileno()
+
+    def receive(self) -> bytes | None:
+        """Return what came; b"" at the end, None if nothing did."""
+        try:
+            return self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def send(self, message: Message) -> None:
+        """Queue a message for `flush`."""
+        self._unsent += encode(message)
+
+    def flush(self) -> bool:
+        """Send what the peer takes; False if it takes too little or is gone."""
+        if not self._unsent:
+            return True
+        try:
+            sent = self._socket.send(self._unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return False
+        del self._unsent[:sent]
+        if bool(self._unsent) is not self._waits_to_send:
+            self._waits_to_send = bool(self._unsent)
+            events = select.EPOLLIN | (select.EPOLLOUT if self._waits_to_send else 0)
+            self._loop.change(self._socket.fileno(), events)
+        return len(self._unsent) <= UNSENT_BYTES_MAX
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+
+class Server:
+    """Serves one daemon at a time and holds its attempts."""
+
+    def __init__(self, listener: socket.socket, identity: Message) -> None:
+        """Take a listening socket and what the hello says of us."""
+        self.loop = Loop(self._flush)
+        self._listener = listener
+        self._identity = identity
+        self._shop: Workshop | None = None
+        self._attempts: dict[Key, Attempt] = {}
+        self._daemon: Connection | None = None
+        self._greeting: list[Connection] = []
+        self._idle_timer: Timer | None = None
+        self._is_ending = False
+        self._wakeup_fd = -1
+
+    def serve(self, shop: Workshop) -> None:
+        """Serve until nobody needs us."""
+        self._shop = shop
+        self._wakeup_fd = wakeup_on_signals()
+        self._listener.setblocking(False)
+        self.loop.watch(self._wakeup_fd, self._signals_came)
+        self.loop.watch(shop.inotify.fd, self._files_changed)
+        self.loop.watch(self._listener.fileno(), self._accept)
+        self._look_for_work()
+        self.loop.run()
+
+    # Connections -------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                log(f"a connection was not accepted: {error}")
+            return
+        _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid not in (0, os.getuid()):
+            log(f"a connection of user {uid} was refused")
+            peer.close()
+            return
+        connection = Connection(self.loop, peer)
+        self._greeting.append(connection)
+        if len(self._greeting) > GREETING_MAX:
+            self._hang_up(self._greeting[0])
+        self.loop.watch(connection.fileno(), lambda: self._receive(connection))
+
+    def _receive(self, connection: Connection) -> None:
+        data = connection.receive()
+        if data is None:
+            if not connection.flush():
+                self._hang_up(connection)
+            return
+        if not data:
+            self._hang_up(connection)
+            return
+        try:
+            for line in connection.lines.feed(data):
+                message = decode(line)
+                if connection.is_greeted:
+                    self._obey(message)
+                else:
+                    self._greet(connection, message)
+        except WireError as error:
+            log(f"a connection was ended: {error}")
+            connection.send({"report": "refused", "message": str(error)})
+            connection.flush()
+            self._hang_up(connection)
+
+    def _greet(self, connection: Connection, message: Message) -> None:
+        version = agreed_version(message)
+        if self._daemon is not None:
+            log("another daemon took over")
+            self._hang_up(self._daemon)
+        self._greeting.remove(connection)
+        self._daemon = connection
+        connection.is_greeted = True
+        connection.send(
+            {"report": "hello", "version": version, **self._identity, "held": len(self._attempts)}
+        )
+        for (job_id, number), attempt in self._attempts.items():
+            connection.send(
+                {"report": "held", "job_id": job_id, "attempt": number, "reports": attempt.reports}
+            )
+        self._look_for_work()
+
+    def _hang_up(self, connection: Connection) -> None:
+        if connection.fileno() < 0:
+            return
+        self.loop.unwatch(connection.fileno())
+        connection.close()
+        if connection is self._daemon:
+            self._daemon = None
+            self._look_for_work()
+        else:
+            self._greeting.remove(connection)
+
+    def _report(self, message: Message) -> None:
+        if self._daemon is not None:
+            self._daemon.send(message)
+        if message["report"] == "exited":
+            self._look_for_work()
+
+    def _flush(self) -> None:
+        for connection in (self._daemon, *self._greeting):
+            if connection is not None and not connection.flush():
+                log("a connection was ended: it takes no reports")
+                self._hang_up(connection)
+
+    # Orders ------------------------------------------------------------------------------------
+
+    def _obey(self, message: Message) -> None:
+        order = message.get("order")
+        key = checked_key(message)
+        attempt = self._attempts.get(key)
+        if order == "start":
+            if attempt is None:
+                self._start(key, checked_start(message))
+            else:
+                for report in attempt.reports:
+                    self._report(report)
+        elif attempt is None:
+            log(f"{key}: an order to {order} what is not held")
+        elif order == "stop":
+            attempt.stop(*checked_stop(message))
+        elif order == "end_grace":
+            attempt.end_grace()
+        elif order == "forget":
+            if attempt.is_over:
+                del self._attempts[key]
+                self._look_for_work()
+            else:
+                log(f"{key}: an order to forget what is not over")
+        else:
+            raise WireError(f"an order that version 1 does not know: {order!r}")
+
+    def _start(self, key: Key, order: Message) -> None:
+        assert self._shop is not None
+        attempt = self._attempts[key] = Attempt(self._shop, key, order, self._report)
+        if self._is_ending:
+            attempt.refuse(errno.ESHUTDOWN, "the launcher is ending")
+        elif len(self._attempts) > HELD_MAX:
+            attempt.refuse(errno.EAGAIN, f"the launcher holds {HELD_MAX} attempts that are not forgotten")
+        else:
+            attempt.start()
+
+    # The world ---------------------------------------------------------------------------------
+
+    def _signals_came(self) -> None:
+        numbers = os.read(self._wakeup_fd, 4096)
+        self._reap()
+        if signal.SIGTERM in numbers or signal.SIGINT in numbers:
+            self._end()
+
+    def _reap(self) -> None:
+        assert self._shop is not None
+        containment = self._shop.containment
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            containment.reaped(pid, status)
+        containment.all_reaped()
+
+    def _files_changed(self) -> None:
+        assert self._shop is not None
+        for watch, mask, name in self._shop.inotify.read():
+            if mask & IN_Q_OVERFLOW:
+                log("file events were lost: looking at each attempt")
+                for attempt in list(self._attempts.values()):
+                    attempt.look_for_acknowledgement()
+            elif (callback := self._shop.watches.get(watch)) is not None:
+                callback(name)
+
+    # The end -----------------------------------------------------------------------------------
+
+    def _look_for_work(self) -> None:
+        """End now, in a while, or not yet."""
+        if self._is_ending and all(attempt.is_over for attempt in self._attempts.values()):
+            self._flush()
+            self.loop.stop()
+        is_idle = self._daemon is None and not self._attempts
+        if is_idle and self._idle_timer is None:
+            self._idle_timer = self.loop.call_after(IDLE_S, self.loop.stop)
+        elif not is_idle and self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _end(self) -> None:
+        grace_s = 0.0 if self._is_ending else TERM_GRACE_S
+        log(f"stopping all jobs with a grace of {grace_s:g} s, then ending")
+        self._is_ending = True
+        deadline_s = time.time() + grace_s
+        for attempt in list(self._attempts.values()):
+            attempt.stop(deadline_s, {"reason": "launcher_stopped", "deadline_s": deadline_s})
+        self._look_for_work()
+
+
+def wakeup_on_signals() -> int:
+    """Return a descriptor that becomes readable, with their numbers, on the signals that we serve."""
+    wakeup_fd, write_fd = os.pipe()
+    os.set_blocking(wakeup_fd, False)
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _do_nothing)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return wakeup_fd
+
+
+def checked_key(message: Message) -> Key:
+    """Return the attempt that an order names.
+
+    Raises:
+        WireError: It is no safe name of a directory and a number.
+    """
+    job_id, attempt = message.get("job_id"), message.get("attempt")
+    if (
+        not isinstance(job_id, str)
+        or not 0 < len(job_id) <= JOB_ID_CHARACTERS_MAX
+        or not _JOB_ID_CHARACTERS.issuperset(job_id)
+        or job_id[0] == "."
+    ):
+        raise WireError(f"not a job's id: {str(job_id)[:JOB_ID_CHARACTERS_MAX]!r}")
+    if type(attempt) is not int or not 0 <= attempt < 1 << 31:
+        raise WireError(f"not an attempt's number: {str(attempt)[:JOB_ID_CHARACTERS_MAX]!r}")
+    return job_id, attempt
+
+
+def checked_start(message: Message) -> Message:
+    """Return the order if its fields have the types that it needs.
+
+    Raises:
+        WireError: They have not.
+    """
+    command, stop_command = message.get("command"), message.get("stop_command")
+    environment, working_directory = message.get("environment"), message.get("working_directory")
+    if (
+        not _are_strings(command)
+        or not command
+        or not _are_strings(stop_command)
+        or not isinstance(environment, dict)
+        or not _are_strings(list(environment.values()))
+        or not isinstance(working_directory, str)
+    ):
+        raise WireError("a start order whose fields have the wrong types")
+    return message
+
+
+def checked_stop(message: Message) -> tuple[float, dict[str, object]]:
+    """Return a stop order's deadline and notice.
+
+    Raises:
+        WireError: They are missing.
+    """
+    deadline_s, notice = message.get("deadline_s"), message.get("notice")
+    if not isinstance(deadline_s, int | float) or not isinstance(notice, dict):
+        raise WireError("a stop order without deadline_s or notice")
+    return float(deadline_s), notice
+
+
+def _are_strings(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    """Only the wakeup descriptor matters."""
