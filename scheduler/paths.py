@@ -85,7 +85,7 @@ def make_private(directory: Path) -> None:
 
 
 def is_private(directory: Path, uid: int | None = None) -> bool:
-    """Return whether it is a directory (no link) of `uid` (None = the caller) that nobody else may write to."""
+    """Return whether it is a directory, not a link, of `uid` (None = the caller), writable by nobody else."""
     uid = os.geteuid() if uid is None else uid
     try:
         status = directory.lstat()
