@@ -13,6 +13,8 @@
 # Each run makes a release of its own, PREFIX/releases/<n>, and then turns PREFIX/current over to it, so that
 # a running daemon never sees half an upgrade and a failed one changes nothing.
 set -euo pipefail
+# Without it a failure inside $(...) goes unseen.
+shopt -s inherit_errexit
 umask 022
 
 SOURCE="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
@@ -98,7 +100,7 @@ install_all() {
 make_release() {
   local python number release
   python="$(find_python)"
-  number="$(ls "$DESTDIR$PREFIX/releases" 2>/dev/null | sort -n | tail -1)"
+  number="$(releases | tail -n 1)"
   release="$DESTDIR$PREFIX/releases/$((${number:-0} + 1))"
   mkdir -p "$release"
   # Half a release is none.
@@ -178,9 +180,15 @@ activate() {
   ln -sfn "$PREFIX/current/bin/wattshift" "$BIN/wattshift"
 }
 
+# Their numbers, oldest first.
+releases() {
+  mkdir -p "$DESTDIR$PREFIX/releases"
+  find "$DESTDIR$PREFIX/releases" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' | sort -n
+}
+
 forget_old_releases() {
   local number
-  for number in $(ls "$DESTDIR$PREFIX/releases" | sort -n | head -n "-$RELEASES_KEPT"); do
+  for number in $(releases | head -n "-$RELEASES_KEPT"); do
     rm -rf "$DESTDIR$PREFIX/releases/$number"
   done
 }

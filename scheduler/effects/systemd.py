@@ -1,7 +1,7 @@
-"""What systemd and a service say to each other: readiness, the watchdog, sockets handed over, logs.
+"""What systemd and a service say to each other: readiness, the watchdog, logs.
 
 All of it is optional: without systemd's environment variables a notifier says nothing and logs go to
-standard error with their time. [sd_notify(3), sd_listen_fds(3), sd-daemon(3)]
+standard error with their time. [sd_notify(3), sd_watchdog_enabled(3), sd-daemon(3)]
 """
 
 import logging
@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
-SD_LISTEN_FDS_START = 3
 # systemd wants two signs of life per timeout; a third makes one late tick harmless.
 WATCHDOG_SIGNS_PER_TIMEOUT = 3
 STATUS_CHARACTERS_MAX = 512  # of one line in `systemctl status`
@@ -93,21 +92,6 @@ def watchdog_period_s(environ: Mapping[str, str] = os.environ) -> float | None:
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return int(timeout_us) / _MICROSECONDS / WATCHDOG_SIGNS_PER_TIMEOUT
-
-
-def listening_sockets(environ: Mapping[str, str] = os.environ) -> tuple[socket.socket, ...]:
-    """The sockets that systemd handed over, in the order of the unit; not inherited by children.
-
-    Call it once: the sockets own their descriptors. It is up to the caller to take LISTEN_FDS,
-    LISTEN_PID and LISTEN_FDNAMES out of what a child gets.
-    """
-    count = environ.get("LISTEN_FDS", "")
-    if environ.get("LISTEN_PID", "") != str(os.getpid()) or not count.isdecimal():
-        return ()
-    descriptors = range(SD_LISTEN_FDS_START, SD_LISTEN_FDS_START + int(count))
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-    return tuple(socket.socket(fileno=descriptor) for descriptor in descriptors)
 
 
 def set_up_logging(

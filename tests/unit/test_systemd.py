@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,47 +124,6 @@ def test_a_sign_of_life_is_due_three_times_per_timeout(
     environ: dict[str, str], period_s: float | None
 ) -> None:
     assert systemd.watchdog_period_s(environ) == period_s
-
-
-# Sockets -----------------------------------------------------------------------------------------
-
-# A process like one that systemd starts: the sockets are its descriptors 3 and 4.
-ACTIVATED = """
-import os, sys
-from scheduler.effects import systemd
-os.environ["LISTEN_PID"] = sys.argv[1] or str(os.getpid())
-sockets = systemd.listening_sockets()
-print([(s.fileno(), s.get_inheritable(), s.getsockname()) for s in sockets])
-"""
-
-
-def activated(descriptors: list[int], listen_pid: str = "") -> str:
-    shell = 'exec 3<&"$0" 4<&"$1"; shift; exec "$@"'
-    words = [sys.executable, "-c", ACTIVATED, listen_pid]
-    result = subprocess.run(
-        ["bash", "-c", shell, *map(str, descriptors), *words],
-        env={**os.environ, "LISTEN_FDS": "2"},
-        pass_fds=descriptors,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return result.stdout.strip()
-
-
-def test_the_sockets_that_systemd_hands_over_are_ours_alone(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
-        one.bind(str(tmp_path / "one"))
-        two.bind(str(tmp_path / "two"))
-        found = activated([one.fileno(), two.fileno()])
-        meant_for_another = activated([one.fileno(), two.fileno()], listen_pid="1")
-    assert found == f"[(3, False, '{tmp_path}/one'), (4, False, '{tmp_path}/two')]"
-    assert meant_for_another == "[]"
-
-
-def test_without_systemd_there_are_no_sockets() -> None:
-    assert systemd.listening_sockets({}) == ()
-    assert systemd.listening_sockets({"LISTEN_PID": str(os.getpid())}) == ()
 
 
 # Logs --------------------------------------------------------------------------------------------
