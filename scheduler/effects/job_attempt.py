@@ -17,11 +17,10 @@ counted on the monotonic clock from the order's arrival, so that a step of the c
 import os
 import time
 from collections.abc import Callable
-from typing import Any
 
 from scheduler.effects.job_files import AttemptFiles, JobLog, JobUser
 from scheduler.effects.job_spawn import Program
-from scheduler.effects.job_tree import Containment, Tree
+from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, Timer, log
 from scheduler.effects.launcher_wire import Message
 from scheduler.effects.linux import IN_ATTRIB, IN_CLOSE_WRITE, IN_CREATE, IN_MOVED_TO, Inotify
@@ -76,7 +75,7 @@ class Workshop:
         self.watches: dict[int, Callable[[bytes], None]] = {}  # by inotify's number; takes the file's name
 
 
-class StopTree:
+class StopTree(Listener):
     """Listens to the stop command's tree: what it does is in the log, only its end matters."""
 
     __slots__ = ("_attempt",)
@@ -109,7 +108,7 @@ class StopTree:
         self._attempt.stop_command_is_over()
 
 
-class Attempt:
+class Attempt(Listener):
     """One start of a job, from the order to its end."""
 
     __slots__ = (
@@ -437,7 +436,7 @@ class Attempt:
         self._unwatch(self._ack_watch, self._attempt_directory_changed)
         self._ack_watch = -1
 
-    def _say(self, kind: str, **fields: Any) -> None:
+    def _say(self, kind: str, **fields: object) -> None:
         report = {
             "report": kind,
             "job_id": self.key[0],

@@ -6,7 +6,7 @@ import select
 import signal
 
 from scheduler.effects.job_spawn import Program, Spawner, StartPipe, say_parent, signal_tree
-from scheduler.effects.job_tree import Listener, Tree
+from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, log
 
 _TEXT_BYTES = 4096
@@ -93,7 +93,7 @@ class CgroupTree(Tree):
             self.look()
 
 
-class CgroupContainment:
+class CgroupContainment(Containment):
     """Makes trees in cgroups below one of our own."""
 
     kind = "cgroup"
@@ -127,6 +127,11 @@ class CgroupContainment:
         for path in list(self._unremoved):
             self._unremoved.remove(path)
             self.remove(path)
+
+    def close(self) -> None:
+        """Leave no cgroup behind."""
+        self.all_reaped()
+        self.remove(self.base)
 
     def remove(self, path: str) -> None:
         """Remove an empty cgroup, now or after a later exit: the last process may still be on its way out."""

@@ -10,16 +10,21 @@ Its end without an E line means that the exec succeeded (or that a SIGKILL came 
 that started, too: a process was there).
 """
 
+from __future__ import annotations
+
 import errno
 import gc
 import os
 import resource
 import signal
 from collections.abc import Callable
-from typing import NoReturn
 
 from scheduler.effects.job_files import JobUser
 from scheduler.effects.linux import set_parent_death_signal
+
+TYPE_CHECKING = False  # as in `launcher_wire.py`
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 # Blocked around a fork: until the child has reset its handlers, a signal to it would wake the launcher.
 _SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -62,7 +67,7 @@ class Spawner:
         """/dev/null, open."""
         return self._null_fd
 
-    def spawn(self, program: "Program", start_fd: int, cgroup_procs_fd: int = -1) -> int:
+    def spawn(self, program: Program, start_fd: int, cgroup_procs_fd: int = -1) -> int:
         """Fork; return the pid. The child goes on to exec or says through `start_fd` why not.
 
         Raises:

@@ -8,11 +8,12 @@ seen). A supervisor stays root where the launcher is: a job's user can't kill it
 same, the kernel kills its child, and what else it held falls to the launcher, which kills it.
 """
 
+from __future__ import annotations
+
 import os
 import select
 import signal
 import socket
-from typing import NoReturn
 
 from scheduler.effects.job_spawn import (
     Program,
@@ -25,9 +26,13 @@ from scheduler.effects.job_spawn import (
     say_parent,
     signal_tree,
 )
-from scheduler.effects.job_tree import Listener, Tree
+from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop
 from scheduler.effects.linux import set_child_subreaper
+
+TYPE_CHECKING = False  # as in `launcher_wire.py`
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 KILL_ORDER = b"kill"
 
@@ -43,7 +48,7 @@ class SupervisedTree(Tree):
 
     __slots__ = ("_containment", "_control", "_supervisor_pid")
 
-    def __init__(self, containment: "SupervisorContainment", loop: Loop, listener: Listener) -> None:
+    def __init__(self, containment: SupervisorContainment, loop: Loop, listener: Listener) -> None:
         super().__init__(loop, listener)
         self._containment = containment
         self._control: socket.socket | None = None
@@ -122,7 +127,7 @@ class SupervisedTree(Tree):
                 self._read_start()
 
 
-class SupervisorContainment:
+class SupervisorContainment(Containment):
     """Makes trees under supervisors."""
 
     kind = "supervisor"
@@ -154,6 +159,9 @@ class SupervisorContainment:
             ended, self._adopted = self._adopted, []
             for tree in ended:
                 tree.orphans_are_gone()
+
+    def close(self) -> None:
+        """Nothing is left: supervisors end with their trees."""
 
     def adopt(self, tree: SupervisedTree) -> None:
         """Take over from a supervisor that was killed: what it held are our children now."""

@@ -9,7 +9,6 @@ Two ways to know a tree, whatever it forks and however it detaches itself:
 
 import errno
 import signal
-from typing import Protocol
 
 from scheduler.effects.job_spawn import Program, StartPipe, signal_tree
 from scheduler.effects.launcher_loop import Loop
@@ -17,8 +16,10 @@ from scheduler.effects.launcher_loop import Loop
 _STUCK_PIDS_MAX = 64
 
 
-class Listener(Protocol):
+class Listener:
     """Whom a tree tells what becomes of it. `is_empty` comes last, once."""
+
+    __slots__ = ()
 
     def has_started(self, pid: int, start_ticks: int) -> None:
         """The program runs."""
@@ -121,16 +122,25 @@ class Tree:
             self._listener.is_empty()
 
 
-class Containment(Protocol):
+class Containment:
     """Makes trees, and is told of every child of the launcher that ended."""
+
+    __slots__ = ()
 
     kind: str
 
     def tree(self, loop: Loop, listener: Listener, name: str) -> Tree:
         """Return a tree to start; `name` is its alone."""
+        raise NotImplementedError
 
     def reaped(self, pid: int, status: int) -> None:
         """A child of the launcher ended, with this wait status."""
+        raise NotImplementedError
 
     def all_reaped(self) -> None:
         """All children that had ended were told."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """No tree is left and none will come."""
+        raise NotImplementedError

@@ -425,22 +425,26 @@ def _connected(path: Path) -> socket.socket:
 async def _read_to_end(fd: int) -> bytes:
     """Return what comes until the other end closes, and close this one."""
     loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    os.set_blocking(fd, False)
-    loop.add_reader(fd, readable.set)
-    text = b""
-    try:
-        while len(text) < _READY_BYTES_MAX:
-            await readable.wait()
-            readable.clear()
+    ended = asyncio.Event()
+    text = bytearray()
+
+    def read() -> None:
+        try:
             piece = os.read(fd, _READY_BYTES_MAX)
-            if not piece:
-                break
-            text += piece
+        except BlockingIOError:
+            return
+        text.extend(piece)
+        if not piece or len(text) >= _READY_BYTES_MAX:
+            ended.set()
+
+    os.set_blocking(fd, False)
+    loop.add_reader(fd, read)
+    try:
+        await ended.wait()
     finally:
         loop.remove_reader(fd)
         os.close(fd)
-    return text
+    return bytes(text)
 
 
 def _environment() -> dict[str, str]:
