@@ -23,7 +23,7 @@ from tests.fakes.nvml.reading import LIMITS, PATIENCE_S, eventually, is_whole, n
 
 pytestmark = needs_gcc
 
-SNAPPY = dataclasses.replace(LIMITS, first_round_s=0.1, round_s=0.1, stuck_s=0.2, end_s=0.2)
+SNAPPY = dataclasses.replace(LIMITS, silence_s=1.0, stuck_s=0.2, end_s=0.2)
 UNKNOWN = 999
 
 
@@ -170,7 +170,7 @@ async def test_a_child_in_which_everything_hangs_is_replaced(
 ) -> None:
     fake = FakeNvml(tmp_path, gpus=2)
     rule = fake.rule(function, hang=True)
-    async with reading(fake, SNAPPY) as read:
+    async with reading(fake, dataclasses.replace(SNAPPY, first_round_s=0.1)) as read:
         # None is stacked on one that hangs, so more calls come from another process.
         await eventually(lambda: rule.calls > calls_of_one_child)
         rule.hang = 0
@@ -285,7 +285,7 @@ async def test_holders_asked_of_a_child_that_dies_are_an_error(tmp_path: Path) -
 
 async def test_a_child_that_is_silent_is_killed_and_replaced(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path)
-    async with reading(fake, dataclasses.replace(SNAPPY, silence_s=0.2)) as read:
+    async with reading(fake, SNAPPY) as read:
         child = fake.opened_by
         os.kill(child, signal.SIGSTOP)
         await read.until(driver_says("ERROR_TIMEOUT"))
@@ -295,7 +295,7 @@ async def test_a_child_that_is_silent_is_killed_and_replaced(tmp_path: Path) -> 
 
 async def test_children_that_do_not_end_are_not_joined_by_ever_more(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path)
-    limits = dataclasses.replace(SNAPPY, silence_s=0.2, end_s=PATIENCE_S, left_behind_max=0)
+    limits = dataclasses.replace(SNAPPY, end_s=PATIENCE_S, left_behind_max=0)
     async with reading(fake, limits) as read:
         child = fake.opened_by
         os.kill(child, signal.SIGSTOP)
