@@ -10,6 +10,7 @@ import os
 import pwd
 import signal
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from scheduler import config as configuration
@@ -25,8 +26,8 @@ from scheduler.control.board import NodeSize
 from scheduler.control.loop import Controller, Effects, Site
 from scheduler.effects.clock import SystemClock, boot_id
 from scheduler.effects.gpus import Gpus
-from scheduler.effects.job_files import remove_job  # noqa
-from scheduler.effects.journal import SqliteJournal
+from scheduler.effects.job_files import remove_job
+from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.launcher import Launcher
 from scheduler.effects.launcher_client import LauncherClient
 from scheduler.effects.nvml_client import NvmlGpus
@@ -186,7 +187,7 @@ class _Daemon:
     def _site(self, state_dir: Path) -> Site:
         node = self._config.node
         user = pwd.getpwnam(self._config.jobs.user) if self._config.jobs.user else pwd.getpwuid(os.geteuid())
-        jobs_dir = str(state_dir / JOBS_DIRECTORY)
+        jobs_dir = state_dir / JOBS_DIRECTORY
         return Site(
             size=NodeSize(
                 cpus=node.cpus or len(os.sched_getaffinity(0)),
@@ -194,7 +195,7 @@ class _Daemon:
                 live_jobs_max=self._config.policy.live_jobs_max,
             ),
             base_environment={"PATH": JOB_PATH, "HOME": user.pw_dir, "USER": user.pw_name, "LANG": "C.UTF-8"},
-            remove_job=lambda job_id: remove_job(jobs_dir, job_id),
+            remove_job=partial(remove_job, jobs_dir),
             boot_id=boot_id(),
             version=importlib.metadata.version("wattshift"),
             pid=os.getpid(),

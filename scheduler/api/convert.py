@@ -4,13 +4,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from scheduler.control.board import GpuView
 from scheduler.effects.journal import UsageRow
 from scheduler.errors import FieldViolation, InvalidRequest
+from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import (
     SHARE_MILLI_WHOLE,
     Attempt,
@@ -36,18 +37,29 @@ MODELS_MAX = 16
 VALUE_USD_MAX = 1_000_000.0
 DURATION_S_MAX = 10 * 365 * 86_400.0
 MEMORY_MIB_MAX = 1 << 40
+DRAW_W_MAX = 100_000.0
+CPUS_MAX = 1_000_000
 _INT32_MAX = 2**31 - 1
 
 _T = TypeVar("_T")
 
-_CLASSES = {cls: job_pb2.JobClass.Value(f"JOB_CLASS_{cls.name}") for cls in JobClass}
+_CLASSES: dict[JobClass, Any] = {cls: job_pb2.JobClass.Value(f"JOB_CLASS_{cls.name}") for cls in JobClass}
 _CLASSES_BACK = {value: cls for cls, value in _CLASSES.items()}
-_STATES = {state: job_pb2.JobState.Value(f"JOB_STATE_{state.value}") for state in JobState}
+_STATES: dict[JobState, Any] = {
+    state: job_pb2.JobState.Value(f"JOB_STATE_{state.value}") for state in JobState
+}
 _STATES_BACK = {value: state for state, value in _STATES.items()}
-_REASONS = {reason: reason_pb2.Reason.Value(f"REASON_{reason.value}") for reason in Reason}
-_ON_PREEMPT = {kind: job_pb2.OnPreempt.Value(f"ON_PREEMPT_{kind.value}") for kind in OnPreempt}
+_REASONS: dict[Reason, Any] = {reason: reason_pb2.Reason.Value(f"REASON_{reason.value}") for reason in Reason}
+_GPU_STATES: dict[GpuState, Any] = {
+    state: node_pb2.GpuState.Value(f"GPU_STATE_{state.name}") for state in GpuState
+}
+_ON_PREEMPT: dict[OnPreempt, Any] = {
+    kind: job_pb2.OnPreempt.Value(f"ON_PREEMPT_{kind.value}") for kind in OnPreempt
+}
 _ON_PREEMPT_BACK = {0: OnPreempt.REQUEUE} | {value: kind for kind, value in _ON_PREEMPT.items()}
-_RESTART = {rule: job_pb2.RestartRule.Value(f"RESTART_RULE_{rule.value}") for rule in RestartRule}
+_RESTART: dict[RestartRule, Any] = {
+    rule: job_pb2.RestartRule.Value(f"RESTART_RULE_{rule.value}") for rule in RestartRule
+}
 _RESTART_BACK = {0: RestartRule.NEVER} | {value: rule for rule, value in _RESTART.items()}
 
 
@@ -149,7 +161,7 @@ def job_spec(
         gpu_share_milli=share,
         gpu_memory_mib=whole("gpu_memory_mib", defaults.gpu_memory_mib, MEMORY_MIB_MAX, "MiB"),
         gpu_models=_models(message, found, prefix),
-        cpus=whole("cpus", defaults.cpus, 1_000_000, "CPUs"),
+        cpus=whole("cpus", defaults.cpus, CPUS_MAX, "CPUs"),
         memory_mib=whole("memory_mib", defaults.memory_mib, MEMORY_MIB_MAX, "MiB"),
         preemptible=message.preemptible if message.HasField("preemptible") else defaults.preemptible,
         on_preempt=_ON_PREEMPT_BACK.get(message.on_preempt, OnPreempt.REQUEUE),
@@ -163,7 +175,7 @@ def job_spec(
         expected_duration_s=positive("expected_duration_s"),
         deadline_s=_deadline(message, found, prefix, now_s),
         time_limit_s=positive("time_limit_s"),
-        draw_w=found.number(prefix + "draw_w", message.draw_w, 0.0, 100_000.0, "W")
+        draw_w=found.number(prefix + "draw_w", message.draw_w, 0.0, DRAW_W_MAX, "W")
         if message.HasField("draw_w")
         else None,
         pinned_memory_mib=int(
@@ -268,12 +280,12 @@ def seconds(stamp: Timestamp) -> float:
     return float(stamp.seconds + stamp.nanos / 1e9)
 
 
-def reason(value: Reason) -> "reason_pb2.Reason":
+def reason(value: Reason) -> Any:
     """A reason as protobuf says it."""
     return _REASONS[value]
 
 
-def job_class(value: JobClass) -> "job_pb2.JobClass":
+def job_class(value: JobClass) -> Any:
     """A class as protobuf says it."""
     return _CLASSES[value]
 
@@ -394,7 +406,7 @@ def gpu(view: GpuView) -> node_pb2.Gpu:
         index=identity.index,
         model=identity.model,
         pci_bus_id=identity.pci_bus_id,
-        state=node_pb2.GpuState.Value(f"GPU_STATE_{view.state.name}"),
+        state=_GPU_STATES[view.state],
         reason=_REASONS[view.reason],
         detail=view.detail,
         state_since=timestamp(view.since_s),

@@ -10,9 +10,9 @@ from scheduler.control import inbox
 from scheduler.control.admission import check_feasible
 from scheduler.control.commands import environment_digest
 from scheduler.control.loop import Controller
-from scheduler.effects.journal import JobFilter, job_number
+from scheduler.effects.journal import JobFilter
 from scheduler.errors import FieldViolation, InvalidRequest, NotFound, RevisionGone
-from scheduler.model.jobs import FINAL_STATES, Job
+from scheduler.model.jobs import FINAL_STATES, Job, job_number
 from scheduler.model.policy import aged_priority
 from scheduler.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 

@@ -4,7 +4,7 @@ Nothing is kept here: a label combination that is gone in the state is gone on t
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -14,19 +14,20 @@ from scheduler.control.board import GpuView
 from scheduler.control.loop import Controller
 from scheduler.control.meters import Histogram, Labels
 from scheduler.model.gpus import GpuState
+from scheduler.model.gpus import GpuSample
 from scheduler.model.jobs import JobClass, JobState
 
 _MIB = 1 << 20
 
 # Gauges of a GPU: name, help, and the value in base units out of a sample.
-_SAMPLED = (
+_SAMPLED: tuple[tuple[str, str, Callable[[GpuSample], float | None]], ...] = (
     ("gpu_utilization_ratio", "Part of the last period in which a kernel ran.", lambda s: s.utilization_ratio),
-    ("gpu_memory_used_bytes", "GPU memory in use.", lambda s: None if s.memory_used_mib is None else s.memory_used_mib * _MIB),
+    ("gpu_memory_used_bytes", "GPU memory in use.", lambda s: _scaled(s.memory_used_mib, _MIB)),
     ("gpu_power_watts", "Board draw.", lambda s: s.power_w),
     ("gpu_power_limit_watts", "Board power limit in force.", lambda s: s.power_limit_w),
     ("gpu_temperature_celsius", "Temperature of the GPU.", lambda s: s.temperature_celsius),
-    ("gpu_sm_clock_hertz", "Clock of the multiprocessors.", lambda s: None if s.sm_clock_mhz is None else s.sm_clock_mhz * 1e6),
-)  # fmt: skip
+    ("gpu_sm_clock_hertz", "Clock of the multiprocessors.", lambda s: _scaled(s.sm_clock_mhz, 1e6)),
+)
 
 
 class NodeCollector(Collector):
@@ -151,6 +152,10 @@ def registry(collector: NodeCollector) -> CollectorRegistry:
     made.register(collector)
     ProcessCollector(registry=made)
     return made
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def _lower(labels: Labels, names: tuple[str, ...]) -> Labels:

@@ -106,7 +106,7 @@ async def refuse(context: Context, error: Exception, meter: _Meter) -> NoReturn:
     elif isinstance(error, JournalError):
         code, message, details = grpc.StatusCode.UNAVAILABLE, str(error), []
     else:
-        log.exception("an RPC failed")
+        log.error("an RPC failed", exc_info=error)
         code, message, details = grpc.StatusCode.INTERNAL, "the daemon failed; its log says why", []
     meter.done(code)
     status = status_pb2.Status(code=code.value[0], message=message)

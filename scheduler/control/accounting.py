@@ -55,7 +55,7 @@ class Accounts:
         for uuid, share in free.items():
             self._gpu_ms[uuid, 0] += elapsed_s * share
 
-    def read(self, now_s: float) -> None:
+    def read(self) -> None:
         """Split the energy since the last readings."""
         holders = self._board.holders()
         for uuid, sample in self._board.samples.items():

@@ -81,7 +81,7 @@ class GpuBoard:
         self._present: frozenset[str] = frozenset()
         self._since: dict[str, tuple[GpuState, float]] = {}
 
-    def read(self, readings: GpuReadings, now_s: float) -> tuple[GpuIdentity, ...]:
+    def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
         """Take a round of readings; return the GPUs seen for the first time.
 
         A GPU that is not in the round any more is lost, not forgotten: jobs may still hold it.
@@ -245,9 +245,12 @@ class GpuBoard:
 
 def describe(processes: tuple[GpuProcess, ...]) -> str:
     """Processes in words: `pid 4711 (alice, python3, 2048 MiB)`."""
-    return ", ".join(
-        f"pid {p.pid} ({', '.join(filter(None, (p.user, p.command, f'{p.memory_mib} MiB' if p.memory_mib else '')))})"
-        if p.pid
-        else "a process that can't be named"
-        for p in processes
-    )
+    return ", ".join(_describe(process) for process in processes)
+
+
+def _describe(process: GpuProcess) -> str:
+    if not process.pid:
+        return "a process that can't be named"
+    memory = f"{process.memory_mib} MiB" if process.memory_mib else ""
+    facts = ", ".join(filter(None, (process.user, process.command, memory)))
+    return f"pid {process.pid} ({facts})" if facts else f"pid {process.pid}"

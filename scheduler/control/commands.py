@@ -18,7 +18,6 @@ from scheduler.control.inbox import (
     Undrain,
 )
 from scheduler.control.ledger import Ledger
-from scheduler.effects.journal import job_id
 from scheduler.errors import IllegalMove, LimitReached, NotFound, RequestIdReused
 from scheduler.model.events import (
     AttemptAcknowledged,
@@ -33,7 +32,7 @@ from scheduler.model.events import (
     StopDecided,
 )
 from scheduler.model.gpus import GpuState
-from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice
+from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_id
 from scheduler.model.reasons import Reason
 
 
@@ -67,7 +66,8 @@ class CommandHandler:
             case Uncordon():
                 return self._uncordon(command, now_s)
             case Drain():
-                return self._drain(command, now_s)
+                self._drain(command, now_s)
+                return None
             case Undrain():
                 if self._ledger.drain is not None:
                     self._ledger.apply(NodeDrainChanged(now_s, draining=False))
@@ -83,13 +83,12 @@ class CommandHandler:
                 "submit again when some of the waiting jobs have started",
             )
         digests: dict[str, str] = {}
-        for submission in submissions:
+        for one in submissions:
             if (
-                digests.setdefault(submission.request_id, submission.request_digest)
-                != submission.request_digest
+                one.request_id
+                and digests.setdefault(one.request_id, one.request_digest) != one.request_digest
             ):
-                if submission.request_id:
-                    raise RequestIdReused(submission.request_id, "of the same call")
+                raise RequestIdReused(one.request_id, "of the same call")
         made: dict[str, Job] = {}
         jobs = []
         for submission, job in zip(submissions, known, strict=True):

@@ -8,22 +8,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from scheduler.control.table import JobTable
-from scheduler.effects.journal import Derived, Journal, NodeState, UsageBooking, job_number
+from scheduler.effects.journal import Derived, Journal, NodeState, UsageBooking
 from scheduler.errors import JournalError
 from scheduler.model.events import (
     DaemonStarted,
     Event,
     GpuMarked,
     GpuUnmarked,
-    JobEvent,
     JobSubmitted,
+    LauncherConnected,
     NodeDrainChanged,
+    PlanDecided,
+    PolicyChanged,
     UsageBooked,
     fold,
     submitted,
 )
 from scheduler.model.gpus import GpuMark, GpuState
-from scheduler.model.jobs import FINAL_STATES, Job, JobState
+from scheduler.model.jobs import FINAL_STATES, Job, JobState, job_number
 from scheduler.model.policy import Policy
 
 Observer = Callable[[Job | None, Job], None]  # before, after
@@ -61,7 +63,7 @@ class Ledger:
         self._environments: dict[int, dict[str, str]] = {}
         self._usage: list[UsageBooking] = []
         self._requests: dict[str, tuple[int, str]] = {}
-        self._observer: Observer = lambda before, after: None
+        self._observer: Observer | None = None
         self._finals: dict[int, Job] = {}
 
     def observe(self, observer: Observer) -> None:
@@ -108,7 +110,9 @@ class Ledger:
             case UsageBooked():
                 self.booked_s = event.at_s
                 self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
-            case _ if isinstance(event, JobEvent):
+            case PlanDecided() | PolicyChanged() | LauncherConnected():
+                pass
+            case _:
                 number = job_number(event.job_id)
                 before = None if number is None else self.job(number)
                 if before is None:
@@ -157,8 +161,9 @@ class Ledger:
             raise
         before = self._undo
         self._begin()
-        for job in changed:
-            self._observer(before[job.number], job)
+        if self._observer is not None:
+            for job in changed:
+                self._observer(before[job.number], job)
 
     def abandon(self) -> None:
         """Drop what was staged: jobs and node are as they were before the tick."""

@@ -248,7 +248,7 @@ class Controller:
             case HandoverResult():
                 self.reports.handover(item, now_s)
             case HoldersSeen():
-                self.reports.holders(item.holders, now_s)
+                self.reports.holders(item.holders)
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
@@ -362,9 +362,9 @@ class Controller:
             self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
         else:
             self.problems.pop("driver", None)
-        fresh = self.board.read(readings, now_s)
-        self.accounts.read(now_s)
-        self.reports.fresh_gpus(fresh, now_s)
+        fresh = self.board.read(readings)
+        self.accounts.read()
+        self.reports.fresh_gpus(fresh)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
             occupied = self.board.occupants()

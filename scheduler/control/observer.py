@@ -3,8 +3,7 @@
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
 from scheduler.control.watch import Watchers
-from scheduler.effects.journal import job_number
-from scheduler.model.jobs import Attempt, Job, JobState
+from scheduler.model.jobs import Attempt, Job, JobState, job_number
 from scheduler.model.reasons import Reason
 
 
@@ -28,9 +27,9 @@ class Observer:
                 )
         earlier = {a.number: a for a in before.attempts} if before is not None else {}
         for attempt in after.attempts[-2:]:
-            self._see_attempt(after, earlier.get(attempt.number), attempt, label)
+            self._see_attempt(earlier.get(attempt.number), attempt, label)
 
-    def _see_attempt(self, job: Job, was: Attempt | None, now: Attempt, label: str) -> None:
+    def _see_attempt(self, was: Attempt | None, now: Attempt, label: str) -> None:
         notice = now.notice
         if notice is None or notice.reason is not Reason.PREEMPTED_BY_HIGHER_RANK:
             return

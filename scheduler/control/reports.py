@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from scheduler.control.board import describe
 from scheduler.control.handover import is_ignored
 from scheduler.control.inbox import HandoverResult
-from scheduler.effects.journal import job_id, job_number
 from scheduler.effects.launcher import (
     Acknowledged,
     AttemptKey,
     CheckpointSaved,
     Exited,
     HeldAttempt,
+    LauncherGone,
     LauncherHello,
     Report,
     Signalled,
@@ -28,6 +28,7 @@ from scheduler.model.events import (
     AttemptStarted,
     AttemptVerified,
     CheckpointReported,
+    Event,
     GpuMarked,
     LauncherConnected,
     PendingEnded,
@@ -36,7 +37,7 @@ from scheduler.model.events import (
     SuccessorStarted,
 )
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuState
-from scheduler.model.jobs import Job, JobState, Notice
+from scheduler.model.jobs import Job, JobState, Notice, job_id, job_number
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import ForeignAction
 from scheduler.planning.outcome import Ending, ended
@@ -81,6 +82,8 @@ class ReportHandler:
                 self._exited(report)
             case TreeStuck():
                 self._stuck(report, now_s)
+            case LauncherGone():
+                raise AssertionError("the loop takes this one itself")
 
     def reconcile(self, hello: LauncherHello, now_s: float) -> None:
         """Adopt what the launcher holds, bury what nobody holds any more."""
@@ -157,10 +160,11 @@ class ReportHandler:
             self._control.orders.forget(report.key)
             return
         if report.signal is not None:
-            code, reason = SIGNAL_BASE + report.signal, Reason.KILLED_BY_SIGNAL
+            code: int | None = SIGNAL_BASE + report.signal
+            reason = Reason.KILLED_BY_SIGNAL
             detail = f"signal {report.signal} ({_signal_name(report.signal)})"
         else:
-            code, detail = report.exit_code, ""
+            code = report.exit_code
             reason = Reason.EXITED_ZERO if code == 0 else Reason.EXITED_NONZERO
             detail = "" if code == 0 else f"exit code {code}"
         self._end(job, Ending(report.at_s, code, reason, detail))
@@ -189,7 +193,7 @@ class ReportHandler:
 
     # GPUs -------------------------------------------------------------------------------------
 
-    def fresh_gpus(self, fresh: tuple[GpuIdentity, ...], now_s: float) -> None:
+    def fresh_gpus(self, fresh: tuple[GpuIdentity, ...]) -> None:
         """GPUs seen for the first time: nobody knows who is on them."""
         for gpu in fresh:
             self._control.board.doubt(gpu.uuid)
@@ -227,7 +231,7 @@ class ReportHandler:
                 )
             )
 
-    def holders(self, holders: GpuHolders, now_s: float) -> None:
+    def holders(self, holders: GpuHolders) -> None:
         """A routine look: who is there that Wattshift did not start."""
         control, uuid = self._control, holders.uuid
         if uuid in control.board.occupants():
@@ -300,8 +304,8 @@ class ReportHandler:
         job = self._control.ledger.jobs.get(number) if number is not None else None
         return job if job is not None and job.holds and job.attempt == key.attempt else None
 
-    def _apply(self, event: object) -> None:
-        self._control.ledger.apply(event)  # type: ignore[arg-type]
+    def _apply(self, event: Event) -> None:
+        self._control.ledger.apply(event)
 
 
 def _signal_name(number: int) -> str:

@@ -345,7 +345,10 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
             return _start_decided(job, event, revision)
         case AttemptStarted():
             attempt = replace(
-                _current(job, event), started_s=event.at_s, pid=event.pid, pid_start_ticks=event.pid_start_ticks
+                _current(job, event),
+                started_s=event.at_s,
+                pid=event.pid,
+                pid_start_ticks=event.pid_start_ticks,
             )
             if job.state is not JobState.STARTING:  # asked to stop before it ran
                 return _with_attempt(job, attempt, revision)
@@ -356,7 +359,9 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
             return _with_attempt(moved, attempt, revision)
         case CancelRequested():
             if job.state is not JobState.PREEMPTING:
-                raise TransitionError(f"job {job.id} is {job.state}: cancel it by StopDecided or PendingEnded")
+                raise TransitionError(
+                    f"job {job.id} is {job.state}: cancel it by StopDecided or PendingEnded"
+                )
             return replace(job, reason=Reason.CANCELLED_BY_REQUEST, revision=revision)
         case AttemptSignalled():
             return _with_attempt(job, replace(_current(job, event), signalled_s=event.at_s), revision)
@@ -428,7 +433,12 @@ def _moved(job: Job, to: JobState, reason: Reason, at_s: float) -> Job:
 
 def _current(
     job: Job,
-    event: AttemptStarted | StopDecided | AttemptSignalled | AttemptAcknowledged | CheckpointReported | AttemptEnded,
+    event: AttemptStarted
+    | StopDecided
+    | AttemptSignalled
+    | AttemptAcknowledged
+    | CheckpointReported
+    | AttemptEnded,
 ) -> Attempt:
     if not job.holds or event.attempt != job.attempt:
         raise TransitionError(

@@ -174,3 +174,16 @@ class Job:
     def exit_code(self) -> int | None:
         """Exit code of the newest attempt that has one."""
         return self.attempts[-1].exit_code if self.attempts else None
+
+
+def job_id(number: int) -> str:
+    """The id of the job with this number."""
+    return f"j{number}"
+
+
+def job_number(job_id: str) -> int | None:
+    """The number in a job's id; None where it is no id of ours."""
+    digits = job_id[1:]
+    if not job_id.startswith("j") or not digits.isascii() or not digits.isdigit() or len(digits) > 18:
+        return None
+    return int(digits) if digits == str(int(digits)) else None

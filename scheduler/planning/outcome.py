@@ -27,7 +27,8 @@ class Ending:
 def ended(job: Job, ending: Ending, policy: Policy) -> AttemptEnded:
     """The event that ends the job's live attempt."""
     last = job.last
-    assert last is not None and job.holds
+    assert last is not None
+    assert job.holds
     if job.state is JobState.PREEMPTING:
         return _gave_way(job, ending, policy)
     if job.state is JobState.STOPPING:

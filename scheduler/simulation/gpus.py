@@ -251,6 +251,8 @@ class ObservingLauncher:
                 self._gpus.drop(report.key)
             case LauncherGone():
                 self._orders.clear()
+            case _:
+                pass
 
 
 def _visible_devices(pid: int) -> list[str]:

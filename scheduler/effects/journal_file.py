@@ -1,0 +1,179 @@
+"""The journal's file: its tables, its codec, its chain of hashes, its lock."""
+
+import fcntl
+import hashlib
+import itertools
+import os
+import secrets
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from scheduler.effects.journal import NodeState
+from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLocked
+from scheduler.model import events as model_events
+from scheduler.model.events import Event, UsageEntry
+from scheduler.model.jobs import Job
+
+FORMAT = 1
+DATABASE_NAME = "journal.sqlite"
+LOCK_NAME = "daemon.lock"
+# Events checked at start: enough to see a torn or meddled tail, cheap at any length of journal.
+TAIL_CHECKED = 256
+# The write-ahead log is folded in quiet moments; at this many pages of 4 KiB at any moment.
+WAL_PAGES_MAX = 16_384
+GENESIS = bytes(32)
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL, hash BLOB NOT NULL);
+CREATE TABLE segments (last_seq INTEGER PRIMARY KEY, last_hash BLOB NOT NULL, sealed_s REAL NOT NULL);
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY, final INTEGER NOT NULL, revision INTEGER NOT NULL, state TEXT NOT NULL,
+    class INTEGER NOT NULL, name TEXT NOT NULL, tenant TEXT NOT NULL, finished_s REAL, body BLOB NOT NULL);
+CREATE INDEX jobs_active ON jobs (number) WHERE final = 0;
+CREATE INDEX jobs_revision ON jobs (revision);
+CREATE INDEX jobs_finished ON jobs (finished_s) WHERE final = 1;
+CREATE TABLE requests (request_id TEXT PRIMARY KEY, number INTEGER NOT NULL, digest TEXT NOT NULL)
+    WITHOUT ROWID;
+CREATE INDEX requests_number ON requests (number);
+CREATE TABLE environments (number INTEGER PRIMARY KEY, body BLOB NOT NULL);
+CREATE TABLE usage (
+    at_s REAL NOT NULL, job_id TEXT NOT NULL, uuid TEXT NOT NULL, tenant TEXT NOT NULL, class TEXT NOT NULL,
+    gpu_ms INTEGER NOT NULL, energy_mj INTEGER NOT NULL, value_microusd INTEGER NOT NULL,
+    preemptions INTEGER NOT NULL);
+CREATE INDEX usage_at ON usage (at_s);
+"""
+
+_EVENT_TYPES: dict[str, type[Event]] = {
+    name: kind
+    for name, kind in vars(model_events).items()
+    if isinstance(kind, type) and kind.__module__ == model_events.__name__ and kind is not UsageEntry
+}
+DECODERS: dict[str, msgspec.json.Decoder[Event]] = {
+    name: msgspec.json.Decoder(kind) for name, kind in _EVENT_TYPES.items()
+}
+encode = msgspec.json.Encoder(order="deterministic").encode
+decode_job = msgspec.json.Decoder(Job).decode
+decode_environment = msgspec.json.Decoder(dict[str, str]).decode
+decode_node = msgspec.json.Decoder(NodeState).decode
+
+
+def chained(before: bytes, seq: int, kind: str, body: bytes) -> bytes:
+    """The hash of an event: SHA-256 over the hash before it, its number, kind and body."""
+    return hashlib.sha256(b"%b%d %b\n%b" % (before, seq, kind.encode(), body)).digest()
+
+
+def lock(state_dir: Path) -> int:
+    """Take the state directory for this process; returns the descriptor that holds it.
+
+    Raises:
+        StateLocked: Another daemon has it.
+        JournalError: It can't be written.
+    """
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise JournalError(
+            f"the state directory {state_dir} can't be written: {error.strerror}; "
+            "choose another with --state-dir or give this user the right to write"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise StateLocked(
+            f"another wattshift daemon uses the state directory {state_dir}; stop it or choose another directory"
+        ) from error
+    return lock
+
+
+def open_database(path: Path, now_s: float) -> sqlite3.Connection:
+    """Open the file, making what is missing.
+
+    Raises:
+        JournalCorrupt: It is no database, or a damaged one; nothing was changed.
+        JournalError: It can't be used, or has another format.
+    """
+    try:
+        db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
+        path.chmod(0o600)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES_MAX}")
+        db.execute("PRAGMA cache_size = -8192")
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}")
+            db.executemany(
+                "INSERT INTO meta VALUES (?, ?)",
+                [
+                    ("format", FORMAT),
+                    ("created_s", now_s),
+                    ("salt", secrets.token_bytes(16)),
+                    ("node", encode(NodeState({}, None, 1, 0.0, ""))),
+                    ("head_seq", 0),
+                    ("head_hash", GENESIS),
+                ],
+            )
+            db.execute("COMMIT")
+        found = meta(db, "format")
+    except sqlite3.DatabaseError as error:
+        raise translated(error, path) from error
+    if found != FORMAT:
+        raise JournalError(f"{path} has format {found}, this wattshift reads {FORMAT}; nothing was changed")
+    return db
+
+
+def meta(db: sqlite3.Connection, key: str) -> Any:
+    """A value of the table `meta`; `JournalCorrupt` where it is not there."""
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    if row is None:
+        raise JournalCorrupt(f"the journal lacks its {key}; nothing was changed")
+    return row[0]
+
+
+def head(db: sqlite3.Connection, path: Path) -> tuple[int, bytes]:
+    """Number and hash of the last event, as the last transaction left them."""
+    try:
+        return int(meta(db, "head_seq")), bytes(meta(db, "head_hash"))
+    except sqlite3.DatabaseError as error:
+        raise translated(error, path) from error
+
+
+def check_tail(db: sqlite3.Connection, head: int, head_hash: bytes, path: Path) -> None:
+    """Raise `JournalCorrupt` where the last events do not fit their hashes or the head."""
+    try:
+        rows = db.execute(
+            "SELECT seq, kind, body, hash FROM events ORDER BY seq DESC LIMIT ?", (TAIL_CHECKED + 1,)
+        ).fetchall()[::-1]
+    except sqlite3.DatabaseError as error:
+        raise translated(error, path) from error
+    if not rows:
+        whole = head == 0 or db.execute("SELECT 1 FROM segments WHERE last_seq = ?", (head,)).fetchone()
+    else:
+        whole = (rows[-1][0], bytes(rows[-1][3])) == (head, head_hash) and all(
+            seq == before + 1 and chained(bytes(running), seq, kind, body) == stored
+            for (before, _, _, running), (seq, kind, body, stored) in itertools.pairwise(rows)
+        )
+    if not whole:
+        raise JournalCorrupt(
+            f"the last events of {path} do not fit their hashes; nothing was changed. "
+            "See `wattshift journal verify`; move the file away to start anew"
+        )
+
+
+def translated(error: sqlite3.Error, path: Path | None = None) -> JournalError:
+    """The error as an operator should read it."""
+    where = str(path) if path else "the journal"
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return JournalCorrupt(
+            f"{where} is damaged ({error}); nothing was changed. Move it away to start anew"
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return JournalFull("the disk is full; the journal took nothing. Free space in the state directory")
+    return JournalError(f"{where} can't be used: {error}")

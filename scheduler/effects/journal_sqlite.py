@@ -1,0 +1,267 @@
+"""The journal in SQLite: write-ahead log, `synchronous=FULL`, one transaction a tick."""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from scheduler.effects.journal import Derived, JobFilter, NodeState, UsageRow
+from scheduler.effects.journal_file import (
+    DATABASE_NAME,
+    chained,
+    check_tail,
+    decode_environment,
+    decode_job,
+    decode_node,
+    encode,
+    head,
+    lock,
+    meta,
+    open_database,
+    translated,
+)
+from scheduler.model.events import Event, JobSubmitted
+from scheduler.model.jobs import FINAL_STATES, Job, job_id
+
+# A sealed segment is the unit in which old events age out.
+SEGMENT_EVENTS = 1_000_000
+SEGMENTS_KEPT = 16
+
+
+class SqliteJournal:
+    """The journal in `journal.sqlite` of a state directory, which it locks for itself."""
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        now_s: float,
+        segment_events: int = SEGMENT_EVENTS,
+        segments_kept: int = SEGMENTS_KEPT,
+    ) -> None:
+        """Open or make the journal.
+
+        Raises:
+            StateLocked: Another daemon owns the directory.
+            JournalCorrupt: The file or its chain is broken; nothing was changed.
+            JournalError: The directory can't be used.
+        """
+        self._lock = lock(state_dir)
+        path = state_dir / DATABASE_NAME
+        self._segment_events = segment_events
+        self._segments_kept = segments_kept
+        try:
+            self._db = open_database(path, now_s)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._head, self._hash = head(self._db, path)
+        check_tail(self._db, self._head, self._hash, path)
+        self._staged: list[tuple[int, float, str, bytes, bytes]] = []
+        self._requests: list[tuple[str, int, str]] = []
+        self._salt = bytes(meta(self._db, "salt"))
+        self._first = int(self._db.execute("SELECT coalesce(min(seq), 1) FROM events").fetchone()[0])
+        self._sealed = int(self._db.execute("SELECT coalesce(max(last_seq), 0) FROM segments").fetchone()[0])
+        self._committed = (self._head, self._hash)
+
+    @property
+    def head(self) -> int:
+        return self._head
+
+    @property
+    def first(self) -> int:
+        return self._first
+
+    @property
+    def staged(self) -> bool:
+        return bool(self._staged)
+
+    def node_state(self) -> NodeState:
+        text = self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0]
+        return decode_node(text)
+
+    def stage(self, event: Event) -> int:
+        kind = type(event).__name__
+        body = encode(event)
+        self._head += 1
+        self._hash = chained(self._hash, self._head, kind, body)
+        self._staged.append((self._head, event.at_s, kind, body, self._hash))
+        if isinstance(event, JobSubmitted) and event.request_id:
+            self._requests.append((event.request_id, event.number, event.request_digest))
+        return self._head
+
+    def commit(self, derived: Derived) -> None:
+        try:
+            self._write(derived)
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self.abandon()
+            raise translated(error) from error
+        self._committed = (self._head, self._hash)
+        self._staged.clear()
+        self._requests.clear()
+
+    def abandon(self) -> None:
+        self._head, self._hash = self._committed
+        self._staged.clear()
+        self._requests.clear()
+
+    def _write(self, derived: Derived) -> None:
+        db, jobs = self._db, derived.jobs
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", self._staged)
+        rows = [_row(job) for job in jobs]
+        if rows:
+            db.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        if self._requests:
+            db.executemany("INSERT INTO requests VALUES (?, ?, ?)", self._requests)
+        if derived.environments:
+            db.executemany(
+                "INSERT OR REPLACE INTO environments VALUES (?, ?)",
+                [(number, encode(values)) for number, values in derived.environments.items()],
+            )
+        booked = [
+            (
+                u.at_s,
+                e.job_id,
+                e.uuid,
+                e.tenant,
+                e.job_class,
+                e.gpu_ms,
+                e.energy_mj,
+                e.value_microusd,
+                u.preemptions,
+            )
+            for u in derived.usage
+            for e in (u.entry,)
+        ]
+        if booked:
+            db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", booked)
+        if derived.node:
+            db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (encode(derived.node),))
+        if self._staged:
+            db.execute("UPDATE meta SET value = ? WHERE key = 'head_seq'", (self._head,))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'head_hash'", (self._hash,))
+            if self._head - self._sealed >= self._segment_events:
+                db.execute(
+                    "INSERT INTO segments VALUES (?, ?, ?)", (self._head, self._hash, self._staged[-1][1])
+                )
+                self._sealed = self._head
+        db.execute("COMMIT")
+
+    def active_jobs(self) -> list[Job]:
+        rows = self._db.execute("SELECT body FROM jobs WHERE final = 0 ORDER BY number")
+        return [decode_job(body) for (body,) in rows]
+
+    def job(self, number: int) -> Job | None:
+        row = self._db.execute("SELECT body FROM jobs WHERE number = ?", (number,)).fetchone()
+        return decode_job(row[0]) if row else None
+
+    def jobs(self, which: JobFilter) -> list[Job]:
+        where, values = ["1"], []  # type: list[str], list[str | int]
+        for column, wanted in (("state", which.states), ("class", which.classes)):
+            if wanted:
+                where.append(f"{column} IN ({','.join('?' * len(wanted))})")
+                values += wanted
+        for column, text in (("name", which.name), ("tenant", which.tenant)):
+            if text:
+                where.append(f"{column} = ?")
+                values.append(text)
+        if which.active_only:
+            where.append("final = 0")
+        if which.before is not None:
+            where.append("number < ?")
+            values.append(which.before)
+        sql = f"SELECT body FROM jobs WHERE {' AND '.join(where)} ORDER BY number DESC LIMIT ?"
+        return [decode_job(body) for (body,) in self._db.execute(sql, (*values, which.limit))]
+
+    def jobs_since(self, revision: int) -> Iterator[Job]:
+        rows = self._db.execute("SELECT body FROM jobs WHERE revision > ? ORDER BY revision", (revision,))
+        return (decode_job(body) for (body,) in rows)
+
+    def request(self, request_id: str) -> tuple[int, str] | None:
+        row = self._db.execute(
+            "SELECT number, digest FROM requests WHERE request_id = ?", (request_id,)
+        ).fetchone()
+        return (int(row[0]), str(row[1])) if row else None
+
+    def environment(self, number: int) -> dict[str, str]:
+        row = self._db.execute("SELECT body FROM environments WHERE number = ?", (number,)).fetchone()
+        return decode_environment(row[0]) if row else {}
+
+    def salt(self) -> bytes:
+        return self._salt
+
+    def usage(
+        self, group: str, start_s: float, end_s: float, after: str | None, limit: int
+    ) -> list[UsageRow]:
+        assert group in ("job_id", "tenant", "class", "uuid")
+        rows = self._db.execute(
+            f"SELECT {group}, sum(gpu_ms), sum(energy_mj), sum(value_microusd), sum(preemptions) FROM usage"
+            f" WHERE at_s >= ? AND at_s < ? AND (? IS NULL OR {group} > ?) GROUP BY {group} ORDER BY {group} LIMIT ?",
+            (start_s, end_s, after, after, limit),
+        )
+        return [UsageRow(*row) for row in rows]
+
+    def expire(self, now_s: float, kept_s: float, kept_max: int) -> list[str]:
+        db = self._db
+        before_s = now_s - kept_s
+        surplus = db.execute("SELECT count(*) FROM jobs WHERE final = 1").fetchone()[0] - kept_max
+        if surplus > 0:
+            row = db.execute(
+                "SELECT finished_s FROM jobs WHERE final = 1 ORDER BY finished_s LIMIT 1 OFFSET ?", (surplus,)
+            ).fetchone()
+            before_s = max(before_s, row[0] if row else now_s)
+        gone = db.execute(
+            "SELECT number FROM jobs WHERE final = 1 AND finished_s < ?", (before_s,)
+        ).fetchall()
+        sealed = db.execute(
+            "SELECT max(last_seq) FROM segments WHERE last_seq >= ? AND last_seq <="
+            " (SELECT last_seq FROM segments ORDER BY last_seq DESC LIMIT 1 OFFSET ?)",
+            (self._first, self._segments_kept),
+        ).fetchone()[0]
+        if not gone and not sealed:
+            return []
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for table in ("jobs", "requests", "environments"):
+                db.executemany(f"DELETE FROM {table} WHERE number = ?", gone)
+            db.execute("DELETE FROM usage WHERE at_s < ?", (now_s - kept_s,))
+            if sealed:
+                db.execute("DELETE FROM events WHERE seq <= ?", (sealed,))
+                db.execute("DELETE FROM segments WHERE last_seq < ?", (sealed,))
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise translated(error) from error
+        if sealed:
+            self._first = sealed + 1
+        return [job_id(number) for (number,) in gone]
+
+    def checkpoint(self) -> None:
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def close(self) -> None:
+        """Fold the log, close the file and give the directory free."""
+        with contextlib.suppress(sqlite3.Error):  # the log is durable as it is; the next start folds it
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._db.close()
+        os.close(self._lock)
+
+
+def _row(job: Job) -> tuple[int, int, int, str, int, str, str, float | None, bytes]:
+    spec = job.spec
+    return (
+        job.number,
+        job.state in FINAL_STATES,
+        job.revision,
+        job.state.value,
+        int(spec.job_class),
+        spec.name,
+        spec.tenant,
+        job.finished_s,
+        encode(job),
+    )

@@ -1,0 +1,90 @@
+"""`wattshift journal verify`: walk a journal's whole chain, beside a running daemon if there is one."""
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, GENESIS, chained, decode_job, head
+from scheduler.errors import JournalCorrupt, JournalError, TransitionError
+from scheduler.model.events import JobEvent, JobSubmitted, fold, submitted
+from scheduler.model.jobs import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a walk over the whole chain found; `problem` is empty where it is whole."""
+
+    ok: bool
+    events: int
+    first: int
+    last: int
+    problem: str
+
+
+def verify(state_dir: Path) -> Verification:
+    """Walk the chain of a state directory, beside a running daemon if there is one.
+
+    Every hash is computed again, and every job whose events are all kept is folded again and compared
+    with its row.
+
+    Raises:
+        JournalError: There is no journal, or the file is no database.
+    """
+    path = state_dir / DATABASE_NAME
+    if not path.exists():
+        raise JournalError(f"{path} does not exist; name the daemon's state directory")
+    try:
+        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+        db.execute("BEGIN")
+        return _verified(db, path)
+    except sqlite3.Error as error:
+        raise JournalCorrupt(f"{path} can't be read: {error}") from error
+
+
+def _verified(db: sqlite3.Connection, path: Path) -> Verification:
+    last, last_hash = head(db, path)
+    anchor = db.execute(
+        "SELECT last_seq, last_hash FROM segments WHERE last_seq < (SELECT coalesce(min(seq), 1) FROM events)"
+        " ORDER BY last_seq DESC LIMIT 1"
+    ).fetchone()
+    seq, running = (anchor[0], bytes(anchor[1])) if anchor else (0, GENESIS)
+    first, count = seq + 1, 0
+    jobs: dict[str, Job] = {}
+    for row_seq, kind, body, stored in db.execute("SELECT seq, kind, body, hash FROM events ORDER BY seq"):
+        problem = ""
+        running = chained(running, row_seq, kind, body)
+        if row_seq != seq + 1:
+            problem = f"event {seq + 1} is missing"
+        elif running != stored:
+            problem = f"event {row_seq} ({kind}) does not match its hash"
+        else:
+            problem = _refold(jobs, row_seq, kind, body)
+        if problem:
+            return Verification(False, count, first, seq, problem)
+        seq, count = row_seq, count + 1
+    if (seq, running) != (last, last_hash):
+        return Verification(
+            False, count, first, seq, f"the chain ends at event {seq}, the journal says {last}"
+        )
+    for job in jobs.values():
+        row = db.execute("SELECT body FROM jobs WHERE number = ?", (job.number,)).fetchone()
+        if row and decode_job(row[0]) != job:
+            return Verification(
+                False, count, first, seq, f"the row of job {job.id} is not what its events make"
+            )
+    return Verification(True, count, first, seq, "")
+
+
+def _refold(jobs: dict[str, Job], seq: int, kind: str, body: bytes) -> str:
+    """Fold an event into `jobs`; return what is wrong with it, or an empty string."""
+    try:
+        event = DECODERS[kind].decode(body)
+        if isinstance(event, JobSubmitted):
+            jobs[event.job_id] = submitted(event, seq)
+        elif isinstance(event, JobEvent) and event.job_id in jobs:  # else its submission has aged out
+            jobs[event.job_id] = fold(jobs[event.job_id], event, seq)
+    except (KeyError, msgspec.MsgspecError, TransitionError) as error:
+        return f"event {seq} ({kind}) can't be read: {error}"
+    return ""
