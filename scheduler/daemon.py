@@ -127,6 +127,7 @@ class _Daemon:
             now_s=clock.now_s(),
             segment_events=state.journal_segment_events_max,
             segments_kept=state.journal_segments_kept_max,
+            watch_kept=state.watch_revisions_kept_max,
         )
         try:
             launcher, gpus = self._effects(state_dir, clock)

@@ -207,7 +207,7 @@ def _environment(
     if size > limits.environment_bytes_max:
         found.add(
             prefix + "environment",
-            f"has {size} bytes; the limit jobs.environment_bytes_max is {limits.environment_bytes_max}. Use a file",
+            f"has {size} bytes; jobs.environment_bytes_max is {limits.environment_bytes_max}. Use a file",
         )
     return environment
 

@@ -37,7 +37,7 @@ class MetricsServer:
             self._server = await asyncio.start_server(self._serve, host, port, limit=REQUEST_BYTES_MAX)
         except OSError as error:
             raise NodeError(
-                f"server.metrics_listen {host}:{port} can't be had: {error.strerror}; choose another port or 0 for any"
+                f"server.metrics_listen {host}:{port} can't be had: {error.strerror}; choose another port"
             ) from error
         bound = self._server.sockets[0].getsockname()
         return str(bound[0]), int(bound[1])

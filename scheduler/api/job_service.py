@@ -200,9 +200,9 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             )
             return sorted((job for job in wanted if job is not None), key=lambda job: job.revision)
         journal = control.effects.journal
-        if not journal.first - 1 <= since_revision <= journal.head:
+        if not journal.watch_floor <= since_revision <= journal.head:
             raise RevisionGone(
-                f"revision {since_revision} is not kept; the journal has {journal.first} to {journal.head}. "
+                f"revision {since_revision} is not kept; there are {journal.watch_floor} to {journal.head}. "
                 "Watch again without since_revision"
             )
         return [job for job in journal.jobs_since(since_revision) if not numbers or job.number in numbers]

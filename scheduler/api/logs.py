@@ -36,7 +36,9 @@ class LogReader:
             reader = OutputReader(self._jobs_dir, job.id, number)
         except FileNotFoundError:
             if self._is_live(job.number, number):
-                raise Unavailable(f"attempt {number} of job {job.id} is only just starting; try again") from None
+                raise Unavailable(
+                    f"attempt {number} of job {job.id} is only just starting; try again"
+                ) from None
             raise NotFound("log of attempt", str(number), f"job {job.id} keeps none (any more)") from None
         except OSError as error:
             raise Unavailable(f"the log of job {job.id} can't be read: {error}") from error
@@ -51,13 +53,17 @@ class LogReader:
         self, job: Job, number: int, request: job_service_pb2.ReadLogsRequest, reader: OutputReader
     ) -> AsyncIterator[job_service_pb2.ReadLogsResponse]:
         if request.tail_bytes:
-            yield job_service_pb2.ReadLogsResponse(data=await _tail(reader, request.tail_bytes), attempt=number)
+            yield job_service_pb2.ReadLogsResponse(
+                data=await _tail(reader, request.tail_bytes), attempt=number
+            )
         if not request.follow:
             while piece := reader.read(PIECE_BYTES):
                 yield job_service_pb2.ReadLogsResponse(data=piece, attempt=number, dropped_pieces=reader.lost)
             return
         if self._followers >= FOLLOWERS_MAX:
-            raise Unavailable(f"the limit log_followers_max = {FOLLOWERS_MAX} is reached; close some, or don't follow")
+            raise Unavailable(
+                f"the limit log_followers_max = {FOLLOWERS_MAX} is reached; close some, or don't follow"
+            )
         if self._watch is None:
             self._watch = OutputWatch()
         following = self._watch.follow(reader)
@@ -68,7 +74,9 @@ class LogReader:
                 following.clear()
                 live = self._is_live(job.number, number)  # before the read: what came until its end is read
                 while piece := reader.read(PIECE_BYTES):
-                    yield job_service_pb2.ReadLogsResponse(data=piece, attempt=number, dropped_pieces=reader.lost)
+                    yield job_service_pb2.ReadLogsResponse(
+                        data=piece, attempt=number, dropped_pieces=reader.lost
+                    )
                 if not live:
                     return
                 await _either(following, subscription)
@@ -80,7 +88,9 @@ class LogReader:
     def _attempt(self, job: Job, request: job_service_pb2.ReadLogsRequest) -> int:
         number = request.attempt or job.attempt
         if not 0 <= number <= job.attempt:
-            raise InvalidRequest(FieldViolation("attempt", f"is {number}; job {job.id} had attempts 1 to {job.attempt}"))
+            raise InvalidRequest(
+                FieldViolation("attempt", f"is {number}; job {job.id} had attempts 1 to {job.attempt}")
+            )
         if request.tail_bytes < 0:
             raise InvalidRequest(FieldViolation("tail_bytes", "is negative; give 0 for all"))
         return number

@@ -13,15 +13,18 @@ from prometheus_client.registry import Collector
 from scheduler.control.board import GpuView
 from scheduler.control.loop import Controller
 from scheduler.control.meters import Histogram, Labels
-from scheduler.model.gpus import GpuState
-from scheduler.model.gpus import GpuSample
+from scheduler.model.gpus import GpuSample, GpuState
 from scheduler.model.jobs import JobClass, JobState
 
 _MIB = 1 << 20
 
 # Gauges of a GPU: name, help, and the value in base units out of a sample.
 _SAMPLED: tuple[tuple[str, str, Callable[[GpuSample], float | None]], ...] = (
-    ("gpu_utilization_ratio", "Part of the last period in which a kernel ran.", lambda s: s.utilization_ratio),
+    (
+        "gpu_utilization_ratio",
+        "Part of the last period in which a kernel ran.",
+        lambda s: s.utilization_ratio,
+    ),
     ("gpu_memory_used_bytes", "GPU memory in use.", lambda s: _scaled(s.memory_used_mib, _MIB)),
     ("gpu_power_watts", "Board draw.", lambda s: s.power_w),
     ("gpu_power_limit_watts", "Board power limit in force.", lambda s: s.power_limit_w),
@@ -121,7 +124,7 @@ class NodeCollector(Collector):
         )
         yield _histogram(
             "preemption_stage_seconds",
-            "Stages of a preemption: each from the one before; total from the decision to the successor's start.",
+            "Each stage of a preemption from the one before; total: from decision to successor's start.",
             m.preemption_stage_s,
             ("stage", "victim_class"),
         )

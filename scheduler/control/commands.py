@@ -43,6 +43,8 @@ class CommandHandler:
         self._ledger = ledger
         self._board = board
         self.pending_max = pending_max
+        self.free_mib: int | None = None  # on the disk of the state directory; None = not looked yet
+        self.free_mib_min = 0
 
     def handle(self, command: Command, now_s: float) -> object:
         """Apply a command.
@@ -76,6 +78,12 @@ class CommandHandler:
     def _submit(self, submissions: tuple[Submission, ...], now_s: float) -> list[Job]:
         known = [self._known(submission) for submission in submissions]
         fresh = sum(job is None for job in known)
+        if fresh and self.free_mib is not None and self.free_mib < self.free_mib_min:
+            raise LimitReached(
+                "state.free_mib_min",
+                self.free_mib_min,
+                f"the state directory has {self.free_mib} MiB left; free some",
+            )
         if self._ledger.pending + fresh > self.pending_max:
             raise LimitReached(
                 "jobs.pending_max",
@@ -136,8 +144,8 @@ class CommandHandler:
         job = self._job(wanted)
         if job.standing:
             raise IllegalMove(
-                f"job {job.id} is an instance of the standing job {job.standing!r}, which the configuration keeps "
-                "alive; remove it from [[standing_jobs]] and reload, or cordon the GPU"
+                f"job {job.id} is an instance of the standing job {job.standing!r}, which the configuration "
+                "keeps alive; remove it from [[standing_jobs]] and reload, or cordon the GPU"
             )
         return self.cancel(job, Reason.CANCELLED_BY_REQUEST, now_s)
 

@@ -43,8 +43,8 @@ from scheduler.effects.launcher import Launcher, LauncherGone
 from scheduler.effects.processes import Processes
 from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestError, Unavailable
 from scheduler.model.actions import Plan
-from scheduler.model.events import DaemonStarted, PlanDecided
-from scheduler.model.jobs import Job
+from scheduler.model.events import DaemonStarted, PlanDecided, PolicyChanged
+from scheduler.model.jobs import FINAL_STATES, Job
 from scheduler.model.settings import Config
 from scheduler.planning.planner import Memo, digest, plan
 
@@ -89,7 +89,7 @@ class Controller:
         self.site = site
         self.config = config
         self.meters = Meters()
-        self.watchers = Watchers()
+        self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
         self.board = GpuBoard(self.ledger, site.size)
         self.accounts = Accounts(self.ledger, self.board, self.meters)
@@ -136,6 +136,7 @@ class Controller:
         now_s = self.effects.clock.now_s()
         self.accounts.resume(now_s)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
+        self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
@@ -165,12 +166,23 @@ class Controller:
 
     def stop(self) -> None:
         """Tick no more. Jobs go on under the launcher."""
+        if self._running:
+            self._book_last()
         self._running = False
         self.verifier.close()
         for task in self._looks:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
+
+    def _book_last(self) -> None:
+        now_s = self.effects.clock.now_s()
+        self.accounts.advance(now_s)
+        self.accounts.book(now_s)
+        try:
+            self._commit()
+        except JournalError as error:
+            log.error("the last usage could not be booked: %s", error)
 
     async def ask(self, command: Command) -> Any:
         """Hand a command to the next tick; returns its answer after it is on disk.
@@ -182,9 +194,11 @@ class Controller:
 
     def reload(self, config: Config) -> None:
         """Go by another configuration from now on."""
-        self.config = config
         self.commands.pending_max = config.jobs.pending_max
+        if config.policy != self.config.policy:
+            self.ledger.apply(PolicyChanged(self.effects.clock.now_s(), config.policy))
         self.ledger.set_policy(config.policy)
+        self.config = config
         self.standing.reload()
         self.inbox.put(Elapsed())
 
@@ -212,12 +226,25 @@ class Controller:
         try:
             self._turn(items)
         except Exception:  # the loop is the one place that catches everything: it logs, counts, goes on
-            log.exception("a tick failed")
-            self.meters.tick_failures += 1
-            self._fail_asked(items, Unavailable("the daemon could not do it; its log says why"))
-            self.ledger.abandon()
-            self.orders.clear()
+            log.exception("a tick failed; its items are taken one by one")
+            self._forget_turn()
+            for item in items:
+                self._turn_alone(item)
         self.meters.tick_s.observe(time.perf_counter() - begun)
+
+    def _turn_alone(self, item: Item) -> None:
+        """Take one item of a tick that failed, so that a bad one harms nobody but itself."""
+        try:
+            self._turn([item])
+        except Exception:
+            log.exception("dropped: %r", item)
+            self._forget_turn()
+            self._fail_asked([item], Unavailable("the daemon could not do it; its log says why"))
+
+    def _forget_turn(self) -> None:
+        self.meters.tick_failures += 1
+        self.ledger.abandon()
+        self.orders.clear()
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
@@ -282,8 +309,14 @@ class Controller:
         if not self.launcher_id:
             return None
         begun = time.perf_counter()
-        snapshot = self.board.snapshot(now_s)
-        made = plan(snapshot, self.config.policy, self._memo)
+        try:
+            made = plan(self.board.snapshot(now_s), self.config.policy, self._memo)
+        except Exception:  # a defect of ours; what arrived is kept all the same, and jobs go on
+            log.exception("no plan could be made")
+            self.meters.tick_failures += 1
+            self.problems["planner"] = "no plan could be made; the daemon's log says why"
+            return None
+        self.problems.pop("planner", None)
         self.meters.plan_s.observe(time.perf_counter() - begun)
         self.last_plan = made
         if made.actions:
@@ -306,6 +339,8 @@ class Controller:
     def _committed(self, before: Job | None, after: Job) -> None:
         self.observer.see(before, after)
         self.orders.follow(before, after)
+        if after.state in FINAL_STATES:
+            self.reports.forget(after.number)
 
     def _commit(self) -> None:
         if not self.ledger.touched:
@@ -388,19 +423,28 @@ class Controller:
         self.inbox.put(HandoverResult(uuid, look, error))
 
     def _housekeep(self, now_s: float) -> None:
+        journal, state = self.effects.journal, self.config.state
+        self.commands.free_mib = journal.free_mib()
+        self.commands.free_mib_min = state.free_mib_min
         if len(self.inbox) or self.ledger.touched:
             return
-        self.effects.journal.checkpoint()
+        journal.checkpoint()
         if now_s - self._expired_s < EXPIRE_PERIOD_S:
             return
-        self._expired_s = now_s
-        state = self.config.state
         try:
-            gone = self.effects.journal.expire(
-                now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max
-            )
+            gone = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)
         except JournalError as error:
             log.warning("old jobs could not be dropped: %s", error)
+            gone = []
+        if not gone:  # else there may be more: they go in the next quiet moment
+            self._expired_s = now_s
             return
+        self._spawn(asyncio.to_thread(self._remove_files, gone))
+
+    def _remove_files(self, gone: list[str]) -> None:
+        """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""
         for job_id in gone:
-            self.site.remove_job(job_id)
+            try:
+                self.site.remove_job(job_id)
+            except OSError as error:
+                log.warning("the files of job %s could not be removed: %s", job_id, error)

@@ -92,6 +92,7 @@ class ReportHandler:
         control.problems.pop("launcher", None)
         self._apply(LauncherConnected(now_s, hello.launcher_id))
         held = {(one.key.job_id, one.key.attempt): one for one in hello.attempts}
+        self._recall_victims()
         for job in list(control.ledger.live_jobs()):
             mine = held.pop((job.id, job.attempt), None)
             if mine is not None:
@@ -106,6 +107,21 @@ class ReportHandler:
                 control.orders.forget(key)
             else:  # the journal says that it ended: it must not run
                 control.orders.kill(key)
+
+    def _recall_victims(self) -> None:
+        """Know again, after a restart, who stops for whom."""
+        self._victims.clear()
+        for job in self._control.ledger.jobs.values():
+            last = job.last
+            if last is not None and last.preempted_by and last.successor_started_s is None:
+                number = job_number(last.preempted_by)
+                preemptor = self._control.ledger.jobs.get(number) if number is not None else None
+                if preemptor is not None and preemptor.state in (JobState.PENDING, JobState.STARTING):
+                    self._victims.setdefault(preemptor.number, []).append((job.id, last.number))
+
+    def forget(self, number: int) -> None:
+        """The job is final: nobody stops for it any more."""
+        self._victims.pop(number, None)
 
     def _adopt(self, job: Job, held: HeldAttempt, now_s: float) -> None:
         for report in held.reports:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from scheduler.errors import LimitReached
 from scheduler.model.jobs import Job
 
-SUBSCRIPTIONS_MAX = 1024
 # Changed jobs that wait for one reader. A reader this far behind resumes by revision instead.
 UNREAD_JOBS_MAX = 10_000
 
@@ -53,7 +52,9 @@ class JobSubscription:
 class Watchers:
     """All subscriptions."""
 
-    def __init__(self) -> None:
+    def __init__(self, count_max: int) -> None:
+        """Allow so many subscriptions at a time: each holds an RPC, and some must be left for operators."""
+        self._count_max = count_max
         self._jobs: set[JobSubscription] = set()
         self._node: set[asyncio.Event] = set()
 
@@ -89,5 +90,5 @@ class Watchers:
             changed.set()
 
     def _check(self) -> None:
-        if len(self._jobs) + len(self._node) >= SUBSCRIPTIONS_MAX:
-            raise LimitReached("watches_max", SUBSCRIPTIONS_MAX, "close watches that are not read")
+        if len(self._jobs) + len(self._node) >= self._count_max:
+            raise LimitReached("watches_max", self._count_max, "close watches that are not read")

@@ -76,8 +76,11 @@ class Journal(Protocol):
         """Number of the last event, staged ones included."""
 
     @property
-    def first(self) -> int:
-        """Number of the oldest event that is still kept."""
+    def watch_floor(self) -> int:
+        """Revision before which a watch can't be resumed: something that changed since then is gone."""
+
+    def free_mib(self) -> int:
+        """Space left on the journal's disk."""
 
     @property
     def staged(self) -> bool:
@@ -126,7 +129,7 @@ class Journal(Protocol):
         """Sums of usage by job_id, tenant, class or uuid, ordered by key, from behind `after`."""
 
     def expire(self, now_s: float, kept_s: float, kept_max: int) -> list[str]:
-        """Drop finished jobs and sealed events that are past retention; return ids of dropped jobs."""
+        """Drop some finished jobs and sealed events that are past retention; return ids of dropped jobs."""
 
     def checkpoint(self) -> None:
         """Fold the write-ahead log into the database; for quiet moments."""

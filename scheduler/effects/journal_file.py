@@ -56,7 +56,7 @@ _EVENT_TYPES: dict[str, type[Event]] = {
 DECODERS: dict[str, msgspec.json.Decoder[Event]] = {
     name: msgspec.json.Decoder(kind) for name, kind in _EVENT_TYPES.items()
 }
-encode = msgspec.json.Encoder(order="deterministic").encode
+encode = msgspec.json.Encoder().encode
 decode_job = msgspec.json.Decoder(Job).decode
 decode_environment = msgspec.json.Decoder(dict[str, str]).decode
 decode_node = msgspec.json.Decoder(NodeState).decode
@@ -87,7 +87,7 @@ def lock(state_dir: Path) -> int:
     except OSError as error:
         os.close(lock)
         raise StateLocked(
-            f"another wattshift daemon uses the state directory {state_dir}; stop it or choose another directory"
+            f"another wattshift daemon uses the state directory {state_dir}; stop it or choose another"
         ) from error
     return lock
 
@@ -115,6 +115,7 @@ def open_database(path: Path, now_s: float) -> sqlite3.Connection:
                     ("created_s", now_s),
                     ("salt", secrets.token_bytes(16)),
                     ("node", encode(NodeState({}, None, 1, 0.0, ""))),
+                    ("watch_floor", 0),
                     ("head_seq", 0),
                     ("head_hash", GENESIS),
                 ],

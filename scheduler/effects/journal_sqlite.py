@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ from scheduler.model.jobs import FINAL_STATES, Job, job_id
 # A sealed segment is the unit in which old events age out.
 SEGMENT_EVENTS = 1_000_000
 SEGMENTS_KEPT = 16
+WATCH_REVISIONS_KEPT = 100_000
+# Jobs dropped at a time: a few milliseconds of work.
+EXPIRED_AT_ONCE_MAX = 500
 
 
 class SqliteJournal:
@@ -39,6 +43,7 @@ class SqliteJournal:
         now_s: float,
         segment_events: int = SEGMENT_EVENTS,
         segments_kept: int = SEGMENTS_KEPT,
+        watch_kept: int = WATCH_REVISIONS_KEPT,
     ) -> None:
         """Open or make the journal.
 
@@ -51,6 +56,7 @@ class SqliteJournal:
         path = state_dir / DATABASE_NAME
         self._segment_events = segment_events
         self._segments_kept = segments_kept
+        self._watch_kept = watch_kept
         try:
             self._db = open_database(path, now_s)
         except BaseException:
@@ -61,6 +67,8 @@ class SqliteJournal:
         self._staged: list[tuple[int, float, str, bytes, bytes]] = []
         self._requests: list[tuple[str, int, str]] = []
         self._salt = bytes(meta(self._db, "salt"))
+        self._watch_floor = int(meta(self._db, "watch_floor"))
+        self._directory = state_dir
         self._first = int(self._db.execute("SELECT coalesce(min(seq), 1) FROM events").fetchone()[0])
         self._sealed = int(self._db.execute("SELECT coalesce(max(last_seq), 0) FROM segments").fetchone()[0])
         self._committed = (self._head, self._hash)
@@ -70,8 +78,11 @@ class SqliteJournal:
         return self._head
 
     @property
-    def first(self) -> int:
-        return self._first
+    def watch_floor(self) -> int:
+        return max(self._watch_floor, self._head - self._watch_kept)
+
+    def free_mib(self) -> int:
+        return shutil.disk_usage(self._directory).free >> 20
 
     @property
     def staged(self) -> bool:
@@ -200,7 +211,8 @@ class SqliteJournal:
         assert group in ("job_id", "tenant", "class", "uuid")
         rows = self._db.execute(
             f"SELECT {group}, sum(gpu_ms), sum(energy_mj), sum(value_microusd), sum(preemptions) FROM usage"
-            f" WHERE at_s >= ? AND at_s < ? AND (? IS NULL OR {group} > ?) GROUP BY {group} ORDER BY {group} LIMIT ?",
+            f" WHERE at_s >= ? AND at_s < ? AND (? IS NULL OR {group} > ?)"
+            f" GROUP BY {group} ORDER BY {group} LIMIT ?",
             (start_s, end_s, after, after, limit),
         )
         return [UsageRow(*row) for row in rows]
@@ -214,9 +226,12 @@ class SqliteJournal:
                 "SELECT finished_s FROM jobs WHERE final = 1 ORDER BY finished_s LIMIT 1 OFFSET ?", (surplus,)
             ).fetchone()
             before_s = max(before_s, row[0] if row else now_s)
-        gone = db.execute(
-            "SELECT number FROM jobs WHERE final = 1 AND finished_s < ?", (before_s,)
+        found = db.execute(
+            "SELECT number, revision FROM jobs WHERE final = 1 AND finished_s < ? ORDER BY finished_s LIMIT ?",
+            (before_s, EXPIRED_AT_ONCE_MAX),
         ).fetchall()
+        gone = [(number,) for number, _ in found]
+        floor = max([self._watch_floor, *(revision for _, revision in found)])
         sealed = db.execute(
             "SELECT max(last_seq) FROM segments WHERE last_seq >= ? AND last_seq <="
             " (SELECT last_seq FROM segments ORDER BY last_seq DESC LIMIT 1 OFFSET ?)",
@@ -228,6 +243,7 @@ class SqliteJournal:
             db.execute("BEGIN IMMEDIATE")
             for table in ("jobs", "requests", "environments"):
                 db.executemany(f"DELETE FROM {table} WHERE number = ?", gone)
+            db.execute("UPDATE meta SET value = ? WHERE key = 'watch_floor'", (floor,))
             db.execute("DELETE FROM usage WHERE at_s < ?", (now_s - kept_s,))
             if sealed:
                 db.execute("DELETE FROM events WHERE seq <= ?", (sealed,))
@@ -237,6 +253,7 @@ class SqliteJournal:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise translated(error) from error
+        self._watch_floor = floor
         if sealed:
             self._first = sealed + 1
         return [job_id(number) for (number,) in gone]

@@ -16,6 +16,7 @@ from scheduler.model.jobs import (
     JobState,
     Notice,
 )
+from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 
 MOVES: dict[JobState, frozenset[JobState]] = {
@@ -228,10 +229,10 @@ class LauncherConnected:
 
 @dataclass(frozen=True, slots=True)
 class PolicyChanged:
-    """The policy that plans are made with from now on, as canonical JSON."""
+    """The policy that plans are made with from now on."""
 
     at_s: float
-    policy_json: str
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +443,8 @@ def _current(
 ) -> Attempt:
     if not job.holds or event.attempt != job.attempt:
         raise TransitionError(
-            f"{type(event).__name__} of attempt {event.attempt}: job {job.id} is {job.state}, attempt {job.attempt}"
+            f"{type(event).__name__} of attempt {event.attempt}: "
+            f"job {job.id} is {job.state}, attempt {job.attempt}"
         )
     return job.attempts[-1]
 
