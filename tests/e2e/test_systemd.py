@@ -463,3 +463,42 @@ def test_uninstall_refuses_while_jobs_run_and_then_leaves_nothing(node: Node) ->
 def test_what_is_installed_completes_in_the_shell(installed: Machine) -> None:
     script = "/usr/local/share/bash-completion/completions/wattshift"
     installed.run("bash", "-c", f"source {script} && complete -p wattshift")
+
+
+# Documentation -----------------------------------------------------------------------------------
+
+
+def drop_ins() -> dict[str, str]:
+    """The drop-ins that docs/operating/systemd.md offers, by path."""
+    text = (REPOSITORY / "docs/operating/systemd.md").read_text()
+    blocks = "\n".join(re.findall(r"```ini\n(.*?)```", text, flags=re.DOTALL))
+    _, *parts = re.split(r"^# (/etc/systemd/system/\S+)$", blocks, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_drop_ins_of_the_documentation_do_what_they_say(node: Node) -> None:
+    machine = node.machine
+    offered = drop_ins()
+    assert len(offered) == 4
+    for path, text in offered.items():
+        machine.write(path, text)
+    machine.run("systemctl", "stop", *ALL_UNITS)
+    machine.run("install", "-d", "-o", "wattshift", "-g", "wattshift", "/srv/wattshift")
+    node.configure('[state]\ndirectory = "/srv/wattshift"')
+    try:
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "start", "wattshift-launcher.socket", "wattshift.service")
+        job = node.cli("submit", "--class", "batch", "--", "grep", "NoNewPrivs", "/proc/self/status")["job"][
+            "id"
+        ]
+        machine.run("wattshift", "wait", job)
+        assert machine.run("wattshift", "logs", job).stdout.split() == ["NoNewPrivs:", "0"]
+        assert (machine.root / "srv/wattshift").is_dir()
+        assert machine.run("ls", f"/srv/wattshift/jobs/{job}").stdout.split() == ["1", "checkpoint"]
+        assert machine.unit("wattshift-launcher.service", "CPUWeight") == "50"
+    finally:
+        machine.run("systemctl", "stop", *ALL_UNITS)
+        for path in offered:
+            (machine.root / path[1:]).unlink()
+        (machine.root / "etc/systemd/system/wattshift-launcher.service.d").rmdir()
+        machine.run("systemctl", "daemon-reload")
