@@ -11,7 +11,7 @@ the GPU with the smallest remaining share that fits (best fit), so that whole GP
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 WHOLE_MILLI = 1000
@@ -119,6 +119,7 @@ class Gpu:
 class Claim:
     """What a request was given: `awaited` are the leaving jobs whose capacity it counts on."""
 
+    request: Request
     node: int
     positions: tuple[int, ...]
     is_free: bool  # nothing of it has to be awaited
@@ -128,7 +129,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Node:
-    """A node while a plan is made; `free`, `leaving` and `live` change as jobs are served."""
+    """A node while a plan is made; `free` and `leaving` change as jobs are served."""
 
     row: int
     gpus: tuple[Gpu, ...]
@@ -152,12 +153,30 @@ class Node:
             known = self._suitable[key] = tuple(entry[-1] for entry in sorted(fit))
         return known
 
+    def only(self, positions: frozenset[int]) -> "Node":
+        """This node with its other GPUs closed; what is free and leaving is shared with it."""
+        gpus = tuple(
+            gpu if position in positions else replace(gpu, is_open=False)
+            for position, gpu in enumerate(self.gpus)
+        )
+        return Node(self.row, gpus, self.free, self.drains, self.leaving)
+
     def spare_with(self, holds: Iterable[Hold]) -> Spare:
         """What would be free without these holds."""
         spare = self.free.copy()
         for hold in holds:
             spare.add(hold)
         return spare
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Room for a request, not yet taken."""
+
+    node: Node
+    positions: tuple[int, ...]
+    victims: tuple[int, ...] = ()  # numbers of the live jobs that have to stop for it
+    ready_us: int = 0  # when all of it is free at the latest; 0 where it is free now
 
 
 def host_fits(request: Request, spare: Spare) -> bool:
@@ -220,8 +239,8 @@ def place(
     return (min(found)[-1],) if found else None
 
 
-def claim_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Claim | None:
-    """Give the request what is free, on the node with the fewest whole free GPUs; None: it does not fit."""
+def find_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
+    """Room in what is free, on the node with the fewest whole free GPUs; None: it does not fit."""
     best: tuple[int, Node, tuple[int, ...]] | None = None
     for node in nodes:
         if node.drains:
@@ -231,26 +250,39 @@ def claim_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALT
             left = node.free.milli.count(WHOLE_MILLI)
             if best is None or left < best[0]:
                 best = (left, node, positions)
-    if best is None:
-        return None
-    _, node, positions = best
-    node.free.take(request, positions)
-    return Claim(node.row, positions, True, (), 0)
+    return None if best is None else Found(best[1], best[2])
 
 
-def claim_leaving(request: Request, node: Node, penalty: Penalty = NO_PENALTY) -> Claim | None:
-    """Give the request what is free and what leaves on this node, as early as possible; None: doesn't fit."""
-    if node.drains or not node.leaving:
-        return None
-    spare, delays = node.free.copy(), dict(penalty)
-    for turn, hold in enumerate(sorted(node.leaving, key=lambda hold: _turn(hold, request.number)), start=1):
+def find_leaving(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
+    """Room in what is free and what leaves, on the node where the last stop it needs came first."""
+    best: tuple[tuple[bool, int], Found] | None = None
+    for node in nodes:
+        if node.drains or not node.leaving:
+            continue
+        found = find_leaving_on(request, node, penalty)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = found
+    return None if best is None else best[1]
+
+
+def find_leaving_on(
+    request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Iterable[Hold] = ()
+) -> tuple[tuple[bool, int], Found] | None:
+    """Room in what is free and what leaves, as few stops in turn as will do, and the turn of the last.
+
+    `victims` leave too: holds of live jobs, with their stop and preemptor as if it were decided.
+    """
+    spare, delays, ready_us = node.free.copy(), dict(penalty), 0
+    in_turn = sorted([*node.leaving, *victims], key=lambda hold: _turn(hold, request.number))
+    for turn, hold in enumerate(in_turn, start=1):
         late = [position for position in hold.parts if not fits_at(request, spare, position)]
         spare.add(hold)
+        ready_us = max(ready_us, hold.ready_us)
         for position in late:
             delays[position] = penalty.get(position, 0) + turn
         positions = place(request, node, spare, delays)
         if positions is not None:
-            return take(request, node, positions)
+            return _turn(hold, request.number)[:2], Found(node, positions, ready_us=ready_us)
     return None
 
 
@@ -277,7 +309,7 @@ def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
             is_free = False
             awaited.append(hold.number)
             ready_us = max(ready_us, hold.ready_us)
-    return Claim(node.row, positions, is_free, tuple(sorted(n for n in awaited if n >= 0)), ready_us)
+    return Claim(request, node.row, positions, is_free, tuple(sorted(n for n in awaited if n >= 0)), ready_us)
 
 
 def _turn(hold: Hold, number: int) -> tuple[bool, int, int]:

@@ -5,8 +5,9 @@ the order of rank, each from what is free, else from what is coming free, else b
 """
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 from scheduler.model.actions import (
     Action,
@@ -22,8 +23,22 @@ from scheduler.model.actions import (
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
-from scheduler.planning.allocator import Claim, Node, Request, claim_free, claim_leaving, fits, gpus_fit
+from scheduler.planning.allocator import (
+    NO_PENALTY,
+    Claim,
+    Found,
+    Node,
+    Penalty,
+    Request,
+    find_free,
+    find_leaving,
+    find_leaving_on,
+    fits,
+    gpus_fit,
+    take,
+)
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
+from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
 from scheduler.planning.preemption import Live, choose_victims, outranks
 from scheduler.planning.queue import LEAVES, Queue
 from scheduler.planning.world import NEVER, World
@@ -60,9 +75,12 @@ class Planner:
         self.now_us = snapshot.now_us
         self.claims: dict[int, Claim] = {}
         self.promise: Promise | None = None
-        self._actions: list[Action] = []
         self._stops: list[Action] = []
-        self._wakes: list[int] = []
+        self._preempts: list[PreemptJob] = []
+        self._starts: list[StartJob] = []
+        self._first_blocked: Blocked | None = None
+        # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
+        self._strict: dict[bool, Blocked] = {}
 
     def run(self) -> Plan:
         """Serve everyone."""
@@ -70,15 +88,12 @@ class Planner:
         self.world = World(self._snapshot, self._policy, stopping)
         self.queue = Queue(self._snapshot, self._policy.order)
         fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
-        self._actions += fails
         if len(self.queue):
             self.queue.set_aside()
             for position, request in self.queue.requests():
                 self._serve(position, request)
-        preempts = [action for action in self._actions if isinstance(action, PreemptJob)]
-        starts = [action for action in self._actions if isinstance(action, StartJob)]
         return Plan(
-            actions=(*self._stops, *fails, *preempts, *starts),
+            actions=(*self._stops, *fails, *self._preempts, *self._starts),
             waits=self._waits(),
             promise=self.promise,
             wake_us=self._wake_us(),
@@ -110,57 +125,111 @@ class Planner:
 
     def _serve(self, position: int, request: Request) -> None:
         """Give the request what it needs, or the reason why it has to wait."""
-        claim = claim_free(request, self.world.nodes)
-        if claim is None:
-            claim = self._claim_leaving(request)
-        if claim is None:
-            claim = self._displace(request)
-        if claim is None:
-            self.queue.refuse(request, self._lack(request))
+        found = self._find(request, self.world.nodes, NO_PENALTY)
+        if found is None:
+            self._block(request)
+            among = None if self._policy.backfill else self._kind(request)
+            self.queue.refuse(request, self._lack(request), among)
             return
-        self.claims[request.number] = claim
-        if claim.is_free:
-            gpus = self.world.uuids(claim.node, claim.positions)
-            self._actions.append(StartJob(request.number, gpus, Reason.STARTED_ON_FREE_GPUS))
-            self.queue.start(position)
-        else:
-            self.queue.wait(position, Reason.WAITING_FOR_HANDOVER)
+        holder = self._held_back_by(request, found)
+        if holder is not None:
+            found = self._find_beside(request, holder)
+            if found is None:
+                self._hold_back(position, request, holder)
+                return
+            book(found, request, holder)
+        self._commit(position, request, found)
 
-    def _claim_leaving(self, request: Request) -> Claim | None:
-        for node in self.world.nodes:
-            claim = claim_leaving(request, node)
-            if claim is not None:
-                return claim
-        return None
+    def _find(self, request: Request, nodes: list[Node], penalty: Penalty) -> Found | None:
+        """Room for the request, the least disruptive there is."""
+        return (
+            find_free(request, nodes, penalty)
+            or find_leaving(request, nodes, penalty)
+            or self._find_by_displacing(request, nodes, penalty)
+        )
 
-    def _displace(self, request: Request) -> Claim | None:
-        """Displace the cheapest victims on the cheapest node and claim their capacity."""
+    def _find_beside(self, request: Request, holder: Blocked) -> Found | None:
+        """Room that the blocked job can spare at the promised moment."""
+        if self._is_strict(request, holder) or holder.node is None:
+            return None
+        yielding = [live.hold for live in self._candidates(request, holder.node)]
+        return self._find(request, *beside(request, holder, self.world, yielding))
+
+    def _find_by_displacing(self, request: Request, nodes: list[Node], penalty: Penalty) -> Found | None:
+        """Room that the cheapest victims leave, on the node where they are cheapest."""
         best: tuple[int, Node, list[Live]] | None = None
-        for node in self.world.nodes:
-            candidates = self._candidates(request, node)
-            chosen = choose_victims(request, node, candidates) if candidates and not node.drains else None
+        for node in nodes:
+            candidates = [] if node.drains else self._candidates(request, node)
+            chosen = choose_victims(request, node, candidates) if candidates else None
             if chosen is not None and (best is None or chosen[0] < best[0]):
                 best = (chosen[0], node, chosen[1])
         if best is None:
             return None
         _, node, victims = best
-        for victim in sorted(victims, key=lambda live: live.number):
-            self.world.live[node.row].remove(victim)
-            victim.hold.preemptor = request.number
-            victim.hold.stop_us = self.now_us
-            node.leaving.append(victim.hold)
-            self._actions.append(
-                PreemptJob(
-                    victim.number,
-                    request.number,
-                    Reason.PREEMPTED_BY_HIGHER_RANK,
-                    victim.lost_gpu_ms,
-                    victim.loss_microusd,
-                )
-            )
-        claim = claim_leaving(request, node)
-        assert claim is not None, "the victims were chosen so that the request fits"
-        return claim
+        holds = [replace(v.hold, preemptor=request.number, stop_us=self.now_us) for v in victims]
+        found = find_leaving_on(request, node, penalty, holds)
+        assert found is not None, "the victims were chosen so that the request fits"
+        return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
+
+    def _commit(self, position: int, request: Request, found: Found) -> None:
+        """Start the job, or let it wait for what it claims."""
+        node = self.world.nodes[found.node.row]
+        for number in found.victims:
+            victim = self.world.leave(node, number, request.number)
+            lost = (victim.lost_gpu_ms, victim.loss_microusd)
+            self._preempts.append(PreemptJob(number, request.number, Reason.PREEMPTED_BY_HIGHER_RANK, *lost))
+        claim = take(request, node, found.positions)
+        self.claims[request.number] = claim
+        if not claim.is_free:
+            self.queue.wait(position, Reason.WAITING_FOR_HANDOVER)
+            return
+        reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
+        self._starts.append(StartJob(request.number, self.world.uuids(node.row, claim.positions), reason))
+        self.queue.start(position)
+
+    def _block(self, request: Request) -> None:
+        """Remember the highest job that can't be served, and what it can count on."""
+        order = self._policy.order
+        if self._first_blocked is None:
+            self._first_blocked = blocked(request, self.world, order, self.claims.values())
+            if self._first_blocked.is_promised:
+                self.promise = Promise(request.number, self._first_blocked.start_us)
+            self._strict[request.gpus > 0] = self._first_blocked
+        self._strict.setdefault(request.gpus > 0, Blocked(request, None, NEVER, None))
+
+    def _held_back_by(self, request: Request, found: Found) -> Blocked | None:
+        """The blocked job that a start as found could delay, if there is one."""
+        start_us = max(self.now_us, found.ready_us)
+        strict = None if self._policy.backfill else self._strict.get(request.gpus > 0)
+        if strict is not None and not gives_way(request, strict, self._policy, start_us):
+            return strict
+        first = self._first_blocked
+        if first is None or first.node is None or found.node.row != first.node.row:
+            return None
+        harmless = gives_way(request, first, self._policy, start_us) or ends_in_time(request, first, start_us)
+        return None if harmless else first
+
+    def _hold_back(self, position: int, request: Request, holder: Blocked) -> None:
+        """Let the job wait, and with it all that want as much and could delay the blocked job as well."""
+        among = stays(
+            self.queue, holder, self._policy, self.now_us, may_end=not self._is_strict(request, holder)
+        )
+        if not self._policy.backfill:
+            among &= self._kind(request)
+            self._strict.setdefault(request.gpus > 0, Blocked(request, None, NEVER, None))
+        if among[position]:
+            self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among)
+        else:
+            self.queue.wait(position, Reason.WAITING_FOR_PROMISED_START)
+
+    def _is_strict(self, request: Request, holder: Blocked) -> bool:
+        """Whether nothing but giving way lets the request pass."""
+        return not self._policy.backfill and (request.gpus > 0) == (holder.request.gpus > 0)
+
+    def _kind(self, request: Request) -> Any:
+        """The pending jobs that want GPUs like this one, or none like this one."""
+        wants = self.queue.column("gpus") > 0
+        return wants if request.gpus else ~wants
 
     def _candidates(self, request: Request, node: Node) -> list[Live]:
         order = self._policy.order

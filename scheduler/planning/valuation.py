@@ -16,7 +16,12 @@ _KEY_BITS = 63
 _FEW_ROWS = 64
 _CLASSES = len(JobClass)
 _MICRO = 1_000_000
-_US_PER_HOUR = 3_600_000_000
+_US_PER_MS = 1000
+_MS_PER_HOUR = 3_600_000
+# What of a value (10,000 USD per GPU-hour) and of a restart loss (ten days) counts towards a bar, at most:
+# their product stays inside int64, so that columns and single jobs give the same bar.
+_BAR_VALUE_MAX = 10_000_000_000
+_BAR_RESTART_MS_MAX = 864_000_000
 
 
 def rank_order(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any:
@@ -48,10 +53,18 @@ def value_bar(value: int, restart_loss_us: int, policy: Policy) -> int:
     The incumbent plus the larger of the policy's share of it and its restart loss spread over an hour;
     always more than the incumbent, so that equals never displace each other.
     """
-    ratio_micro = round(policy.hysteresis_ratio * _MICRO)
-    share = -(-abs(value) * ratio_micro // _MICRO)
-    restart = -(-value * restart_loss_us // _US_PER_HOUR) if value > 0 else 0
+    share = -(-min(abs(value), _BAR_VALUE_MAX) * round(policy.hysteresis_ratio * _MICRO) // _MICRO)
+    restart_ms = min(restart_loss_us // _US_PER_MS, _BAR_RESTART_MS_MAX)
+    restart = -(-min(max(value, 0), _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
     return value + max(share, restart, 1)
+
+
+def value_bars(value: Any, restart_loss_us: Any, policy: Policy) -> Any:
+    """`value_bar` of each row."""
+    share = -(-xp.minimum(abs(value), _BAR_VALUE_MAX) * round(policy.hysteresis_ratio * _MICRO) // _MICRO)
+    restart_ms = xp.minimum(restart_loss_us // _US_PER_MS, _BAR_RESTART_MS_MAX)
+    restart = -(-xp.clip(value, 0, _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
+    return value + xp.maximum(xp.maximum(share, restart), 1)
 
 
 def _packed(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any | None:

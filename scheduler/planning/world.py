@@ -28,9 +28,8 @@ _MS_PER_HOUR = 3_600_000
 _MICRO = 1_000_000
 _HOLDING_COLUMNS = ("job", "gpu", "share_milli", "memory_mib", "preemptor", "stop_us")
 _LIVE_COLUMNS = (
-    "number", "state", "job_class", "priority", "value", "cpus", "memory_mib", "preemptible", "min_runtime_us",
-    "grace_us", "restart_loss_us", "expected_us", "started_us",
-    "checkpoint_us", "node",
+    "number", "state", "job_class", "priority", "value", "cpus", "memory_mib", "preemptible",
+    "min_runtime_us", "grace_us", "restart_loss_us", "expected_us", "started_us", "checkpoint_us", "node",
 )  # fmt: skip
 
 
@@ -44,29 +43,39 @@ class World:
     def __init__(self, snapshot: Snapshot, policy: Policy, stopping: frozenset[int]) -> None:
         self.now_us = snapshot.now_us
         self._policy = policy
-        self.position: list[tuple[int, int]] = []  # by GPU row: node, position
+        self.position: dict[int, tuple[int, int]] = {}  # by GPU row: node, position
         self.nodes = self._empty_nodes(snapshot)
         self.live: list[list[Live]] = [[] for _ in self.nodes]
         self._occupy(snapshot, stopping)
+        # In an order of their own, whatever that of the rows (R8).
+        for node, live in zip(self.nodes, self.live, strict=True):
+            node.leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
+            live.sort(key=lambda live: live.number)
+
+    def leave(self, node: Node, number: int, preemptor: int) -> Live:
+        """Let a live job leave for a preemptor; returns the victim."""
+        live = self.live[node.row]
+        victim = live.pop(next(place for place, each in enumerate(live) if each.number == number))
+        victim.hold.preemptor = preemptor
+        victim.hold.stop_us = self.now_us
+        node.leaving.append(victim.hold)
+        return victim
 
     def uuids(self, node: int, positions: tuple[int, ...]) -> tuple[str, ...]:
         """The UUIDs at these positions, by index."""
-        gpus = sorted(
-            (self.nodes[node].gpus[position] for position in positions), key=lambda g: (g.index, g.uuid)
-        )
-        return tuple(gpu.uuid for gpu in gpus)
+        return tuple(self.nodes[node].gpus[position].uuid for position in sorted(positions))
 
     def _empty_nodes(self, snapshot: Snapshot) -> list[Node]:
         gpus = snapshot.gpus
         columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state)
         serves = snapshot.model_fits.T.tolist()
         by_node: list[list[Gpu]] = [[] for _ in range(len(snapshot.nodes))]
-        for row, (node, index, memory_mib, state) in enumerate(
-            zip(*(c.tolist() for c in columns), strict=True)
-        ):
-            self.position.append((node, len(by_node[node])))
-            gpu = Gpu(row, gpus.uuid[row], index, memory_mib, state != CLOSED, tuple(serves[row]))
-            by_node[node].append(gpu)
+        rows = zip(gpus.uuid, *(c.tolist() for c in columns), serves, strict=True)
+        for row, (uuid, node, index, memory_mib, state, sets) in enumerate(rows):
+            by_node[node].append(Gpu(row, uuid, index, memory_mib, state != CLOSED, tuple(sets)))
+        for row, here in enumerate(by_node):
+            here.sort(key=lambda gpu: (gpu.index, gpu.uuid))
+            self.position.update((gpu.row, (row, position)) for position, gpu in enumerate(here))
         sizes = snapshot.nodes
         rows = zip(
             *(c.tolist() for c in (sizes.cpus, sizes.memory_mib, sizes.live_jobs_max, sizes.drain)),
@@ -175,5 +184,5 @@ class World:
             since_us = max(0, self.now_us - max(job["checkpoint_us"], started_us))
         else:
             since_us = min(ran_us, round(self._policy.assumed_checkpoint_interval_s * _MICRO) // 2)
-        restart_loss_us: int = job["restart_loss_us"]
-        return (since_us + restart_loss_us) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
+        lost_gpu_ms: int = (since_us + job["restart_loss_us"]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
+        return lost_gpu_ms

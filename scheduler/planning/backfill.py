@@ -1,0 +1,189 @@
+"""The start that the highest blocked job can count on, and who may pass it (EASY backfill).
+
+The promise is the earliest moment at which the blocked job fits, from what is known of run times: what is
+free or leaving now, live jobs at their declared end (an overrun ends now), and those that it outranks at the
+end of their minimum runtime. A job of unknown run time never ends. Without a finite moment nothing is
+promised and nobody is held back.
+
+A job of lower rank may pass if at the promised moment it (a) gives way to the blocked job, (b) has ended, or
+(c) leaves it room beside. Source of the rule: D. Lifka, "The ANL/IBM SP scheduling system" (JSSPP 1995).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from scheduler.model.policy import Order, Policy
+from scheduler.model.snapshot import UNKNOWN
+from scheduler.planning.allocator import (
+    WHOLE_MILLI,
+    Claim,
+    Found,
+    Hold,
+    Node,
+    Request,
+    Spare,
+    fits,
+    fits_at,
+    host_fits,
+)
+from scheduler.planning.preemption import Live, outranks
+from scheduler.planning.queue import Queue
+from scheduler.planning.valuation import value_bar, value_bars
+from scheduler.planning.world import NEVER, World
+
+
+@dataclass(slots=True)
+class Blocked:
+    """A job that can't be served, and where and when it is promised to start.
+
+    `room` is what the promised node has at that moment less what jobs that passed still hold by then;
+    `start_us` is NEVER where nothing is promised.
+    """
+
+    request: Request
+    node: Node | None
+    start_us: int
+    room: Spare | None
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether a start can be promised."""
+        return self.start_us < NEVER
+
+
+def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim]) -> Blocked:
+    """The request with the earliest moment at which it fits; `claims` are those of higher rank."""
+    best = Blocked(request, None, NEVER, None)
+    claims = list(claims)
+    for node in world.nodes:
+        if node.drains:
+            continue
+        releases = [
+            (_release_us(request, live, order, world.now_us), live.hold) for live in world.live[node.row]
+        ]
+        releases += [_claim_end(claim, world.now_us) for claim in claims if claim.node == node.row]
+        spare = node.spare_with(node.leaving)
+        moment = world.now_us
+        releases = sorted((r for r in releases if r[0] < best.start_us), key=lambda release: release[0])
+        for at_us, hold in releases:
+            if at_us > moment and fits(request, node, spare):
+                break
+            moment = at_us
+            spare.add(hold)
+        if moment < best.start_us and fits(request, node, spare):
+            best = Blocked(request, node, moment, spare)
+    return best
+
+
+def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> bool:
+    """Whether the request, started then, gives way to the blocked job by the promised moment (a).
+
+    Without a promise its minimum runtime is no obstacle: it will be over.
+    """
+    live = Live(
+        hold=Hold(request.number, {}, 0, 0, 0, UNKNOWN, UNKNOWN, 0),
+        job_class=request.job_class,
+        priority=request.priority,
+        value_bar=value_bar(request.value, request.restart_loss_us, policy),
+        may_yield=True,
+        yields_us=start_us + request.min_runtime_us,
+        ends_us=NEVER,
+        started_us=start_us,
+        gpus=0,
+        lost_gpu_ms=0,
+        loss_microusd=0,
+    )
+    in_time = not to.is_promised or live.yields_us <= to.start_us
+    return request.preemptible and in_time and outranks(to.request, live, policy.order)
+
+
+def ends_in_time(request: Request, to: Blocked, start_us: int) -> bool:
+    """Whether the request, started then, has ended by the promised moment (b)."""
+    return request.expected_us != UNKNOWN and start_us + request.expected_us <= to.start_us
+
+
+def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool) -> Any:
+    """Bool, shape (pending,): jobs that, started now, don't give way (a) and, if it counts, don't end (b)."""
+    column, request = queue.column, to.request
+    expected_us = column("expected_us")
+    lower = request.value >= value_bars(column("value"), column("restart_loss_us"), policy)
+    if policy.order is Order.CLASS:
+        job_class, priority = column("job_class"), column("priority")
+        lower &= priority == request.priority
+        lower |= priority < request.priority
+        lower &= job_class == request.job_class
+        lower |= job_class > request.job_class
+    lower = lower & column("preemptible")
+    if to.is_promised:
+        lower &= now_us + column("min_runtime_us") <= to.start_us
+    if may_end:
+        lower |= (expected_us != UNKNOWN) & (now_us + expected_us <= to.start_us)
+    return ~lower
+
+
+def beside(
+    request: Request, to: Blocked, world: World, yielding: list[Hold]
+) -> tuple[list[Node], dict[int, int]]:
+    """The nodes with only the GPUs that the request may keep at the promised moment (c), and a penalty.
+
+    At that moment the blocked job needs some of the GPUs that serve it then, and can spare the rest. The
+    request may use what doesn't serve the blocked job, and as many of the others as can be spared; the
+    penalty makes it use the former first. `yielding` are the holds that it may displace.
+    """
+    node, room = to.node, to.room
+    assert node is not None
+    assert room is not None
+    others = [other for other in world.nodes if other is not node]
+    left = room.copy()
+    left.take(request, ())
+    if not host_fits(to.request, left):
+        return others, {}
+    serving = (
+        [p for p in node.suitable(to.request) if fits_at(to.request, room, p)] if to.request.gpus else []
+    )
+    spared = len(serving) - (1 if to.request.is_share else to.request.gpus)
+    if spared >= request.gpus:
+        return world.nodes, dict.fromkeys(serving, 1)
+    if request.is_share and to.request.is_share:
+        open_to = [position for position in serving if _still_serves(request, to.request, room, position)]
+    else:
+        open_to = sorted(serving, key=lambda position: _availability(node, yielding, position))[:spared]
+    allowed = frozenset(range(len(node.gpus))).difference(serving).union(open_to)
+    nodes = [node.only(allowed) if other is node else other for other in world.nodes]
+    return nodes, dict.fromkeys(serving, 1)
+
+
+def book(found: Found, request: Request, to: Blocked) -> None:
+    """Take from the promised moment's room what a job that passed still holds by then."""
+    if to.room is not None and to.node is not None and found.node.row == to.node.row:
+        to.room.take(request, found.positions)
+
+
+def _still_serves(request: Request, blocked: Request, room: Spare, position: int) -> bool:
+    left = room.copy()
+    left.take(request, (position,))
+    return fits_at(blocked, left, position)
+
+
+def _availability(node: Node, yielding: list[Hold], position: int) -> tuple[bool, bool, bool, int]:
+    """What can be had sooner sorts first: free, then leaving, then what can be displaced."""
+    milli = [node.free.milli[position]]
+    for holds in (node.leaving, yielding):
+        milli.append(milli[-1] + sum(hold.parts[position][0] for hold in holds if position in hold.parts))
+    return (milli[0] != WHOLE_MILLI, milli[1] != WHOLE_MILLI, milli[2] != WHOLE_MILLI, position)
+
+
+def _release_us(request: Request, live: Live, order: Order, now_us: int) -> int:
+    if live.yields_us < NEVER and outranks(request, live, order):
+        return min(live.ends_us, max(now_us, live.yields_us))
+    return live.ends_us
+
+
+def _claim_end(claim: Claim, now_us: int) -> tuple[int, Hold]:
+    request = claim.request
+    start_us = max(now_us, claim.ready_us)
+    end_us = NEVER if request.expected_us == UNKNOWN else start_us + request.expected_us
+    mib = request.gpu_memory_mib if request.is_share else 0
+    parts = {position: [request.share_milli, mib] for position in claim.positions}
+    return end_us, Hold(request.number, parts, request.cpus, request.memory_mib, 1, UNKNOWN, UNKNOWN, 0)

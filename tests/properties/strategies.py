@@ -1,0 +1,166 @@
+"""Small worlds drawn by Hypothesis: every mix of states, shapes and limits that a node can be in."""
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from scheduler.model.policy import Order, Policy
+from scheduler.model.snapshot import DRAINING, DRAINING_STOP, NOT_DRAINING
+from tests.fakes.worlds import (
+    MINING,
+    NOW_US,
+    PREEMPTING,
+    RUNNING,
+    SECOND_US,
+    STARTING,
+    STOPPING,
+    SUSPENDED,
+    UNKNOWN,
+    G,
+    HandOver,
+    J,
+    N,
+    W,
+)
+
+MODELS = ("H100", "A100")
+SHARES = (250, 400, 500, 750)
+MEMORY_MIB = (0, 0, 20_000, 50_000, 70_000)
+VALUES = (0, 50_000, 500_000, 600_000, 650_000, 2_000_000, -100_000)
+RATIOS = (0.3, 0.0)
+
+
+@st.composite
+def policies(draw: st.DrawFn, backfill: bool | None = None) -> Policy:
+    return Policy(
+        order=draw(st.sampled_from(Order)),
+        hysteresis_ratio=draw(st.sampled_from(RATIOS)),
+        backfill=draw(st.booleans()) if backfill is None else backfill,
+    )
+
+
+@st.composite
+def worlds(
+    draw: st.DrawFn, *, nodes_max: int = 2, gpus_max: int = 6, jobs_max: int = 12, plain: bool = False
+) -> W:
+    """A world whose holdings fit; `plain`: one model, no GPU memory, no host limits, one node."""
+    nodes = tuple(draw(_nodes(plain)) for _ in range(1 if plain else draw(st.integers(1, nodes_max))))
+    gpus = tuple(
+        draw(_gpu(index, 1 if plain else len(nodes), plain))
+        for index in range(draw(st.integers(0, gpus_max)))
+    )
+    jobs: list[J] = []
+    spare = {gpu.uuid: [1000, gpu.memory_mib] for gpu in gpus}
+    numbers = draw(st.permutations(range(1, draw(st.integers(1, jobs_max)) + 1)))
+    for number in numbers:
+        job = draw(_jobs(number, plain))
+        jobs.append(draw(_placed(job, gpus, len(nodes), spare)) if draw(st.integers(0, 2)) else job)
+    handovers: list[HandOver] = []
+    if not plain:
+        handovers = [
+            draw(_hand_over(gpu, spare))
+            for gpu in gpus
+            if spare[gpu.uuid][0] == 1000 and draw(st.integers(0, 5)) == 0
+        ]
+    return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes, handovers=tuple(handovers))
+
+
+@st.composite
+def _nodes(draw: st.DrawFn, plain: bool) -> N:
+    if plain:
+        return N()
+    drain = draw(st.sampled_from((NOT_DRAINING,) * 8 + (DRAINING, DRAINING_STOP)))
+    return N(
+        draw(st.sampled_from((4, 16, 64))),
+        draw(st.sampled_from((100, 1000))),
+        draw(st.sampled_from((3, 20, 20))),
+        drain,
+    )
+
+
+@st.composite
+def _gpu(draw: st.DrawFn, index: int, nodes: int, plain: bool) -> G:
+    uuid = f"GPU-{(index * 5 + 3) % 16:02d}"  # not in the order of the indices
+    if plain:
+        return G(uuid, index)
+    return G(
+        uuid,
+        index,
+        draw(st.integers(0, nodes - 1)),
+        draw(st.sampled_from((80_000, 80_000, 40_000))),
+        draw(st.sampled_from(("H100", *MODELS))),
+        draw(st.integers(0, 7)) > 0,
+    )
+
+
+@st.composite
+def _jobs(draw: st.DrawFn, number: int, plain: bool) -> J:
+    kind = draw(st.integers(0, 9))
+    job = J(
+        number,
+        job_class=draw(st.integers(0, MINING)),
+        priority=draw(st.sampled_from((500, 500, 100, 900, 1001))),
+        value=draw(st.sampled_from(VALUES)),
+        gpus=0 if kind == 0 else 1 if kind < 7 else draw(st.integers(1, 4)),
+        share_milli=draw(st.sampled_from(SHARES)) if 1 <= kind <= 3 else 1000,
+        preemptible=draw(st.integers(0, 4)) > 0,
+        min_runtime_us=draw(st.sampled_from((0, 0, 0, 5, 60))) * SECOND_US,
+        grace_us=draw(st.sampled_from((0, 2, 30))) * SECOND_US,
+        restart_loss_us=draw(st.sampled_from((0, 0, 600))) * SECOND_US,
+        expected_us=draw(st.sampled_from((UNKNOWN, 0, 10 * SECOND_US, 100 * SECOND_US, 5000 * SECOND_US))),
+    )
+    if plain:
+        return job
+    return replace(
+        job,
+        gpu_memory_mib=draw(st.sampled_from(MEMORY_MIB)) if job.gpus else 0,
+        models=draw(st.sampled_from(((), (), (), ("H100",), ("A100",), ("A100", "H100"), ("B200",)))),
+        cpus=draw(st.sampled_from((0, 0, 1, 4, 10))),
+        memory_mib=draw(st.sampled_from((0, 0, 50, 300))),
+        eligible_us=draw(st.sampled_from((0, 0, 0, 0, NOW_US, NOW_US + 7 * SECOND_US))),
+        deadline_us=draw(
+            st.sampled_from((UNKNOWN,) * 6 + (NOW_US, NOW_US + 50 * SECOND_US, NOW_US + 200 * SECOND_US))
+        ),
+        time_limit_us=draw(st.sampled_from((UNKNOWN,) * 4 + (100 * SECOND_US, 4000 * SECOND_US))),
+    )
+
+
+@st.composite
+def _placed(draw: st.DrawFn, job: J, gpus: tuple[G, ...], nodes: int, spare: dict[str, list[int]]) -> J:
+    """The job live on GPUs that have room for it, in some state; the job itself where none have."""
+    node = draw(st.integers(0, nodes - 1))
+    room = [
+        gpu.uuid
+        for gpu in draw(st.permutations(gpus))
+        if gpu.node == node
+        and spare[gpu.uuid][0] >= job.share_milli
+        and spare[gpu.uuid][1] >= job.gpu_memory_mib
+        and (not job.models or gpu.model in job.models)
+    ]
+    if len(room) < job.gpus:
+        return job
+    on = tuple(room[: job.gpus])
+    for uuid in on:
+        spare[uuid][0] -= job.share_milli
+        spare[uuid][1] -= job.gpu_memory_mib
+    state = draw(st.sampled_from((RUNNING, RUNNING, RUNNING, STARTING, SUSPENDED, PREEMPTING, STOPPING)))
+    ran_us = draw(st.sampled_from((0, 3, 50, 4000))) * SECOND_US
+    saved_us = draw(st.sampled_from((None, 0, 2, 3000)))
+    leaving = state in (PREEMPTING, STOPPING)
+    return replace(
+        job,
+        state=state,
+        on=on,
+        node=node,
+        started_us=UNKNOWN if state == STARTING else NOW_US - ran_us,
+        checkpoint_us=UNKNOWN if state == STARTING or saved_us is None else NOW_US - saved_us * SECOND_US,
+        preemptor=draw(st.sampled_from((UNKNOWN, 1, 2))) if state == PREEMPTING and on else UNKNOWN,
+        stop_us=NOW_US - draw(st.integers(1, 3)) * SECOND_US if leaving and on else UNKNOWN,
+    )
+
+
+@st.composite
+def _hand_over(draw: st.DrawFn, gpu: G, spare: dict[str, list[int]]) -> HandOver:
+    share = draw(st.sampled_from((1000, 500)))
+    spare[gpu.uuid][0] -= share
+    return HandOver(gpu.uuid, share, 0, draw(st.sampled_from((UNKNOWN, 1))), NOW_US - 5 * SECOND_US)
