@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable
 
-from scheduler.effects.job_files import AttemptFiles, JobLog, JobUser
+from scheduler.effects.job_files import AttemptFiles, JobLog, JobUser, attempt_environment
 from scheduler.effects.job_spawn import Program
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, Timer, log
@@ -174,29 +174,31 @@ class Attempt(Listener):
     # Orders ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Make the files and fork."""
+        """Fork and, while the child makes itself ready, make the files."""
         shop = self._shop
-        what = "files"
+        self._environment.update(attempt_environment(shop.jobs_dir, *self.key))
         try:
-            files = AttemptFiles(shop.jobs_dir, shop.jobs_fd, *self.key, shop.user)
-            self._files = files
-            self._log = JobLog(files.attempt_fd, shop.user, shop.log_bytes_max, shop.log_files_max)
-            self._environment.update(files.environment)
-            self._watch_checkpoints(files)
-            what = "fork"
             self._output_fd, self._output_write_fd = os.pipe()
             os.set_blocking(self._output_fd, False)
             tree = shop.containment.tree(shop.loop, self, f"{self.key[0]}.{self.key[1]}")
             tree.start(self._program(self._command))
         except OSError as error:
-            self.has_failed_to_start(what, error.errno or 0, str(error))
-            self.is_empty()
+            self.refuse(error.errno or 0, str(error))
             return
         self._tree = tree
         shop.loop.watch_bulk(self._output_fd, self._pump)
         if not self._stop_command:
-            files.close_start_directories()
             self._close_output_writer()
+        try:
+            files = AttemptFiles(shop.jobs_fd, *self.key, shop.user)
+        except OSError as error:
+            self.has_failed_to_start("files", error.errno or 0, str(error))
+            self._kill(tree)
+            return
+        self._files = files
+        self._log = JobLog(files.attempt_fd, shop.user, shop.log_bytes_max, shop.log_files_max)
+        self._watch_checkpoints(files)
+        tree.go()
 
     def refuse(self, number: int, message: str) -> None:
         """Say why the attempt is not even tried."""
@@ -232,12 +234,16 @@ class Attempt(Listener):
 
     def has_started(self, pid: int, start_ticks: int) -> None:
         """The program runs; a stop that waited for it goes on."""
+        if self._files is None:
+            return  # killed for want of files before it was let go: that failure was said
         self._say("started", pid=pid, pid_start_ticks=start_ticks)
         if self._deadline_s is not None and self._tree is not None:
             self._give_notice(self._tree)
 
     def has_failed_to_start(self, what: str, number: int, message: str) -> None:
         """There is no process."""
+        if self._files is None and self.reports:
+            return  # the first failure counts
         if what == "command":
             message = f"{self._command[0]}: {message}"
         elif what == "working_directory":
@@ -294,9 +300,9 @@ class Attempt(Listener):
         tree.terminate()
         self._say("signalled")
         if self._stop_command:
-            self._run_stop_command(files)
+            self._run_stop_command()
 
-    def _run_stop_command(self, files: AttemptFiles) -> None:
+    def _run_stop_command(self) -> None:
         shop = self._shop
         tree = shop.containment.tree(shop.loop, StopTree(self), f"{self.key[0]}.{self.key[1]}.stop")
         self._stop_tree = tree
@@ -305,7 +311,8 @@ class Attempt(Listener):
         except OSError as error:
             self._stop_tree = None
             self.write_log_line(f"the stop command did not start: {error}")
-        files.close_start_directories()
+        else:
+            tree.go()
         self._close_output_writer()
 
     def look_for_acknowledgement(self) -> None:
@@ -388,6 +395,7 @@ class Attempt(Listener):
         except OSError as error:
             # Not worth a job: its checkpoints can still be reported by RPC.
             log(f"{self.key}: the checkpoint directory is not watched: {error}")
+        files.close_checkpoints()
 
     def _checkpoint_directory_changed(self, name: bytes) -> None:
         if name != b"checkpoint":
@@ -412,13 +420,8 @@ class Attempt(Listener):
     # Shared ------------------------------------------------------------------------------------
 
     def _program(self, command: list[str]) -> Program:
-        assert self._files is not None
         return Program(
-            command,
-            self._environment,
-            self._working_directory,
-            self._files.job_fd,
-            self._output_write_fd,
+            command, self._environment, self._working_directory, self.key[0], self._output_write_fd
         )
 
     def _watch(self, directory_fd: int, events: int, callback: Callable[[bytes], None]) -> int:

@@ -5,7 +5,7 @@ import os
 import select
 import signal
 
-from scheduler.effects.job_spawn import Program, Spawner, StartPipe, say_parent, signal_tree
+from scheduler.effects.job_spawn import Program, Spawner, StartLine, signal_tree, start_ticks
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, log
 
@@ -45,6 +45,12 @@ class CgroupTree(Tree):
             os.kill(self.main_pid, signal.SIGKILL)
         kill_cgroup(self._path)
 
+    def go(self) -> None:
+        """Let the process exec; look at it while it does."""
+        super().go()
+        if self._start is not None:
+            self._start.start_ticks = start_ticks(self.main_pid)
+
     def main_was_reaped(self, status: int) -> None:
         """The launcher reaped the first process."""
         self._main_ended(status)
@@ -72,19 +78,19 @@ class CgroupTree(Tree):
         self._containment.remove(self._path)
         self._ended()
 
-    def _fork(self, program: Program, start: StartPipe) -> None:
+    def _fork(self, program: Program, start: StartLine) -> None:
         os.mkdir(self._path, 0o755)
         try:
             procs_fd = os.open(f"{self._path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                self.main_pid = self._containment.spawner.spawn(program, start.write_fd, procs_fd)
+                self.main_pid = self._containment.spawner.spawn(program, start.child_fd, procs_fd)
             finally:
                 os.close(procs_fd)
         except OSError:
             os.rmdir(self._path)
             raise
+        start.pid = self.main_pid
         self._containment.by_main_pid[self.main_pid] = self
-        say_parent(start.write_fd, self.main_pid)
 
     def _read_events(self) -> None:
         # The kernel reports the next change only to who has read the last one.

@@ -1,9 +1,10 @@
 r"""From a fork to the job's first instruction, and signals to processes that are not our children.
 
-The launcher has one thread, so the child may run Python between fork and exec. What goes wrong there comes
-back through the start pipe, which the exec closes:
+The launcher has one thread, so the child may run Python between fork and exec. The fork comes first: the
+child makes itself ready while the launcher makes the attempt's files, then waits for the word. What goes
+wrong comes back over the same line, a pair of sockets which the exec closes:
 
-    P <pid> <start ticks>\n         written by the parent of the new process
+    P <pid> <start ticks>\n         written by a supervisor, of its child
     E <what> <errno> <message>\n    written by the child: there was no exec
 
 Its end without an E line means that the exec succeeded (or that a SIGKILL came first; the launcher calls
@@ -17,9 +18,10 @@ import gc
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 
-from scheduler.effects.job_files import JobUser
+from scheduler.effects.job_files import JobUser, open_job_directory
 from scheduler.effects.linux import set_parent_death_signal
 
 TYPE_CHECKING = False  # as in `launcher_wire.py`
@@ -28,15 +30,7 @@ if TYPE_CHECKING:
 
 # Blocked around a fork: until the child has reset its handlers, a signal to it would wake the launcher.
 _SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-# Python ignores two of these, whoever started us may have ignored the others; an exec keeps that.
-_SIGNALS_RESET = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGPIPE,
-    signal.SIGXFSZ,
-)
+_GO = b"g"
 _CHILD_FAILED = 127  # nobody reads it: the E line says more
 _MESSAGE_CHARACTERS_MAX = 500
 # pidfds open at a time while a tree is signalled.
@@ -48,27 +42,28 @@ _SIGNAL_ROUNDS_MAX = 8
 class Spawner:
     """What all jobs' processes have in common; made once, before the first fork."""
 
-    __slots__ = ("_files_max", "_null_fd", "_oom_score", "user")
+    __slots__ = ("_files_max", "_null_fd", "_oom_score", "jobs_fd", "user")
 
-    def __init__(self, user: JobUser, oom_score: bytes | None) -> None:
+    def __init__(self, user: JobUser, jobs_fd: int, oom_score: bytes | None) -> None:
         """Prepare.
 
         Args:
+            jobs_fd: The jobs directory, open.
             oom_score: What to write to the child's oom_score_adj; None leaves it alone.
         """
         self.user = user
+        self.jobs_fd = jobs_fd
         self._oom_score = oom_score
         self._null_fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         # We raise our own limit (`raise_open_files_limit`); programs that use select() need the old one.
         self._files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    @property
-    def null_fd(self) -> int:
-        """/dev/null, open."""
-        return self._null_fd
+    def kept_fds(self) -> set[int]:
+        """Return what a supervisor must not close."""
+        return {self._null_fd, self.jobs_fd}
 
     def spawn(self, program: Program, start_fd: int, cgroup_procs_fd: int = -1) -> int:
-        """Fork; return the pid. The child goes on to exec or says through `start_fd` why not.
+        """Fork; return the pid. The child makes ready, waits for the word on `start_fd`, then execs.
 
         Raises:
             OSError: The fork failed.
@@ -79,28 +74,11 @@ class Spawner:
             return pid
         what = "fork"
         try:
-            os.setsid()
-            if cgroup_procs_fd >= 0:
-                os.write(cgroup_procs_fd, b"0")
-            os.dup2(self._null_fd, 0)
-            os.dup2(program.output_fd, 1)
-            os.dup2(program.output_fd, 2)
-            for number in _SIGNALS_RESET:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            if self._oom_score is not None:
-                _write_oom_score(self._oom_score)
-            resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
-            if self.user.name:
-                os.setgroups(self.user.groups)
-                os.setresgid(self.user.gid, self.user.gid, self.user.gid)
-                os.setresuid(self.user.uid, self.user.uid, self.user.uid)
-            # After the change of user, which clears it.
-            set_parent_death_signal(signal.SIGKILL)
-            if os.getppid() != parent_pid:
-                os._exit(_CHILD_FAILED)  # too late: the parent died before it was asked for
+            self._make_ready(program, parent_pid, cgroup_procs_fd)
+            if os.read(start_fd, 1) != _GO:
+                os._exit(_CHILD_FAILED)
             what = "working_directory"
-            os.chdir(program.working_directory or program.job_fd)
+            program.enter(self.jobs_fd)
             what = "command"
             program.execute()
         except OSError as error:
@@ -113,32 +91,65 @@ class Spawner:
         hard = self._files_max[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+    def _make_ready(self, program: Program, parent_pid: int, cgroup_procs_fd: int) -> None:
+        os.setsid()
+        if cgroup_procs_fd >= 0:
+            os.write(cgroup_procs_fd, b"0")
+        os.dup2(self._null_fd, 0)
+        os.dup2(program.output_fd, 1)
+        os.dup2(program.output_fd, 2)
+        # Handlers end with the exec; until then a signal must not wake the launcher through its descriptor.
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if self._oom_score is not None:
+            _write_oom_score(self._oom_score)
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
+        if self.user.name:
+            os.setgroups(self.user.groups)
+            os.setresgid(self.user.gid, self.user.gid, self.user.gid)
+            os.setresuid(self.user.uid, self.user.uid, self.user.uid)
+        # After the change of user, which clears it.
+        set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(_CHILD_FAILED)  # too late: the parent died before it was asked for
+
 
 class Program:
     """What one process is to run."""
 
-    __slots__ = ("_arguments", "_environment", "_paths", "job_fd", "output_fd", "working_directory")
+    __slots__ = ("_arguments", "_environment", "_job_id", "_paths", "_working_directory", "output_fd")
 
     def __init__(
         self,
         arguments: list[str],
         environment: dict[str, str],
         working_directory: str,
-        job_fd: int,
+        job_id: str,
         output_fd: int,
     ) -> None:
         """Resolve the command against the job's own PATH.
 
         Args:
-            working_directory: Absolute; "" = the directory that `job_fd` is open on.
+            working_directory: Absolute; "" = the job's own directory.
             output_fd: Becomes stdout and stderr.
         """
         self._arguments = arguments
         self._environment = environment
         self._paths = _candidates(arguments[0], environment.get("PATH", os.defpath))
-        self.working_directory = working_directory
-        self.job_fd = job_fd
+        self._working_directory = working_directory
+        self._job_id = job_id
         self.output_fd = output_fd
+
+    def enter(self, jobs_fd: int) -> None:
+        """Change to the working directory, with the rights that this process has by now.
+
+        Raises:
+            OSError: It is missing or out of reach.
+        """
+        if self._working_directory:
+            os.chdir(self._working_directory)
+        else:
+            os.chdir(open_job_directory(jobs_fd, self._job_id))
 
     def execute(self) -> NoReturn:
         """Become the program.
@@ -158,41 +169,46 @@ class Program:
         raise denied or missing or FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
-class StartPipe:
-    """The reading end: says when the start is decided, and how."""
+class StartLine:
+    """The launcher's end of the line to a process that is to become a program."""
 
-    __slots__ = ("_read_fd", "_text", "failure", "pid", "start_ticks", "write_fd")
+    __slots__ = ("_text", "child_fd", "failure", "fd", "pid", "start_ticks")
 
     def __init__(self) -> None:
-        """Make the pipe.
+        """Make the line.
 
         Raises:
             OSError: No descriptor is left.
         """
-        self._read_fd, self.write_fd = os.pipe()
-        os.set_blocking(self._read_fd, False)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.fd, self.child_fd = ours.detach(), theirs.detach()
         self._text = b""
         self.pid = 0
         self.start_ticks = 0
         self.failure: tuple[str, int, str] | None = None  # what, errno, message
 
-    @property
-    def read_fd(self) -> int:
-        """What to wait on."""
-        return self._read_fd
-
-    def close_writer(self) -> None:
+    def close_child_end(self) -> None:
         """After the fork: only the child (and its supervisor) may hold the start open."""
-        os.close(self.write_fd)
-        self.write_fd = -1
+        os.close(self.child_fd)
+        self.child_fd = -1
+
+    def say_go(self) -> None:
+        """Let the child exec; one that is dead already is found out by reading."""
+        try:
+            os.write(self.fd, _GO)
+        except OSError:
+            pass
 
     def is_decided(self) -> bool:
-        """Read what has come; once True, the fields are set and the pipe may be closed."""
+        """Read what has come; once True, the fields are set and the line may be closed."""
         while True:
             try:
-                piece = os.read(self._read_fd, 4096)
+                piece = os.read(self.fd, 4096)
             except BlockingIOError:
                 return False
+            except OSError:
+                break  # reset: the child died with our word unread
             if not piece:
                 break
             self._text += piece
@@ -208,9 +224,9 @@ class StartPipe:
 
     def close(self) -> None:
         """Let go of what is still open."""
-        os.close(self._read_fd)
-        if self.write_fd >= 0:
-            self.close_writer()
+        os.close(self.fd)
+        if self.child_fd >= 0:
+            self.close_child_end()
 
 
 def fork_blocked() -> int:
@@ -234,11 +250,7 @@ def fork_blocked() -> int:
 
 def say_parent(start_fd: int, pid: int) -> None:
     """Write the P line for a child that has not been reaped."""
-    try:
-        ticks = start_ticks(pid)
-    except OSError:
-        ticks = 0  # no descriptor left, say; the process is there all the same
-    os.write(start_fd, b"P %d %d\n" % (pid, ticks))
+    os.write(start_fd, b"P %d %d\n" % (pid, start_ticks(pid)))
 
 
 def close_descriptors(keep: set[int]) -> None:
@@ -253,14 +265,15 @@ def close_descriptors(keep: set[int]) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """Return field 22 of /proc/<pid>/stat: with the pid it names a process for ever.
-
-    Raises:
-        OSError: There is no such process.
-    """
-    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    """Return field 22 of /proc/<pid>/stat, which with the pid names a process for ever; 0 if unreadable."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0  # no descriptor left, say; the process is there all the same
     try:
         text = os.read(fd, 4096)
+    except OSError:
+        return 0
     finally:
         os.close(fd)
     # The name (field 2) may hold spaces and parentheses; after its last ")" comes field 3.

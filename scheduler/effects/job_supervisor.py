@@ -18,7 +18,7 @@ import socket
 from scheduler.effects.job_spawn import (
     Program,
     Spawner,
-    StartPipe,
+    StartLine,
     children,
     close_descriptors,
     descendants,
@@ -89,7 +89,7 @@ class SupervisedTree(Tree):
             self._main_ended(signal.SIGKILL)
         self._ended()
 
-    def _fork(self, program: Program, start: StartPipe) -> None:
+    def _fork(self, program: Program, start: StartLine) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             pid = fork_blocked()
@@ -98,7 +98,7 @@ class SupervisedTree(Tree):
             theirs.close()
             raise
         if pid == 0:
-            supervise(self._containment.spawner, program, start.write_fd, theirs.fileno())
+            supervise(self._containment.spawner, program, start.child_fd, theirs.fileno())
         theirs.close()
         ours.setblocking(False)
         self._control = ours
@@ -186,15 +186,15 @@ class SupervisorContainment(Containment):
 def supervise(spawner: Spawner, program: Program, start_fd: int, control_fd: int) -> NoReturn:
     """Be the supervisor of this program's tree, in a process just forked, to its end."""
     try:
-        wakeup_fd = _detach(keep={spawner.null_fd, program.job_fd, program.output_fd, start_fd, control_fd})
+        wakeup_fd = _detach(keep={*spawner.kept_fds(), program.output_fd, start_fd, control_fd})
         try:
             main_pid = spawner.spawn(program, start_fd)
             say_parent(start_fd, main_pid)
         except OSError as error:
             os.write(start_fd, f"E fork {error.errno} {error.strerror}\n".encode())
             os._exit(0)
-        for fd in (start_fd, program.output_fd, program.job_fd):
-            os.close(fd)
+        os.close(start_fd)
+        os.close(program.output_fd)
         _serve(main_pid, control_fd, wakeup_fd)
     finally:
         os._exit(1)
@@ -207,9 +207,7 @@ def _detach(keep: set[int]) -> int:
     os.set_blocking(wakeup_fd, False)
     os.set_blocking(wakeup_write_fd, False)
     signal.set_wakeup_fd(wakeup_write_fd, warn_on_full_buffer=False)
-    # Who stops the launcher by signal stops its jobs through it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The launcher's handlers do nothing, and stay: who signals the launcher stops its jobs through it.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.setsid()
     set_child_subreaper()

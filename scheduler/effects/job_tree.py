@@ -10,7 +10,7 @@ Two ways to know a tree, whatever it forks and however it detaches itself:
 import errno
 import signal
 
-from scheduler.effects.job_spawn import Program, StartPipe, signal_tree
+from scheduler.effects.job_spawn import Program, StartLine, signal_tree
 from scheduler.effects.launcher_loop import Loop
 
 _STUCK_PIDS_MAX = 64
@@ -53,27 +53,32 @@ class Tree:
     def __init__(self, loop: Loop, listener: Listener) -> None:
         self._loop = loop
         self._listener = listener
-        self._start: StartPipe | None = None
+        self._start: StartLine | None = None
         self.is_over = False
         self.is_started = False
         self.main_pid = 0
         self.main_status: int | None = None
 
     def start(self, program: Program) -> None:
-        """Fork; the listener hears the rest.
+        """Fork; the process makes ready and waits for `go`. The listener hears the rest.
 
         Raises:
             OSError: No process came to be, and nothing more will be heard of this tree.
         """
-        start = StartPipe()
+        start = StartLine()
         try:
             self._fork(program, start)
         except OSError:
             start.close()
             raise
-        start.close_writer()
+        start.close_child_end()
         self._start = start
-        self._loop.watch(start.read_fd, self._read_start)
+        self._loop.watch(start.fd, self._read_start)
+
+    def go(self) -> None:
+        """Let the process exec."""
+        if self._start is not None:
+            self._start.say_go()
 
     def pids(self) -> set[int]:
         """Return the processes that are in the tree now."""
@@ -91,7 +96,7 @@ class Tree:
         """Return the lowest of the pids that are left, a bounded number."""
         return sorted(self.pids())[:_STUCK_PIDS_MAX]
 
-    def _fork(self, program: Program, start: StartPipe) -> None:
+    def _fork(self, program: Program, start: StartLine) -> None:
         raise NotImplementedError
 
     def _read_start(self) -> None:
@@ -99,7 +104,7 @@ class Tree:
         if start is None or not start.is_decided():
             return
         self._start = None
-        self._loop.unwatch(start.read_fd)
+        self._loop.unwatch(start.fd)
         start.close()
         if start.failure is not None:
             self._listener.has_failed_to_start(*start.failure)

@@ -285,9 +285,13 @@ def wakeup_on_signals() -> int:
     os.set_blocking(wakeup_fd, False)
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+    # A handler and not SIG_IGN, which jobs would inherit: Python ignores SIGPIPE, whoever started us perhaps
+    # others, SIGHUP is not for us.
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, _do_nothing)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _do_nothing)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return wakeup_fd
 
 

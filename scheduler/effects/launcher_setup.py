@@ -125,7 +125,8 @@ def _set_up(options: Options, inherited: socket.socket | None) -> tuple[Server, 
     os.makedirs(options.jobs_dir, 0o711, exist_ok=True)
     jobs_fd = open_directory(options.jobs_dir)
     set_child_subreaper()
-    spawner = Spawner(user, _lower_oom_score())
+    _check_reach(options.jobs_dir, user)
+    spawner = Spawner(user, jobs_fd, _lower_oom_score())
     spawner.raise_open_files_limit()
     containment = _containment(options.containment, jobs_fd, spawner)
     listener = _listen(options.socket_path) if inherited is None else inherited
@@ -148,6 +149,14 @@ def _set_up(options: Options, inherited: socket.socket | None) -> tuple[Server, 
         options.log_files_max,
     )
     return server, workshop
+
+
+def _check_reach(jobs_dir: str, user: JobUser) -> None:
+    with user:
+        if not os.access(jobs_dir, os.X_OK, effective_ids=True):
+            raise Refusal(
+                f"{jobs_dir} can't be reached by the jobs' user {user.name}; open it and what is above"
+            )
 
 
 def _containment(wanted: str, jobs_fd: int, spawner: Spawner) -> Containment:
