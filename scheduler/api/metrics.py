@@ -49,7 +49,7 @@ class NodeCollector(Collector):
         yield from self._meters()
         yield _gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])
         yield _gauge(
-            "up_problems", "Problems that an operator should look at.", [((), len(control.problems))]
+            "problems", "Problems that an operator should look at.", [((), len(control.problems))]
         )
         yield _gauge("build_info", "This daemon.", [((control.site.version,), 1)], ("version",))
 
