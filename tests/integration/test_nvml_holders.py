@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.effects.nvml_child import LANE_WAITING_MAX
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuProcess
 from tests.fakes.nvml.fake import ABSENT, GIB, OLD_DRIVER, FakeNvml
@@ -133,8 +134,8 @@ async def test_a_process_in_several_lists_is_one_holder(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path)
     me, parent = os.getpid(), os.getppid()
     with running("cat") as cat:
-        fake.gpus[0].set_processes([(me, GIB)])
-        fake.gpus[0].set_processes([(parent, ABSENT), (me, 2 * GIB), (0, GIB)], "graphics")
+        fake.gpus[0].set_processes([(me, 2 * GIB)])
+        fake.gpus[0].set_processes([(parent, ABSENT), (me, GIB), (0, GIB)], "graphics")
         fake.gpus[0].set_processes([(cat.pid, GIB), (me, ABSENT)], "mps")
         holders = await holders_of_first(fake)
     assert {(process.pid, process.kind, process.memory_mib) for process in holders.processes} == {
@@ -246,19 +247,39 @@ async def test_holders_are_answered_while_a_round_waits_for_another_gpu(tmp_path
 async def test_holders_of_a_gpu_that_hangs_are_an_error_in_bounded_time(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path, gpus=2)
     hung, other = fake.gpus[0].uuid, fake.gpus[1].uuid
+    lists = fake.rule("nvmlDeviceGetComputeRunningProcesses_v3", gpu=0)
     async with reading(fake, IMPATIENT) as read:
         rule = fake.rule("nvmlDeviceGetUtilizationRates", gpu=0, hang=True)
-        await read.until(lambda readings: hung in readings.errors)
-        async with asyncio.timeout(PATIENCE_S):
-            for _ in range(3 * 8):  # more often than a lane has room for
-                with pytest.raises(GpuReadError) as caught:
-                    await read.gpus.holders(hung)
-                assert caught.value.code == "ERROR_TIMEOUT"
+        await eventually(lambda: rule.inside == 1)
+        failures = []
+        for _ in range(3):
+            with pytest.raises(GpuReadError) as caught:
+                await read.gpus.holders(hung)
+            failures.append(caught.value)
+        assert [failure.code for failure in failures] == ["ERROR_TIMEOUT"] * 3
+        # Once it is known to hang longer than anybody waits, it is not waited for.
+        assert "has not come back for" in str(failures[-1])
         assert rule.inside == 1
+        expired_s = time.monotonic() + 2 * IMPATIENT.holders_s
+        await eventually(lambda: time.monotonic() > expired_s)
         rule.hang = 0
-        await read.until(lambda readings: not readings.errors)
+        await read.until(is_whole)
+        assert lists.calls == 0, "what nobody waits for any more is not asked"
         for uuid in (hung, other):
             assert (await holders_at_last(read, uuid)).processes == ()
+
+
+async def test_a_lane_has_room_for_eight_and_refuses_the_rest(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    uuid = fake.gpus[0].uuid
+    async with reading(fake, dataclasses.replace(LIMITS, holders_s=PATIENCE_S)) as read:
+        rule = fake.rule("nvmlDeviceGetUtilizationRates", hang=True)
+        await eventually(lambda: rule.inside == 1)
+        asked = [asyncio.create_task(read.gpus.holders(uuid)) for _ in range(LANE_WAITING_MAX + 5)]
+        await eventually(lambda: sum(task.done() for task in asked) == 5)
+        rule.hang = 0
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [GpuHolders] * LANE_WAITING_MAX + [GpuReadError] * 5
 
 
 async def test_a_process_list_that_hangs_makes_only_its_own_gpu_stale(tmp_path: Path) -> None:

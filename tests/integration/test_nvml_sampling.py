@@ -243,12 +243,11 @@ async def test_a_gpu_that_hangs_costs_only_itself_and_nothing_is_stacked_on_it(t
     fake = FakeNvml(tmp_path, gpus=3)
     hung = fake.gpus[1].uuid
     others = [fake.gpus[0].uuid, fake.gpus[2].uuid]
+    sampled = [fake.rule("nvmlDeviceGetClockInfo", gpu=index) for index in range(2)]
     async with reading(fake) as read:
-        rule = fake.rule("nvmlDeviceGetPowerUsage", gpu=1)
-        fake.gpus[1].power_instant_mw = ABSENT  # so that the call comes
-        rule.hang = 1
+        rule = fake.rule("nvmlDeviceGetUtilizationRates", gpu=1, hang=True)
         await read.until(lambda readings: readings.errors == {hung: "ERROR_TIMEOUT"})
-        calls = rule.calls
+        before = sampled[1].calls
         for _ in range(20):
             fake.gpus[0].energy_mj += 1
             energy_mj = fake.gpus[0].energy_mj
@@ -258,9 +257,13 @@ async def test_a_gpu_that_hangs_costs_only_itself_and_nothing_is_stacked_on_it(t
             assert [sample.uuid for sample in fresh.samples] == others
             assert fresh.errors == {hung: "ERROR_TIMEOUT"}
             assert len(fresh.identities) == 3
-        assert (rule.inside, rule.calls) == (1, calls)
+        assert (rule.inside, rule.calls) == (1, 1)
+        other_before = sampled[0].calls
         rule.hang = 0
+        await read.until(is_whole)
         assert sample_of(await read.until(is_whole), hung) is not None
+        # The one that hung, and one that a round may have begun since: no backlog.
+        assert sampled[1].calls - before <= sampled[0].calls - other_before + 2
 
 
 async def test_a_gpu_that_hangs_while_it_is_opened_costs_only_itself(tmp_path: Path) -> None:
