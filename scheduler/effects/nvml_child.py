@@ -237,18 +237,20 @@ class GpuLanes:
     def close(self, within_s: float) -> None:
         """Let the calls at hand come back, then close the library; bounded."""
         until_s = time.monotonic() + within_s
-        closed = threading.Event()
 
-        def close_library() -> None:
-            with contextlib.suppress(GpuReadError):
-                nvml.close_library()
-            closed.set()
+        def is_done(lane: Lane, work: Callable[[], None]) -> bool:
+            done = threading.Event()
 
-        with self._changed:
-            # Beneath a call that hangs the library is left as it is: the process ends anyway.
-            if self._wait(lambda: not any(gpu.is_sampling for gpu in self._gpus), until_s):
-                self._driver.submit(close_library)
-                closed.wait(max(0.0, until_s - time.monotonic()))
+            def run() -> None:
+                with contextlib.suppress(GpuReadError):
+                    work()
+                done.set()
+
+            return lane.submit(run) and done.wait(until_s - time.monotonic())
+
+        # Beneath a call that hangs the library is left as it is: the process ends anyway.
+        if all(is_done(gpu.lane, lambda: None) for gpu in self._gpus):
+            is_done(self._driver, nvml.close_library)
 
     def _wait(self, is_met: Callable[[], bool], until_s: float) -> bool:
         return self._changed.wait_for(is_met, max(0.0, until_s - time.monotonic()))
@@ -265,41 +267,38 @@ class GpuLanes:
         return self._collect(stuck_s)
 
     def _open(self) -> None:
-        count, failure = 0, ""
+        gpus: tuple[GpuLane, ...] = ()
+        failure = "ERROR_UNKNOWN"
         try:
             nvml.close_library()
-            count, self._driver_version = nvml.open_library()
+            count, version = nvml.open_library()
+            gpus = tuple(GpuLane(index, version, self._changed) for index in range(min(count, GPUS_MAX)))
+            failure = "" if count else NO_GPU
+            self._driver_version = version
         except GpuReadError as error:
             failure = error.code
-        with self._changed:
-            self._failure = failure or ("" if count else NO_GPU)
-            self._gpus = tuple(
-                GpuLane(index, self._driver_version, self._changed) for index in range(min(count, GPUS_MAX))
-            )
-            self._is_opening = False
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._gpus, self._failure = gpus, failure
+                self._is_opening = False
+                self._changed.notify_all()
 
     def _collect(self, stuck_s: float) -> Message:
-        errors: dict[str, str] = {}
-        samples: list[Message] = []
-        for gpu in self._gpus:
-            sample, failure = gpu.take()
-            if sample:
-                samples.append(value_to_json(sample))
-            if failure in nvml.DRIVER_GONE:
-                return self._lose_driver(failure, stuck_s)
-            if failure:
-                errors[gpu.name] = failure
+        results = [(gpu, *gpu.take()) for gpu in self._gpus]
+        answers = {failure for _, _, failure in results if failure != TIMEOUT}
+        # One GPU may say so alone, and costs only itself.
+        if answers and answers <= nvml.DRIVER_GONE:
+            return self._lose_driver(min(answers), stuck_s)
         return {
             "identities": [value_to_json(gpu.gpu.identity) for gpu in self._gpus if gpu.gpu],
-            "samples": samples,
-            "errors": errors,
+            "samples": [value_to_json(sample) for _, sample, _ in results if sample],
+            "errors": {gpu.name: failure for gpu, _, failure in results if failure},
             "driver_version": self._driver_version,
             "replace_me": all(gpu.lane.busy_s > stuck_s for gpu in self._gpus),
         }
 
     def _lose_driver(self, failure: str, stuck_s: float) -> Message:
-        """Drop all handles, so that the next round opens the library again."""
+        """Drop all handles, so that the library is opened again."""
         # Opening it again beside a call that hangs would hang a second one.
         is_hung = any(gpu.is_sampling for gpu in self._gpus)
         for gpu in self._gpus:

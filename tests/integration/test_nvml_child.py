@@ -25,6 +25,7 @@ from tests.fakes.nvml.reading import LIMITS, PATIENCE_S, eventually, is_whole, n
 pytestmark = needs_gcc
 
 SNAPPY = dataclasses.replace(LIMITS, silence_s=1.0, stuck_s=0.2, end_s=0.2)
+UNINITIALIZED = 1
 UNKNOWN = 999
 
 
@@ -108,6 +109,17 @@ async def test_handles_that_a_reload_between_two_rounds_killed_are_opened_again(
         await read.until(is_whole)
 
 
+async def test_a_gpu_that_alone_says_that_the_driver_is_gone_costs_only_itself(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path, gpus=2)
+    async with reading(fake) as read:
+        opened = fake.rule("nvmlInitWithFlags")
+        fake.rule("nvmlDeviceGetUtilizationRates", gpu=0, code=UNINITIALIZED)
+        readings = await read.until(lambda readings: bool(readings.errors))
+        assert readings.errors == {fake.gpus[0].uuid: "ERROR_UNINITIALIZED"}
+        assert [sample.uuid for sample in readings.samples] == [fake.gpus[1].uuid]
+        assert opened.calls == 0
+
+
 async def test_an_upgraded_driver_is_read_by_another_process(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path, gpus=2)
     async with reading(fake) as read:
@@ -160,8 +172,8 @@ async def test_start_is_bounded_when_the_library_hangs(tmp_path: Path) -> None:
     rule = fake.rule("nvmlInitWithFlags", hang=True)
     async with reading(fake, dataclasses.replace(LIMITS, first_round_s=0.1)) as read:
         assert read.first == GpuReadings((), (), {"driver": "ERROR_TIMEOUT"})
+        await eventually(lambda: rule.inside == 1)
         await read.next()
-        assert (rule.calls, rule.inside) == (1, 1)
         rule.hang = 0
         await read.until(is_whole)
         assert rule.calls == 1
@@ -208,15 +220,21 @@ async def test_close_is_bounded_while_a_call_hangs(tmp_path: Path, function: str
         assert not is_alive(child)
 
 
-async def test_close_lets_calls_come_back_and_shuts_the_library_down(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "function", ["nvmlDeviceGetUtilizationRates", "nvmlDeviceGetComputeRunningProcesses_v3"]
+)
+async def test_close_lets_calls_come_back_and_shuts_the_library_down(tmp_path: Path, function: str) -> None:
     fake = FakeNvml(tmp_path)
     shutdown = fake.rule("nvmlShutdown")
-    sampling = fake.rule("nvmlDeviceGetUtilizationRates", delay_s=0.05)
     async with reading(fake) as read:
-        before = shutdown.calls
-        await eventually(lambda: sampling.inside == 1)
+        call = fake.rule(function, hang=True, delay_s=0.1)
+        holders = asyncio.create_task(read.gpus.holders(fake.gpus[0].uuid))
+        await eventually(lambda: call.inside == 1)
+        call.hang = 0  # but it takes a while from here
         await read.gpus.close()
-        assert (sampling.inside, shutdown.inside, shutdown.calls) == (0, 0, before + 1)
+        assert (call.inside, shutdown.inside, shutdown.calls) == (0, 0, 1)
+        await asyncio.wait([holders])
+        assert holders.exception() is None or isinstance(holders.exception(), GpuReadError)
 
 
 async def test_close_twice_and_without_a_start_is_harmless() -> None:

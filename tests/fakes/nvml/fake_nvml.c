@@ -104,9 +104,9 @@ static int play(const char *function, int gpu) {
         if (rule->gpu != ANY_GPU && rule->gpu != gpu) continue;
         __atomic_add_fetch(&rule->calls, 1, __ATOMIC_SEQ_CST);
         __atomic_add_fetch(&rule->inside, 1, __ATOMIC_SEQ_CST);
+        while (__atomic_load_n(&rule->hang, __ATOMIC_SEQ_CST)) nanosleep(&(struct timespec){0, 1000000}, NULL);
         struct timespec delay = {rule->delay_us / 1000000, rule->delay_us % 1000000 * 1000L};
         nanosleep(&delay, NULL);
-        while (__atomic_load_n(&rule->hang, __ATOMIC_SEQ_CST)) nanosleep(&(struct timespec){0, 1000000}, NULL);
         code = rule->code;
         __atomic_sub_fetch(&rule->inside, 1, __ATOMIC_SEQ_CST);
     }
