@@ -277,7 +277,9 @@ class Attempt(Listener):
             self._kill(self._stop_tree)
 
     def write_log_line(self, text: str) -> None:
-        """Tell the job's owner something in the job's log."""
+        """Tell the job's owner something in the job's log, after all that was written until now."""
+        if self._output_fd >= 0:
+            self._drain()
         if self._log is not None:
             self._log.write(f"wattshift: {text}\n".encode("utf-8", "replace"))
 
@@ -366,9 +368,10 @@ class Attempt(Listener):
         return bool(piece)
 
     def _drain(self) -> None:
-        """Move what the ended tree left in the pipe.
+        """Move what is in the pipe.
 
-        Its end is not waited for: somebody outside of the tree may have been handed the other end.
+        When the tree is gone this is all. The pipe's end is not waited for: somebody outside of the tree may
+        have been handed the other end.
         """
         for _ in range(_DRAIN_PIECES_MAX):
             try:

@@ -10,11 +10,11 @@ One launcher serves a socket (a lock beside it says so), one daemon at a time: w
 and reports are those of `launcher_wire.py`. Whoever connects must be root or the launcher's own user.
 
 It ends IDLE_S after it holds no attempt and has no daemon; an attempt counts until the daemon forgets it, so
-no exit code is lost with the launcher. SIGTERM (systemd stops the unit, the machine shuts down) stops all
-jobs with a grace of TERM_GRACE_S, takes no new ones, and ends the launcher when all are gone; a second one
-kills them now. If the launcher itself is killed, its jobs are: their first processes at once by the kernel
-(PR_SET_PDEATHSIG), the rest by their supervisors, or by the next launcher, which clears their cgroups before
-it takes an order.
+no exit code is lost with the launcher. (Once the socket is removed nobody can ask any more, and an attempt
+counts until it is over.) SIGTERM (systemd stops the unit, the machine shuts down) stops all jobs with a grace
+of TERM_GRACE_S, takes no new ones, and ends the launcher when all are gone; a second one kills them now. If
+the launcher itself is killed, its jobs are: their first processes at once by the kernel (PR_SET_PDEATHSIG),
+the rest by their supervisors, or by the next launcher, which clears their cgroups before it takes an order.
 """
 
 import os

@@ -21,6 +21,7 @@ UNSENT_BYTES_MAX = 16 << 20  # reports for a daemon that doesn't read; it reconn
 JOB_ID_CHARACTERS_MAX = 100
 
 _READ_BYTES = 65536
+_UNIX_S_MAX = 1e12  # more is no time
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _JOB_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.")
 
@@ -28,7 +29,7 @@ _JOB_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuv
 class Connection:
     """One peer: lines in, lines out, never waiting."""
 
-    __slots__ = ("_loop", "_socket", "_unsent", "_waits_to_send", "is_greeted", "lines")
+    __slots__ = ("_loop", "_socket", "_splitter", "_unsent", "_waits_to_send", "is_greeted", "lines")
 
     def __init__(self, loop: Loop, peer: socket.socket) -> None:
         peer.setblocking(False)
@@ -36,21 +37,28 @@ class Connection:
         self._socket = peer
         self._unsent = bytearray()
         self._waits_to_send = False
+        self._splitter = LineSplitter()
         self.is_greeted = False
-        self.lines = LineSplitter()
+        self.lines: list[bytes] = []  # received and not obeyed yet, the next one last
 
     def fileno(self) -> int:
         """Return the descriptor, -1 once closed."""
         return self._socket.fileno()
 
-    def receive(self) -> bytes | None:
-        """Return what came; b"" at the end, None if nothing did."""
+    def receive(self) -> bool:
+        """Take into `lines` what came; False at the end.
+
+        Raises:
+            WireError: A line was too long.
+        """
         try:
-            return self._socket.recv(_READ_BYTES)
+            data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
-            return None
+            return True
         except OSError:
-            return b""
+            return False
+        self.lines[:0] = reversed(self._splitter.feed(data))
+        return bool(data)
 
     def send(self, message: Message) -> None:
         """Queue a message for `flush`."""
@@ -92,7 +100,14 @@ class Server:
         self._greeting: list[Connection] = []
         self._idle_timer: Timer | None = None
         self._is_ending = False
+        self._is_reachable = True
         self._wakeup_fd = -1
+
+    def socket_is_gone(self) -> None:
+        """Nobody can reach us any more: what is over is held for nobody."""
+        log("the socket was removed; ending when no job runs")
+        self._is_reachable = False
+        self._look_for_work()
 
     def serve(self, shop: Workshop) -> None:
         """Serve until nobody needs us."""
@@ -126,22 +141,35 @@ class Server:
         self.loop.watch(connection.fileno(), lambda: self._receive(connection))
 
     def _receive(self, connection: Connection) -> None:
-        data = connection.receive()
-        if data is None:
-            if not connection.flush():
-                self._hang_up(connection)
-            return
-        if not data:
-            self._hang_up(connection)
+        """Take what came, unless there is work from before."""
+        if connection.lines:
             return
         try:
-            for line in connection.lines.feed(data):
-                message = decode(line)
-                if connection.is_greeted:
-                    self._obey(message)
-                else:
-                    self._greet(connection, message)
+            is_open = connection.receive()
+            self._work(connection)
+            if not is_open and not connection.lines:
+                self._hang_up(connection)
         except WireError as error:
+            self._refuse(connection, error)
+
+    def _work(self, connection: Connection) -> None:
+        """Obey up to the first start; then exits, deadlines and reports have their turn."""
+        while connection.lines and connection.fileno() >= 0:
+            message = decode(connection.lines.pop())
+            if not connection.is_greeted:
+                self._greet(connection, message)
+            elif self._obey(message) and connection.lines:
+                self.loop.call_after(0.0, lambda: self._work_on(connection))
+                return
+
+    def _work_on(self, connection: Connection) -> None:
+        try:
+            self._work(connection)
+        except WireError as error:
+            self._refuse(connection, error)
+
+    def _refuse(self, connection: Connection, error: WireError) -> None:
+        if connection.fileno() >= 0:
             log(f"a connection was ended: {error}")
             connection.send({"report": "refused", "message": str(error)})
             connection.flush()
@@ -189,16 +217,17 @@ class Server:
 
     # Orders ------------------------------------------------------------------------------------
 
-    def _obey(self, message: Message) -> None:
+    def _obey(self, message: Message) -> bool:
+        """Do as ordered; True if that took as long as a start takes."""
         order = message.get("order")
         key = checked_key(message)
         attempt = self._attempts.get(key)
         if order == "start":
             if attempt is None:
                 self._start(key, checked_start(message))
-            else:
-                for report in attempt.reports:
-                    self._report(report)
+                return True
+            for report in attempt.reports:
+                self._report(report)
         elif attempt is None:
             log(f"{key}: an order to {order} what is not held")
         elif order == "stop":
@@ -213,6 +242,7 @@ class Server:
                 log(f"{key}: an order to forget what is not over")
         else:
             raise WireError(f"an order that version 1 does not know: {order!r}")
+        return False
 
     def _start(self, key: Key, order: Message) -> None:
         assert self._shop is not None
@@ -259,10 +289,13 @@ class Server:
 
     def _look_for_work(self) -> None:
         """End now, in a while, or not yet."""
-        if self._is_ending and all(attempt.is_over for attempt in self._attempts.values()):
-            self._flush()
-            self.loop.stop()
         is_idle = self._daemon is None and not self._attempts
+        if self._is_ending or not self._is_reachable:
+            is_all_over = all(attempt.is_over for attempt in self._attempts.values())
+            if self._is_ending and is_all_over:
+                self._flush()
+                self.loop.stop()
+            is_idle = self._daemon is None and is_all_over
         if is_idle and self._idle_timer is None:
             self._idle_timer = self.loop.call_after(IDLE_S, self.loop.stop)
         elif not is_idle and self._idle_timer is not None:
@@ -343,6 +376,8 @@ def checked_stop(message: Message) -> tuple[float, dict[str, object]]:
     deadline_s, notice = message.get("deadline_s"), message.get("notice")
     if not isinstance(deadline_s, int | float) or not isinstance(notice, dict):
         raise WireError("a stop order without deadline_s or notice")
+    if not abs(deadline_s) < _UNIX_S_MAX:  # NaN is not less, either
+        raise WireError(f"a stop order's deadline_s is no time: {deadline_s}")
     return float(deadline_s), notice
 
 

@@ -24,7 +24,7 @@ from scheduler.effects.job_supervisor import SupervisorContainment
 from scheduler.effects.job_tree import Containment
 from scheduler.effects.launcher_loop import log
 from scheduler.effects.launcher_server import Server
-from scheduler.effects.linux import Inotify, set_child_subreaper
+from scheduler.effects.linux import IN_DELETE, IN_MOVED_FROM, Inotify, set_child_subreaper
 
 TYPE_CHECKING = False  # as in `launcher_wire.py`
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def _set_up(options: Options, inherited: socket.socket | None) -> tuple[Server, 
     spawner = Spawner(user, jobs_fd, _lower_oom_score())
     spawner.raise_open_files_limit()
     containment = _containment(options.containment, jobs_fd, spawner)
+    inotify = Inotify()
     listener = _listen(options.socket_path) if inherited is None else inherited
     identity = {
         "launcher_id": os.urandom(8).hex(),
@@ -141,14 +142,29 @@ def _set_up(options: Options, inherited: socket.socket | None) -> tuple[Server, 
     workshop = Workshop(
         server.loop,
         containment,
-        Inotify(),
+        inotify,
         user,
         options.jobs_dir,
         jobs_fd,
         options.log_bytes_max,
         options.log_files_max,
     )
+    if inherited is None:
+        _watch_socket(options.socket_path, server, workshop)
     return server, workshop
+
+
+def _watch_socket(path: str, server: Server, workshop: Workshop) -> None:
+    """Have the server told when somebody removes its socket (with the whole state directory, say)."""
+    name = os.path.basename(path).encode()
+
+    def removed(what: bytes) -> None:
+        if what == name:
+            server.socket_is_gone()
+
+    directory_fd = open_directory(os.path.dirname(path))
+    workshop.watches[workshop.inotify.add(directory_fd, IN_DELETE | IN_MOVED_FROM)] = removed
+    os.close(directory_fd)
 
 
 def _check_reach(jobs_dir: str, user: JobUser) -> None:
