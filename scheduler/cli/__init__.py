@@ -4,7 +4,6 @@ This package and whatever parses a command line import only click: gRPC, protobu
 are imported by the command that needs them, so that `wattshift jobs` answers in the blink of an eye.
 """
 
-import errno
 import importlib
 import os
 import sys
@@ -68,6 +67,17 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Return what the command returns; a reader that has closed our output ends it in silence."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # What is still buffered goes nowhere; else the interpreter complains at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(ExitCode.PIPE) from None
+        return result
+
 
 @click.group(
     cls=LazyGroup,
@@ -91,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; what fails is told on standard error."""
     try:
         result = wattshift.main(arguments, prog_name="wattshift", standalone_mode=False)
-        sys.stdout.flush()
     except click.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
@@ -104,10 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WattshiftError as error:
         return _fail(ExitCode.FAILED, str(error))
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            # What is still buffered goes nowhere; else the interpreter complains at its exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return ExitCode.PIPE
         return _fail(ExitCode.INPUT_OUTPUT, str(error))
     return result if isinstance(result, int) else ExitCode.OK
 

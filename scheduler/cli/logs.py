@@ -41,7 +41,7 @@ def logs(session: Session, job_id: str, follow: bool, attempt: int | None, tail_
 
 def write_message(message: job_service_pb2.ReadLogsResponse) -> None:
     """Write a piece of a log to standard output as it is, and say beside it what rotation has dropped."""
-    if message.dropped_bytes:
-        output.note(f"[{message.dropped_bytes} bytes were dropped here by rotation]")
+    if message.dropped_pieces:
+        output.note("[rotation dropped some output here]")
     sys.stdout.buffer.write(message.data)
     sys.stdout.buffer.flush()

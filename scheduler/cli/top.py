@@ -168,7 +168,7 @@ def _run(view: View, readers: _Readers) -> None:
 def _draw(view: View) -> None:
     width, height = os.get_terminal_size(sys.stdout.fileno())
     lines = frame(view, width, height)
-    sys.stdout.write(HOME + f"{CLEAR_LINE}\r\n".join(lines) + CLEAR_LINE + CLEAR_BELOW)
+    sys.stdout.write(HOME + f"{CLEAR_LINE}\n".join(lines) + CLEAR_LINE + CLEAR_BELOW)
     sys.stdout.flush()
 
 

@@ -138,7 +138,7 @@ def read_logs(
     Raises:
         CliError: The server refused, or stayed away.
     """
-    position = 0  # bytes of the attempt's whole output that were yielded or dropped
+    position = 0  # bytes of the attempt's output that were yielded
     connect_timeout_s = client.connect_timeout_s
     while True:
         request = job_service_pb2.ReadLogsRequest(
@@ -153,7 +153,9 @@ def read_logs(
                 connect_timeout_s=connect_timeout_s,
             ):
                 attempt = message.attempt or attempt
-                reached += message.dropped_bytes + len(message.data)
+                reached += len(message.data)
+                if message.dropped_pieces:  # rotation overtook us: what is missing can't be counted
+                    position = 0
                 if reached <= position:
                     continue
                 message.data = message.data[-(reached - position) :]
