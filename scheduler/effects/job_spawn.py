@@ -316,14 +316,14 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def signal_tree(members: Callable[[], set[int]], *signals: int) -> None:
-    """Send the signals, in order, to each process that `members` lists, also to those it forks meanwhile.
+def signal_tree(members: Callable[[], set[int]], *signals: int, rounds: int = _SIGNAL_ROUNDS_MAX) -> None:
+    """Send the signals, in order, to each process that `members` lists, and in later rounds to new ones.
 
     A pid is looked up again after its descriptor is open, so that a number that changed hands between
     listing and signalling hits nobody else.
     """
     done: set[int] = set()
-    for _ in range(_SIGNAL_ROUNDS_MAX):
+    for _ in range(rounds):
         new = members() - done
         if not new:
             return

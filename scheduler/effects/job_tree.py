@@ -89,8 +89,11 @@ class Tree:
         raise NotImplementedError
 
     def terminate(self) -> None:
-        """SIGTERM everything, and wake what is stopped so that it can answer."""
-        signal_tree(self.pids, signal.SIGTERM, signal.SIGCONT)
+        """SIGTERM everything that is there, and wake what is stopped so that it can answer.
+
+        In one round: what a handler forks now (to save the work, to say so) must be left alone.
+        """
+        signal_tree(self.pids, signal.SIGTERM, signal.SIGCONT, rounds=1)
 
     def stuck_pids(self) -> list[int]:
         """Return the lowest of the pids that are left, a bounded number."""

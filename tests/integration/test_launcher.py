@@ -274,6 +274,19 @@ async def test_after_the_signal_a_child_may_outlive_the_main_process_until_the_d
     assert "saved" in bench.output(key).split()
 
 
+async def test_what_a_handler_forks_to_save_the_work_gets_no_sigterm(bench: Bench) -> None:
+    saver = "trap 'echo killed' TERM; for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.01; done; echo saved"
+    program = f'trap "sh -c \\"{saver}\\"; exit" TERM; echo up; while :; do sleep 0.01; done'
+    for _ in range(5):
+        key = bench.start("sh", "-c", program)
+        await bench.wrote(key, "up")
+        bench.stop(key, grace_s=30.0)
+        await bench.report(key, Exited)
+        words = bench.output(key).split()
+        assert words[-1] == "saved"
+        assert "killed" not in words
+
+
 async def test_the_acknowledgement_file_ends_the_grace(bench: Bench) -> None:
     program = 'trap "touch $WATTSHIFT_ACK_FILE" TERM; echo up; while :; do sleep 0.01; done'
     key = bench.start("sh", "-c", program)
