@@ -477,6 +477,8 @@ class Attempt(Listener):
         self._unwatch(self._checkpoint_watch, self._checkpoint_directory_changed)
         if self._log is not None:
             self._log.close()
+            if self._log.dropped_bytes:
+                log(f"{self.key}: {self._log.dropped_bytes} bytes of output could not be written")
         if self._files is not None:
             self._files.close()
         self._environment = {}
