@@ -203,9 +203,10 @@ def test_what_is_not_there_is_removed_already(jobs_dir: Path) -> None:
 def test_depth_is_no_protection(jobs_dir: Path) -> None:
     (jobs_dir / "job-1").mkdir()
     here = os.open(jobs_dir / "job-1", os.O_RDONLY)
-    for _ in range(3000):  # deeper than a path can be long, and than Python recurses
-        os.mkdir("d", dir_fd=here)
-        below = os.open("d", os.O_RDONLY, dir_fd=here)
+    name = "deep"
+    for _ in range(1100):  # deeper than a path can be long, and than Python recurses
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
         os.close(here)
         here = below
     os.close(here)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.effects.launcher import (
@@ -36,7 +36,8 @@ NAMED = {"job_id": "job-1", "attempt": 2, "at_s": 12.5}
 texts = st.text(st.characters(codec=None, categories=None))
 
 
-@given(st.dictionaries(texts, st.recursive(st.none() | st.booleans() | st.integers() | texts, st.lists)))
+@settings(deadline=None)
+@given(st.dictionaries(texts, st.none() | st.integers() | texts | st.lists(texts, max_size=5), max_size=5))
 def test_what_is_encoded_is_decoded(message: dict[str, object]) -> None:
     line = encode(message)
     assert line.endswith(b"\n")
@@ -62,6 +63,7 @@ def test_a_message_longer_than_the_limit_is_not_encoded() -> None:
         encode({"x": "y" * (LINE_BYTES_MAX - frame + 1)})
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b" "))), st.data())
 def test_lines_come_out_as_they_went_in_however_they_are_cut(lines: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(line + b"\n" for line in lines)
