@@ -41,6 +41,7 @@ log = logging.getLogger("wattshift")
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_CONFIG = 78  # sysexits.h; the unit does not try again, for it would be wrong the next second, too
 LAUNCHER_SOCKET = "launcher.sock"
 JOBS_DIRECTORY = "jobs"
 JOB_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -78,7 +79,7 @@ def serve(
         return asyncio.run(_Daemon(options).run())
     except WattshiftError as error:
         log.error("%s", error)
-        return EXIT_FAILED
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
 
 
 def _check_installation() -> None:
