@@ -123,6 +123,10 @@ class Demo:
     def get(self, job_id: str) -> job_pb2.Job:
         return self.jobs.GetJob(job_service_pb2.GetJobRequest(job_id=job_id), timeout=5).job
 
+    def log_of(self, job_id: str, attempt: int) -> str:
+        request = job_service_pb2.ReadLogsRequest(job_id=job_id, attempt=attempt)
+        return b"".join(piece.data for piece in self.jobs.ReadLogs(request, timeout=5)).decode()
+
     def get_node(self) -> node_pb2.Node:
         return self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=5).node
 
@@ -147,7 +151,9 @@ class Demo:
         self.until(f"{job_id} runs", lambda: self.get(job_id).state == job_pb2.JOB_STATE_RUNNING)
         job = self.get(job_id)
         preempted = [self.get(victim) for victim in job.attempts[-1].preempted]
-        self.claim(len(preempted) == victims, f"just {victims} miners gave way: {', '.join(v.id for v in preempted)}")
+        self.claim(
+            len(preempted) == victims, f"just {victims} miners gave way: {', '.join(v.id for v in preempted)}"
+        )
         for victim in preempted:
             attempt = next(a for a in reversed(victim.attempts) if a.preempted_by == job_id)
             stages = {
@@ -161,9 +167,12 @@ class Demo:
                 f"{name} +{(stamp.ToMicroseconds() - since) / 1000:.1f} ms" for name, stamp in stages.items()
             )
             self.say(f"   {victim.id} on {attempt.gpus[0][:12]}: {words}")
-            self.claim(all(stamp.seconds for stamp in stages.values()), f"every stage of {victim.id} is measured")
+            self.claim(
+                all(stamp.seconds for stamp in stages.values()), f"every stage of {victim.id} is measured"
+            )
         self.claim(
-            set(job.attempts[-1].gpus) == {a.gpus[0] for v in preempted for a in v.attempts if a.preempted_by == job_id},
+            set(job.attempts[-1].gpus)
+            == {a.gpus[0] for v in preempted for a in v.attempts if a.preempted_by == job_id},
             f"{job_id} runs on the GPUs that they left",
         )
 
@@ -193,7 +202,9 @@ class Demo:
         self.title("5. What a dashboard sees")
         self.scrape()
 
-        self.title("6. An inference burst takes the trainer's GPUs: it saves, says so, and its grace ends early")
+        self.title(
+            "6. An inference burst takes the trainer's GPUs: it saves, says so, and its grace ends early"
+        )
         burst = job_pb2.JobSpec(name="burst", command=["/bin/sleep", "600"], gpus=7)
         setattr(burst, "class", job_pb2.JOB_CLASS_INFERENCE)
         self.burst(self.submit(burst), training.id)
@@ -203,7 +214,9 @@ class Demo:
 
         self.title("8. The journal: every decision, in one chain")
         verified = subprocess.run(
-            [WATTSHIFT, "journal", "verify", "--state-dir", self.directory / "state"], capture_output=True, check=False
+            [WATTSHIFT, "journal", "verify", "--state-dir", self.directory / "state"],
+            capture_output=True,
+            check=False,
         )
         self.claim(verified.returncode == 0, f"journal verify: {verified.stdout.decode().strip()}")
 
@@ -213,7 +226,9 @@ class Demo:
         self.daemon.send_signal(signal.SIGKILL)
         self.daemon.wait()
         self.say(f"daemon killed while {len(before)} jobs ran")
-        self.claim(all(_is_alive(pid) for pid in before.values()), "every process is alive without the daemon")
+        self.claim(
+            all(_is_alive(pid) for pid in before.values()), "every process is alive without the daemon"
+        )
         self.start()
         self.claim(self.pids() == before, "every job is adopted: same ids, same PIDs")
 
@@ -222,9 +237,14 @@ class Demo:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
             text = page.read().decode()
         for line in text.splitlines():
-            if line.startswith(("wattshift_jobs{", "wattshift_gpu_power_watts{")) and not line.endswith(" 0.0"):
+            if line.startswith(("wattshift_jobs{", "wattshift_gpu_power_watts{")) and not line.endswith(
+                " 0.0"
+            ):
                 self.say(f"   {line}")
-        self.claim('wattshift_jobs{class="training",state="running"} 1.0' in text, "the metrics page tells the same story")
+        self.claim(
+            'wattshift_jobs{class="training",state="running"} 1.0' in text,
+            "the metrics page tells the same story",
+        )
 
     def burst(self, burst: job_pb2.Job, training_id: str) -> None:
         self.until(f"{burst.id} runs", lambda: self.get(burst.id).state == job_pb2.JOB_STATE_RUNNING)
@@ -234,18 +254,17 @@ class Demo:
         self.claim(early > 50e6, f"its grace of 60 s ended {early / 1e6:.1f} s early")
         self.claim(attempt.preempted_by == burst.id, "both directions of the link are recorded")
         self.claim(
-            self.get(training_id).state == job_pb2.JOB_STATE_PENDING, f"{training_id} waits under its own id, not lost"
+            self.get(training_id).state == job_pb2.JOB_STATE_PENDING,
+            f"{training_id} waits under its own id, not lost",
         )
         self.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=burst.id), timeout=5)
 
     def return_of_mining(self, training_id: str, inference_id: str) -> None:
         self.until("the trainer runs again", lambda: self.get(training_id).state == job_pb2.JOB_STATE_RUNNING)
-        log = b"".join(
-            piece.data
-            for piece in self.jobs.ReadLogs(job_service_pb2.ReadLogsRequest(job_id=training_id, attempt=2), timeout=5)
-        ).decode()
-        self.say(f"   its log: {log.strip()}")
-        self.claim("begins at step 0" not in log, "it goes on from its checkpoint")
+        self.until("its log has begun", lambda: "begins at step" in self.log_of(training_id, 2))
+        words = self.log_of(training_id, 2).split(" on GPU")[0]
+        self.say(f"   its log: {words} on the GPUs {self.get(training_id).attempts[-1].gpus[0][:12]} ...")
+        self.claim("begins at step 0" not in words, "it goes on from its checkpoint")
         for job_id in (training_id, inference_id):
             self.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=job_id), timeout=5)
         self.until("eight miners mine again", lambda: len(self.running("miner")) == 8)
@@ -292,6 +311,9 @@ def main() -> int:
         time.sleep(0.05)
     if left and not failure:
         failure = f"processes {', '.join(left)} are still there"
+    for pid in left:
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGKILL)
     if failure:
         print(f"\nNOT SHOWN: {failure}\n\nThe daemon's log:", file=sys.stderr)
         print((directory / "daemon.log").read_text(), file=sys.stderr)
