@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import AsyncIterator, Iterable
 
-from scheduler.api import convert, explaining
+from scheduler.api import convert, explaining, submission
 from scheduler.api.logs import LogReader
 from scheduler.api.rpc import Context, stream, unary
 from scheduler.control import inbox
@@ -34,8 +34,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     async def SubmitJob(
         self, request: job_service_pb2.SubmitJobRequest, context: Context
     ) -> job_service_pb2.SubmitJobResponse:
-        submission = self._submission(request, "")
-        (job,) = await self._control.ask(inbox.Submit((submission,)))
+        wanted = self._submission(request, "")
+        (job,) = await self._control.ask(inbox.Submit((wanted,)))
         return job_service_pb2.SubmitJobResponse(job=self._job(job))
 
     @unary
@@ -54,8 +54,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     async def PreviewJob(
         self, request: job_service_pb2.PreviewJobRequest, context: Context
     ) -> job_service_pb2.PreviewJobResponse:
-        submission = self._submission(job_service_pb2.SubmitJobRequest(spec=request.spec), "")
-        return explaining.preview(self._control, submission.spec)
+        wanted = self._submission(job_service_pb2.SubmitJobRequest(spec=request.spec), "")
+        return explaining.preview(self._control, wanted.spec)
 
     @unary
     async def GetJob(
@@ -68,12 +68,12 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         self, request: job_service_pb2.ListJobsRequest, context: Context
     ) -> job_service_pb2.ListJobsResponse:
         size = page_size(request.page_size)
-        states = convert.job_states(request.states, "states")
+        states = submission.job_states(request.states, "states")
         if request.active_only and any(state in FINAL_STATES for state in states):
             raise InvalidRequest(FieldViolation("active_only", "can't be combined with final states"))
         which = JobFilter(
             states=states,
-            classes=convert.job_classes(request.classes, "classes"),
+            classes=submission.job_classes(request.classes, "classes"),
             name=request.name,
             tenant=request.tenant,
             active_only=request.active_only,
@@ -158,8 +158,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         control = self._control
         config = control.config
         now_s = control.effects.clock.now_s()
-        if len(request.request_id) > convert.REQUEST_ID_CHARS_MAX:
-            limit = convert.REQUEST_ID_CHARS_MAX
+        if len(request.request_id) > submission.REQUEST_ID_CHARS_MAX:
+            limit = submission.REQUEST_ID_CHARS_MAX
             raise InvalidRequest(FieldViolation(prefix + "request_id", f"is longer than {limit} characters"))
         digest = ""
         salt = control.effects.journal.salt()
@@ -170,12 +170,12 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             known = control.ledger.request(request.request_id)
             if known is not None and known[1] == digest:
                 now_s = 0.0
-        spec, environment = convert.job_spec(
+        spec, environment = submission.job_spec(
             request.spec, config.policy, config.jobs, now_s, prefix + "spec."
         )
         check_feasible(spec, control.board, prefix + "spec.")
         if environment:
-            spec = convert.with_environment_digest(spec, environment_digest(salt, environment))
+            spec = submission.with_environment_digest(spec, environment_digest(salt, environment))
         return inbox.Submission(spec, environment, request.request_id, digest)
 
     def _find(self, job_id: str) -> Job:

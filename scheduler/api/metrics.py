@@ -48,9 +48,7 @@ class NodeCollector(Collector):
         yield from self._jobs()
         yield from self._meters()
         yield _gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])
-        yield _gauge(
-            "problems", "Problems that an operator should look at.", [((), len(control.problems))]
-        )
+        yield _gauge("problems", "Problems that an operator should look at.", [((), len(control.problems))])
         yield _gauge("build_info", "This daemon.", [((control.site.version,), 1)], ("version",))
 
     def _gpus(self, views: list[GpuView], now_s: float) -> Iterable[Metric]:

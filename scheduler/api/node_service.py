@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from scheduler.api import convert
+from scheduler.api import convert, submission
 from scheduler.api.rpc import Context, stream, unary
 from scheduler.control import inbox
 from scheduler.control.loop import Controller
@@ -46,8 +46,8 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
     async def CordonGpu(
         self, request: node_service_pb2.CordonGpuRequest, context: Context
     ) -> node_service_pb2.CordonGpuResponse:
-        found = convert.Violations()
-        detail = found.text("reason", request.reason, convert.NAME_CHARS_MAX)
+        found = submission.Violations()
+        detail = found.text("reason", request.reason, submission.NAME_CHARS_MAX)
         found.check()
         uuid = await self._control.ask(inbox.Cordon(request.gpu, detail))
         return node_service_pb2.CordonGpuResponse(gpu=self._gpu(uuid))
