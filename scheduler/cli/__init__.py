@@ -84,6 +84,7 @@ class LazyGroup(click.Group):
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": HELP_WIDTH_MAX},
 )
+@click.version_option(package_name="wattshift", message="%(prog)s %(version)s")
 @click.pass_context
 def wattshift(ctx: click.Context) -> None:
     """Turn this node's GPUs and its changing supply of power into the most value.
@@ -93,7 +94,7 @@ def wattshift(ctx: click.Context) -> None:
     ctx.ensure_object(Session)
 
 
-for option in reversed(CONNECTION_OPTIONS):
+for option in CONNECTION_OPTIONS:  # of a finished command: each is appended
     wattshift = option(wattshift)
 
 

@@ -28,6 +28,12 @@ class ConnectionLost(CliError):
 
 def unreachable(address: str, waited_s: float, cause: str) -> CliError:
     """Return the error of an address where no server answers, with what to do about it."""
+    if "Permission denied" in cause:
+        return CliError(
+            ExitCode.DENIED,
+            f"you may not open {address}; ask its owner to add you to the group that may, "
+            "or name another server with --address or WATTSHIFT_ADDRESS",
+        )
     why = f" ({cause})" if cause else ""
     return CliError(
         ExitCode.UNREACHABLE,

@@ -144,8 +144,9 @@ def ending(job: job_pb2.Job) -> str:
     """Return how a final job ended: its reason and exit code; "" for one that isn't final."""
     if words.word(job, "state") not in words.FINAL_STATES:
         return ""
-    code = f" (exit code {job.exit_code})" if job.HasField("exit_code") and job.exit_code else ""
-    return words.because(job) + code
+    why = words.because(job)
+    code = f"exit code {job.exit_code}"
+    return why if not job.HasField("exit_code") or job.exit_code == 0 or code in why else f"{why} ({code})"
 
 
 def _watch(client: Client, request: job_service_pb2.ListJobsRequest, *, json: bool) -> None:
@@ -153,6 +154,7 @@ def _watch(client: Client, request: job_service_pb2.ListJobsRequest, *, json: bo
 
     initial: list[job_pb2.Job] = []
     widths: list[int] = []
+    told = ""
     for message in watch_jobs(client):
         fits = message.HasField("job") and _matches(request, message.job, changed=bool(widths))
         if json:
@@ -161,7 +163,10 @@ def _watch(client: Client, request: job_service_pb2.ListJobsRequest, *, json: bo
         elif widths and fits:
             change = jobs_table((message.job,))
             widths = output.widths(change, widths)
-            print(time.strftime("%H:%M:%S"), output.plain_lines(change, widths)[1], flush=True)
+            line = output.plain_lines(change, widths)[1]
+            if line != told:  # facts of an attempt may change that the table does not show
+                print(time.strftime("%H:%M:%S"), line, flush=True)
+            told = line
         elif not widths:
             initial += [message.job] if fits else []
             if message.synced:
@@ -197,16 +202,25 @@ def wait(session: Session, job_ids: tuple[str, ...], timeout_s: float | None) ->
 
 
 def wait_until_final(
-    client: Client, job_ids: Sequence[str], *, timeout_s: float | None = None, json: bool = False
+    client: Client,
+    job_ids: Sequence[str],
+    *,
+    json: bool,
+    timeout_s: float | None = None,
+    tell: Callable[[str], None] = print,
 ) -> int:
-    """Return the exit code that final jobs give; Ctrl-C and the time limit leave them alone."""
+    """Return the exit code that final jobs give; Ctrl-C and the time limit leave them alone.
+
+    Args:
+        tell: Called with a sentence on each job's end, unless `json`.
+    """
     from scheduler.cli.watching import is_final, wait_for
 
     def told(message: job_service_pb2.WatchJobsResponse) -> None:
         if json:
             output.print_line(message)
         elif is_final(message.job):
-            print(final_line(message.job), flush=True)
+            tell(final_line(message.job))
 
     try:
         final = wait_for(client, job_ids, is_final, timeout_s=timeout_s, told=told)

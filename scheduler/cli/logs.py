@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -29,19 +30,36 @@ if TYPE_CHECKING:
 @talks
 @click.pass_obj
 def logs(session: Session, job_id: str, follow: bool, attempt: int | None, tail_bytes: int | None) -> None:
-    """Write what a job wrote to standard output."""
-    from scheduler.cli.watching import read_logs
+    """Write what a job wrote to standard output.
 
+    With --follow, on to the end of the job, over all attempts from the newest; with --attempt too, to the
+    end of that one.
+    """
+    from scheduler.cli.watching import follow_job, read_logs
+    from scheduler.v1 import job_service_pb2
+
+    write = output.print_line if session.json else writer()
+    tail = tail_bytes or 0
     with session.connect() as client:
-        for message in read_logs(
-            client, job_id, attempt=attempt or 0, follow=follow, tail_bytes=tail_bytes or 0
-        ):
-            (output.print_line if session.json else write_message)(message)
+        if follow and attempt is None:
+            request = job_service_pb2.GetJobRequest(job_id=job_id)
+            job = client.call(client.jobs.GetJob, request, job_service_pb2.GetJobResponse).job
+            follow_job(client, job_id, write, first_attempt=max(1, job.attempt), tail_bytes=tail)
+            return
+        for message in read_logs(client, job_id, attempt=attempt or 0, follow=follow, tail_bytes=tail):
+            write(message)
 
 
-def write_message(message: job_service_pb2.ReadLogsResponse) -> None:
-    """Write a piece of a log to standard output as it is, and say beside it what rotation has dropped."""
-    if message.dropped_pieces:
-        output.note("[rotation dropped some output here]")
-    sys.stdout.buffer.write(message.data)
-    sys.stdout.buffer.flush()
+def writer() -> Callable[[job_service_pb2.ReadLogsResponse], None]:
+    """Return what writes pieces of logs to standard output as they are, and tells of gaps beside it."""
+    gaps = 0
+
+    def write(message: job_service_pb2.ReadLogsResponse) -> None:
+        nonlocal gaps
+        if message.dropped_pieces > gaps:
+            output.note("[output is missing here: the job wrote faster than it was read]")
+        gaps = message.dropped_pieces
+        sys.stdout.buffer.write(message.data)
+        sys.stdout.buffer.flush()
+
+    return write

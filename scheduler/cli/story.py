@@ -217,7 +217,7 @@ def explanation(answer: job_service_pb2.ExplainJobResponse) -> Iterator[str]:
     """Yield the lines of an explanation, the sentence first."""
     job = answer.job
     yield words.clean(f"{job.id}  {job.name}  {words.word(job, 'state')}")
-    yield words.clean(answer.summary) or words.reason(answer)
+    yield words.clean(answer.summary) or words.reason(answer) or words.because(job)
     if answer.HasField("since"):
         yield f"since {words.moment(answer.since)} ({words.since(answer.since)})"
     if answer.ahead:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scheduler.cli.client import Client
     from scheduler.v1 import job_service_pb2
 
+WITHOUT_SUMMARY = {True: "would start at once", False: "would wait"}
 # Options of a job stand before its command, so that the command keeps its own.
 COMMAND_LAST = {"allow_interspersed_args": False}
 
@@ -63,7 +64,11 @@ def submit(
         )
     with session.connect() as client:
         job_ids = _submit_file(client, job_file, request_id, json=session.json)
-        return wait_until_final(client, job_ids, json=session.json) if wait_for_end else ExitCode.OK
+        return (
+            wait_until_final(client, job_ids, json=session.json, tell=output.note)
+            if wait_for_end
+            else ExitCode.OK
+        )
 
 
 def _request(session: Session, command: tuple[str, ...], request_id: str) -> job_service_pb2.SubmitJobRequest:
@@ -95,15 +100,15 @@ def _submit_one(
         print(answer.job.id, flush=True)
     if follow:
         return _follow(client, answer.job.id, json=json)
-    return wait_until_final(client, (answer.job.id,), json=json) if wait else ExitCode.OK
+    return wait_until_final(client, (answer.job.id,), json=json, tell=output.note) if wait else ExitCode.OK
 
 
 def _follow(client: Client, job_id: str, *, json: bool) -> int:
-    from scheduler.cli.logs import write_message
+    from scheduler.cli.logs import writer
     from scheduler.cli.watching import follow_job
 
     try:
-        job = follow_job(client, job_id, output.print_line if json else write_message)
+        job = follow_job(client, job_id, output.print_line if json else writer())
     except KeyboardInterrupt:
         say_it_goes_on((job_id,))
         return ExitCode.INTERRUPTED
@@ -148,7 +153,7 @@ def preview(session: Session, command: tuple[str, ...]) -> None:
     if session.json:
         output.print_message(answer)
         return
-    print(words.clean(answer.summary or words.reason(answer)))
+    print(words.clean(answer.summary) or words.reason(answer) or WITHOUT_SUMMARY[answer.starts_now])
     if answer.gpus:
         print("GPUs:", ", ".join(words.gpu_names(answer.gpus).values()))
     if answer.HasField("expected_start"):

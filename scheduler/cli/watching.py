@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from scheduler.cli import words
+from scheduler.cli import output, words
 from scheduler.cli.client import Client
 from scheduler.cli.exit_codes import ExitCode
 from scheduler.cli.failures import CliError, ConnectionLost
@@ -14,6 +14,7 @@ from scheduler.v1 import job_pb2, job_service_pb2
 
 # Whoever waits for hours bears a daemon that is upgraded meanwhile, but not one that is gone.
 RECONNECT_TIMEOUT_S = 60.0
+RESUME_TAIL_BYTES = 64 * 1024  # more than most jobs write while a daemon restarts
 RECONNECT_PAUSE_S = 0.1  # between streams, so that a server that cuts each one isn't run hot
 
 
@@ -82,7 +83,7 @@ def wait_for(
         TimeoutError: `timeout_s` has passed.
         CliError: There is no such job; or the server refused, or stayed away.
     """
-    wanted = set(job_ids)
+    wanted = dict.fromkeys(job_ids).keys()
     seen: dict[str, job_pb2.Job] = {}
     for message in watch_jobs(client, tuple(wanted), timeout_s=timeout_s):
         if told:
@@ -102,22 +103,27 @@ def is_final(job: job_pb2.Job) -> bool:
 
 
 def follow_job(
-    client: Client, job_id: str, write: Callable[[job_service_pb2.ReadLogsResponse], None]
+    client: Client,
+    job_id: str,
+    write: Callable[[job_service_pb2.ReadLogsResponse], None],
+    *,
+    first_attempt: int = 1,
+    tail_bytes: int = 0,
 ) -> job_pb2.Job:
-    """Pass on what each attempt of a job writes, from now to its end, and return the final job."""
-    attempt = 0
+    """Pass on what each attempt of a job writes, until the job is final, and return it."""
+    attempt = first_attempt
     while True:
-        following = attempt + 1
-        job = wait_for(client, (job_id,), partial(_is_final_or_at, attempt=following))[job_id]
+        job = wait_for(client, (job_id,), partial(_is_final_or_at, attempt=attempt))[job_id]
         # Attempts may have come and gone while we looked elsewhere; what they wrote is kept for a while.
-        for past in range(following, job.attempt + 1):
+        for number in range(attempt, job.attempt + 1):
             try:
-                for message in read_logs(client, job_id, attempt=past, follow=True):
+                for message in read_logs(client, job_id, attempt=number, follow=True, tail_bytes=tail_bytes):
                     write(message)
             except CliError as error:
-                if error.code not in (ExitCode.NOT_FOUND, ExitCode.PRECONDITION, ExitCode.GONE):
-                    raise  # an attempt that could not be started wrote nothing
-        attempt = max(attempt, job.attempt)
+                if error.code is not ExitCode.NOT_FOUND:
+                    raise  # what could not be started wrote nothing
+            tail_bytes = 0
+        attempt = max(attempt, job.attempt + 1)
         if is_final(job):
             return job
 
@@ -133,37 +139,47 @@ def read_logs(
 ) -> Iterator[job_service_pb2.ReadLogsResponse]:
     """Yield what an attempt wrote; a followed log goes on where it stopped when the daemon returns.
 
-    With `tail_bytes` nobody knows how far one had read, so that a lost connection ends it.
+    Where that place can't be found again (the log has been rotated, or was read from near its end), the
+    last RESUME_TAIL_BYTES are repeated, and standard error says so.
 
     Raises:
         CliError: The server refused, or stayed away.
     """
-    position = 0  # bytes of the attempt's output that were yielded
+    read_bytes = skip_bytes = 0
     connect_timeout_s = client.connect_timeout_s
     while True:
         request = job_service_pb2.ReadLogsRequest(
             job_id=job_id, attempt=attempt, follow=follow, tail_bytes=tail_bytes
         )
-        reached = 0
         try:
-            for message in client.stream(
-                client.jobs.ReadLogs,
-                request,
-                job_service_pb2.ReadLogsResponse,
-                connect_timeout_s=connect_timeout_s,
-            ):
+            for message in _log_pieces(client, request, connect_timeout_s):
                 attempt = message.attempt or attempt
-                reached += len(message.data)
-                if message.dropped_pieces:  # rotation overtook us: what is missing can't be counted
-                    position = 0
-                if reached <= position:
-                    continue
-                message.data = message.data[-(reached - position) :]
-                position = reached
+                skipped = min(skip_bytes, len(message.data))
+                skip_bytes -= skipped
+                message.data = message.data[skipped:]
+                read_bytes += len(message.data)
                 yield message
             return
         except ConnectionLost:
-            if not follow or tail_bytes:
+            if not follow:
                 raise
         connect_timeout_s = max(client.connect_timeout_s, RECONNECT_TIMEOUT_S)
         time.sleep(RECONNECT_PAUSE_S)
+        whole = job_service_pb2.ReadLogsRequest(job_id=job_id, attempt=attempt)
+        kept_bytes = sum(len(message.data) for message in _log_pieces(client, whole, connect_timeout_s))
+        if tail_bytes or kept_bytes < read_bytes:
+            tail_bytes = RESUME_TAIL_BYTES
+            output.note(f"[connected again; the last {tail_bytes} bytes may be repeated here]")
+        else:
+            skip_bytes = read_bytes
+
+
+def _log_pieces(
+    client: Client, request: job_service_pb2.ReadLogsRequest, connect_timeout_s: float
+) -> Iterator[job_service_pb2.ReadLogsResponse]:
+    return client.stream(
+        client.jobs.ReadLogs,
+        request,
+        job_service_pb2.ReadLogsResponse,
+        connect_timeout_s=connect_timeout_s,
+    )

@@ -36,7 +36,8 @@ class FakeDaemon:
         self.address = f"unix://{socket}"
         self.requests: dict[str, list[Any]] = defaultdict(list)
         self.jobs: dict[str, job_pb2.Job] = {}
-        self.logs: dict[str, list[bytes]] = defaultdict(list)
+        self.logs: dict[tuple[str, int], list[bytes]] = defaultdict(list)  # by attempt
+        self.dropped_pieces = 0
         self.node = node_of(2)
         self.usage: list[usage_pb2.Usage] = []
         self.refusals: dict[str, list[tuple[grpc.StatusCode, str, Any]]] = defaultdict(list)
@@ -95,10 +96,10 @@ class FakeDaemon:
             job.exit_code = exit_code
         self.add(job)
 
-    def write(self, job_id: str, data: bytes) -> None:
-        """Let a job write to its log."""
+    def write(self, job_id: str, data: bytes, attempt: int = 1) -> None:
+        """Let an attempt write to its log."""
         with self.changed:
-            self.logs[job_id].append(data)
+            self.logs[job_id, attempt].append(data)
             self.changed.notify_all()
 
     def refuse(self, method: str, code: grpc.StatusCode, message: str, detail: Any = None) -> None:
@@ -312,8 +313,9 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
         sent = 0
         while True:
             with daemon.changed:
-                written = b"".join(daemon.logs[request.job_id])
-                ended = daemon.jobs[request.job_id].state in FINAL
+                written = b"".join(daemon.logs[request.job_id, attempt])
+                job = daemon.jobs[request.job_id]
+                ended = job.state in FINAL or job.attempt > attempt
                 if len(written) == sent and not ended and request.follow:
                     daemon.changed.wait(timeout=0.2)
             if daemon.closing or not context.is_active():
@@ -321,7 +323,9 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
             data = written[sent:][-request.tail_bytes :] if not sent else written[sent:]
             sent = len(written)
             if data:
-                yield job_service_pb2.ReadLogsResponse(data=data, attempt=attempt)
+                yield job_service_pb2.ReadLogsResponse(
+                    data=data, attempt=attempt, dropped_pieces=daemon.dropped_pieces
+                )
             if ended or not request.follow:
                 return
 

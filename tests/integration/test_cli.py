@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from scheduler.cli import main
+from scheduler.cli import failures, main
 from scheduler.cli.exit_codes import ExitCode
 from scheduler.v1 import job_pb2, usage_pb2
 from tests.fakes.daemon import FakeDaemon, job_of, violation
@@ -212,6 +212,12 @@ def test_the_option_wins_over_the_variable(daemon: FakeDaemon, capsys: Run, tmp_
     other = f"unix://{tmp_path}/other.sock"
     assert other in told(capsys, "--connect-timeout", "0.1", "--address", other, "jobs", code=69)
     assert daemon.requests == {}
+
+
+def test_a_socket_that_one_may_not_open_says_so() -> None:
+    error = failures.unreachable("unix:///run/x.sock", 5.0, "Permission denied")
+    assert error.code is ExitCode.DENIED
+    assert "you may not open unix:///run/x.sock; ask its owner" in error.lines[0]
 
 
 # Looking ---------------------------------------------------------------------------------------
@@ -423,6 +429,61 @@ def test_completion_offers_nothing_where_no_daemon_answers(
 
 def test_version_is_the_installed_one(capsys: Run) -> None:
     assert re.fullmatch(r"wattshift \d+\.\d+\.\d+\S*\n", printed(capsys, "version"))
+    assert printed(capsys, "--version") == printed(capsys, "version")
+
+
+def test_serve_hands_its_options_to_the_daemon_and_ends_as_it_does(
+    capsys: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[dict[str, object]] = []
+
+    def serve(**options: object) -> int:
+        served.append(options)
+        return 5
+
+    monkeypatch.setattr("scheduler.daemon.serve", serve)
+    arguments = ("--simulate", "8xH100", "--state-dir", "/s", "--listen", "unix:///x", "--log-level", "DEBUG")
+    assert main(["serve", *arguments]) == 5
+    assert served == [
+        {
+            "config_path": None,
+            "simulate": "8xH100",
+            "state_dir": Path("/s"),
+            "listen": "unix:///x",
+            "metrics_listen": None,
+            "log_level": "debug",
+        }
+    ]
+
+
+def test_check_config_names_file_line_and_key(capsys: Run, tmp_path: Path) -> None:
+    file = tmp_path / "wattshift.toml"
+    file.touch()
+    assert printed(capsys, "check-config", str(file)) == f"{file}: OK\n"
+    file.write_text("[policy]\nodrer = 'class'\n", "utf-8")
+    message = told(capsys, "check-config", str(file), code=ExitCode.CONFIG)
+    assert message.startswith(f"error: {file}:2: policy.odrer: ")
+
+
+def test_verifying_a_journal_that_is_not_there_fails(capsys: Run, tmp_path: Path) -> None:
+    message = told(capsys, "journal", "verify", "--state-dir", str(tmp_path), code=ExitCode.FAILED)
+    assert str(tmp_path) in message
+
+
+@pytest.mark.parametrize(("problem", "code"), [("", 0), ("event 7: its hash is wrong", 1)])
+def test_verify_is_0_only_for_a_whole_chain(
+    capsys: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str, code: int
+) -> None:
+    from types import SimpleNamespace
+
+    found = SimpleNamespace(ok=not problem, events=9, first=3, last=11, problem=problem)
+    monkeypatch.setattr("scheduler.effects.journal_verify.verify", lambda state_dir: found)
+    assert main(["journal", "verify", "--state-dir", str(tmp_path)]) == code
+    captured = capsys.readouterr()
+    if problem:
+        assert captured.err == f"error: {tmp_path}: {problem}\n"
+    else:
+        assert captured.out == f"{tmp_path}: OK, 9 events, 3 to 11\n"
 
 
 def test_help_lists_every_command_with_a_whole_sentence(capsys: Run) -> None:

@@ -23,6 +23,7 @@ import pytest
 
 from scheduler.cli import main
 from scheduler.cli.exit_codes import ExitCode
+from scheduler.v1 import job_pb2
 from tests.fakes.daemon import FakeDaemon, job_of
 
 Run = pytest.CaptureFixture[str]
@@ -76,9 +77,9 @@ def test_submit_wait_ends_as_the_job_does(
     )
     with meanwhile(*steps):
         assert main(["submit", "-c", "batch", "--wait", "--name", "n", "--", "work"]) == code
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "job-1"
-    assert lines[1].startswith(f"job-1 n {state} after ")
+    captured = capsys.readouterr()
+    assert captured.out == "job-1\n"
+    assert captured.err.startswith(f"job-1 n {state} after ")
 
 
 def test_wait_ends_as_the_first_job_that_did_not_succeed(daemon: FakeDaemon, capsys: Run) -> None:
@@ -191,7 +192,7 @@ def test_logs_writes_what_the_job_wrote_byte_for_byte(
 
 def test_logs_in_json_is_a_message_a_line(daemon: FakeDaemon, capsys: Run) -> None:
     daemon.add(job_of("job-1", attempt=2))
-    daemon.write("job-1", b"hello\n")
+    daemon.write("job-1", b"hello\n", attempt=2)
     assert main(["logs", "job-1", "-o", "json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     message = json.loads(line)
@@ -199,43 +200,86 @@ def test_logs_in_json_is_a_message_a_line(daemon: FakeDaemon, capsys: Run) -> No
     assert message["attempt"] == 2
 
 
+def started(job_id: str = "job-1", attempt: int = 1) -> job_pb2.Job:
+    """A job whose newest attempt runs."""
+    job = job_of(job_id, "RUNNING", attempt=attempt)
+    job.attempts.add(number=attempt).started_at.GetCurrentTime()
+    return job
+
+
+@pytest.mark.parametrize("attempt", [(), ("--attempt", "1")])
 def test_a_followed_log_goes_on_after_a_restart_without_repeating_or_losing_a_byte(
-    daemon: FakeDaemon, capsys: Run
+    daemon: FakeDaemon, capsys: Run, attempt: tuple[str, ...]
 ) -> None:
-    daemon.add(job_of("job-1", attempt=1))
+    daemon.add(started())
     daemon.write("job-1", b"one\n")
     steps = (
         lambda: daemon.wait_until_heard("ReadLogs"),
         daemon.stop,
         lambda: daemon.write("job-1", b"two\n"),
         daemon.restart,
-        lambda: daemon.wait_until_heard("ReadLogs", 2),
+        lambda: daemon.wait_until_heard("ReadLogs", 3),  # the second counts what is kept
         lambda: daemon.write("job-1", b"three\n"),
         lambda: daemon.end("job-1", "SUCCEEDED", 0),
     )
     with meanwhile(*steps):
-        assert main(["logs", "-f", "job-1"]) == 0
+        assert main(["logs", "-f", *attempt, "job-1"]) == 0
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
-def test_following_a_submission_shows_its_output_and_ends_as_it_does(daemon: FakeDaemon, capsys: Run) -> None:
-    def start() -> None:
-        job = job_of("job-1", "RUNNING", attempt=1)
-        job.attempts.add(number=1).started_at.GetCurrentTime()
+def test_a_log_followed_from_near_its_end_says_that_it_repeats_after_a_restart(
+    daemon: FakeDaemon, capsys: Run
+) -> None:
+    daemon.add(started())
+    daemon.write("job-1", b"one\ntwo\n")
+    steps = (
+        lambda: daemon.wait_until_heard("ReadLogs"),
+        daemon.stop,
+        daemon.restart,
+        lambda: daemon.wait_until_heard("ReadLogs", 3),
+        lambda: daemon.end("job-1", "SUCCEEDED", 0),
+    )
+    with meanwhile(*steps):
+        assert main(["logs", "-f", "--tail", "4", "job-1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("one\ntwo\n")
+    assert "[connected again; the last 65536 bytes may be repeated here]\n" in captured.err
+
+
+def test_following_a_submission_shows_each_attempt_and_ends_as_the_job_does(
+    daemon: FakeDaemon, capsys: Run
+) -> None:
+    def give_way() -> None:
+        daemon.logs["job-1", 1].append(b"attempt 1\n")
+        job = started(attempt=2)
         daemon.add(job)
 
     steps = (
         lambda: daemon.wait_until_heard("WatchJobs"),
-        start,
+        lambda: daemon.add(started()),
         lambda: daemon.wait_until_heard("ReadLogs"),
-        lambda: daemon.write("job-1", b"step 1\n"),
+        give_way,
+        lambda: daemon.wait_until_heard("ReadLogs", 2),
+        lambda: daemon.write("job-1", b"attempt 2\n", attempt=2),
         lambda: daemon.end("job-1", "FAILED", 3, "EXITED_NONZERO"),
     )
     with meanwhile(*steps):
         assert main(["submit", "-c", "batch", "--follow", "--", "work"]) == 3
     captured = capsys.readouterr()
-    assert captured.out == "step 1\n"
+    assert captured.out == "attempt 1\nattempt 2\n"
     assert captured.err.startswith("job-1\njob-1 work FAILED after ")
+
+
+def test_a_gap_in_a_log_is_told_beside_it(daemon: FakeDaemon, capsys: Run) -> None:
+    daemon.add(started())
+    daemon.write("job-1", b"late\n")
+    daemon.dropped_pieces = 1
+    assert main(["logs", "job-1"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (
+        "late\n",
+        "[output is missing here: the job wrote faster than it was read]\n",
+    )
 
 
 def test_following_a_job_that_never_started_ends_with_it(daemon: FakeDaemon, capsys: Run) -> None:
