@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from scheduler.control.handover import HandoverVerifier
 from scheduler.effects.journal import Journal
 from scheduler.effects.launcher import AttemptKey, Launcher, StartOrder, StopOrder
-from scheduler.model.jobs import Attempt, Job, JobState
+from scheduler.model.jobs import Attempt, Job
 
 
 class Orders:
@@ -34,24 +34,23 @@ class Orders:
 
     def follow(self, before: Job | None, after: Job) -> None:
         """Note the orders that follow from a job's change."""
-        last = after.last
-        if last is None:
-            return
-        was = before.last if before is not None else None
-        if was is not None and was.number != last.number:
-            was = None
-        if was is None and after.state is JobState.STARTING:
-            self._starts.append(after)
-        if last.exited_s is not None:
+        earlier = {attempt.number: attempt for attempt in before.attempts} if before is not None else {}
+        for attempt in after.attempts:  # one may end and the next begin in one tick
+            self._follow_attempt(after, earlier.get(attempt.number), attempt)
+
+    def _follow_attempt(self, job: Job, was: Attempt | None, now: Attempt) -> None:
+        if now.exited_s is not None:
             if was is None or was.exited_s is None:
-                self.forget(AttemptKey(after.id, last.number))
-                for uuid in last.gpus:
+                self.forget(AttemptKey(job.id, now.number))
+                for uuid in now.gpus:
                     self.watch(uuid)
             return
-        if last.notice is not None and (was is None or was.notice is None):
-            self.stop(after, last)
-        if last.notice is not None and last.acknowledged_s and (was is None or not was.acknowledged_s):
-            self.kill(AttemptKey(after.id, last.number))
+        if was is None:
+            self.start(job)
+        if now.notice is not None and (was is None or was.notice is None):
+            self.stop(job, now)
+        if now.notice is not None and now.acknowledged_s and (was is None or not was.acknowledged_s):
+            self.kill(AttemptKey(job.id, now.number))
 
     def start(self, job: Job) -> None:
         """Start the job's newest attempt (again: the launcher does it once)."""

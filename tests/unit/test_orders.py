@@ -1,0 +1,147 @@
+"""What a job's change makes the daemon order."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from scheduler.control.orders import Orders
+from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
+from scheduler.model.jobs import (
+    Attempt,
+    Job,
+    JobClass,
+    JobSpec,
+    JobState,
+    Notice,
+    OnPreempt,
+    RestartRule,
+)
+from scheduler.model.reasons import Reason
+
+SPEC = JobSpec(
+    name="train",
+    command=("train",),
+    job_class=JobClass.TRAINING,
+    priority=500,
+    value_microusd_per_gpu_hour=2_000_000,
+    gpus=1,
+    gpu_share_milli=1000,
+    gpu_memory_mib=0,
+    gpu_models=(),
+    cpus=0,
+    memory_mib=0,
+    preemptible=True,
+    on_preempt=OnPreempt.REQUEUE,
+    grace_s=10.0,
+    min_runtime_s=0.0,
+    restart_loss_s=0.0,
+    exit_zero_is_done=False,
+    restart=RestartRule.NEVER,
+)
+RUNS = Attempt(number=1, gpus=("GPU-a",), gpu_share_milli=1000, decided_s=1.0, launcher_id="l", started_s=2.0)
+NOTICE = Notice(Reason.PREEMPTED_BY_HIGHER_RANK, 3.0, 13.0, "j9")
+ENDED = replace(RUNS, notice=NOTICE, exited_s=4.0, exit_code=0)
+SECOND = Attempt(number=2, gpus=("GPU-b",), gpu_share_milli=1000, decided_s=4.0, launcher_id="l")
+
+
+def job(state: JobState, *attempts: Attempt) -> Job:
+    return Job(
+        id="j1",
+        number=1,
+        spec=SPEC,
+        request_id="",
+        submitted_s=0.0,
+        state=state,
+        reason=Reason.SUBMITTED,
+        state_since_s=0.0,
+        revision=1,
+        attempts=attempts,
+        attempt=len(attempts),
+    )
+
+
+@dataclass
+class World:
+    """A launcher, a journal and a verifier that only listen."""
+
+    said: list[Any] = field(default_factory=list)
+
+    def start(self, order: StartOrder) -> None:
+        self.said.append(("start", order.key, order.environment["CUDA_VISIBLE_DEVICES"]))
+
+    def stop(self, order: StopOrder) -> None:
+        self.said.append(("stop", order.key, order.deadline_s))
+
+    def end_grace(self, key: AttemptKey) -> None:
+        self.said.append(("kill", key))
+
+    def forget(self, key: AttemptKey) -> None:
+        self.said.append(("forget", key))
+
+    def watch(self, uuid: str, *, once: bool = False) -> None:
+        self.said.append(("watch", uuid))
+
+    def environment(self, number: int) -> dict[str, str]:
+        return {}
+
+
+def orders_of(before: Job | None, after: Job) -> list[Any]:
+    world: Any = World()
+    orders = Orders(world, world, world, {})
+    orders.follow(before, after)
+    orders.send()
+    said = list(world.said)
+    orders.send()
+    assert world.said == said, "nothing is said twice"
+    return said
+
+
+FIRST_KEY, SECOND_KEY = AttemptKey("j1", 1), AttemptKey("j1", 2)
+
+
+def test_a_submission_orders_nothing() -> None:
+    assert orders_of(None, job(JobState.PENDING)) == []
+
+
+def test_a_new_attempt_is_started() -> None:
+    fresh = replace(RUNS, started_s=None)
+    assert orders_of(job(JobState.PENDING), job(JobState.STARTING, fresh)) == [("start", FIRST_KEY, "GPU-a")]
+
+
+def test_a_job_that_only_reports_progress_orders_nothing() -> None:
+    before, after = job(JobState.RUNNING, RUNS), job(JobState.RUNNING, replace(RUNS, checkpoint_s=9.0))
+    assert orders_of(before, after) == []
+
+
+def test_a_notice_is_a_stop_with_the_notices_deadline() -> None:
+    noticed = replace(RUNS, notice=NOTICE)
+    assert orders_of(job(JobState.RUNNING, RUNS), job(JobState.PREEMPTING, noticed)) == [
+        ("stop", FIRST_KEY, 13.0)
+    ]
+
+
+def test_an_acknowledgement_ends_the_grace() -> None:
+    noticed = replace(RUNS, notice=NOTICE)
+    after = job(JobState.PREEMPTING, replace(noticed, acknowledged_s=3.5))
+    assert orders_of(job(JobState.PREEMPTING, noticed), after) == [("kill", FIRST_KEY)]
+
+
+def test_an_end_is_forgotten_by_the_launcher_and_its_gpus_are_looked_at() -> None:
+    after = job(JobState.PENDING, ENDED)
+    assert orders_of(job(JobState.PREEMPTING, replace(RUNS, notice=NOTICE)), after) == [
+        ("forget", FIRST_KEY),
+        ("watch", "GPU-a"),
+    ]
+
+
+def test_an_end_is_followed_even_where_the_next_attempt_begins_in_the_same_tick() -> None:
+    before = job(JobState.PREEMPTING, replace(RUNS, notice=NOTICE))
+    assert orders_of(before, job(JobState.STARTING, ENDED, SECOND)) == [
+        ("forget", FIRST_KEY),
+        ("watch", "GPU-a"),
+        ("start", SECOND_KEY, "GPU-b"),
+    ]
+
+
+def test_a_verified_hand_over_orders_nothing() -> None:
+    verified = replace(ENDED, verified_s=5.0)
+    assert orders_of(job(JobState.PENDING, ENDED), job(JobState.PENDING, verified)) == []
