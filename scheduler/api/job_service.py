@@ -167,16 +167,10 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             typed = request.spec.SerializeToString(deterministic=True)
             digest = hashlib.sha256(salt + typed).hexdigest()
             known = control.ledger.request(request.request_id)
-<<<<<<< Updated upstream
-            if known is not None and known[1] == digest:
-                now_s = 0.0
-        spec, environment = submission.job_spec(
-=======
             job = control.ledger.job(known[0]) if known is not None and known[1] == digest else None
             if job is not None:  # not judged again: its deadline may be over, its GPU gone
                 return inbox.Submission(job.spec, {}, request.request_id, digest)
-        spec, environment = convert.job_spec(
->>>>>>> Stashed changes
+        spec, environment = submission.job_spec(
             request.spec, config.policy, config.jobs, now_s, prefix + "spec."
         )
         check_feasible(spec, control.board, prefix + "spec.")
