@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from scheduler.model.snapshot import UNKNOWN
+
 WHOLE_MILLI = 1000
 
 # GPU position -> how much placement would rather not use it; 0 where it is not named.
@@ -32,7 +34,7 @@ class Request:
     gpus: int
     share_milli: int
     gpu_memory_mib: int
-    models: int
+    models: int  # UNKNOWN = any
     cpus: int
     memory_mib: int
     preemptible: bool
@@ -147,7 +149,7 @@ class Node:
                 (sum(gpu.serves), gpu.memory_mib, gpu.index, gpu.uuid, position)
                 for position, gpu in enumerate(self.gpus)
                 if gpu.is_open
-                and gpu.serves[request.models]
+                and (request.models == UNKNOWN or gpu.serves[request.models])
                 and (request.gpu_memory_mib == 0 or gpu.memory_mib >= request.gpu_memory_mib)
             ]
             known = self._suitable[key] = tuple(entry[-1] for entry in sorted(fit))
@@ -272,8 +274,11 @@ def find_leaving_on(
 
     `victims` leave too: holds of live jobs, with their stop and preemptor as if it were decided.
     """
+    holds = [*node.leaving, *victims]
+    if not fits(request, node, node.spare_with(holds)):
+        return None
     spare, delays, ready_us = node.free.copy(), dict(penalty), 0
-    in_turn = sorted([*node.leaving, *victims], key=lambda hold: _turn(hold, request.number))
+    in_turn = sorted(holds, key=lambda hold: _turn(hold, request.number))
     for turn, hold in enumerate(in_turn, start=1):
         late = [position for position in hold.parts if not fits_at(request, spare, position)]
         spare.add(hold)
@@ -288,15 +293,15 @@ def find_leaving_on(
 
 def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
     """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
-    free, awaited, ready_us, is_free = node.free, [], 0, True
+    free, memory = node.free, request.gpu_memory_mib if request.is_share else 0
     lacking: dict[int, list[int]] = {}
     for position in positions:
         milli = min(max(free.milli[position], 0), request.share_milli)
-        memory = request.gpu_memory_mib if request.is_share else 0
         mib = min(max(free.mib[position], 0), memory)
         free.milli[position] -= milli
         free.mib[position] -= mib
-        lacking[position] = [request.share_milli - milli, memory - mib]
+        if milli < request.share_milli or mib < memory:
+            lacking[position] = [request.share_milli - milli, memory - mib]
     cpus = min(max(free.cpus, 0), request.cpus)
     memory_mib = min(max(free.memory_mib, 0), request.memory_mib)
     slots = min(max(free.slots, 0), 1)
@@ -304,12 +309,18 @@ def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
     free.memory_mib -= memory_mib
     free.slots -= slots
     host = [request.cpus - cpus, request.memory_mib - memory_mib, 1 - slots]
+    if not lacking and not any(host):
+        return Claim(request, node.row, positions, True, (), 0)
+    awaited, ready_us = [], 0
     for hold in sorted(node.leaving, key=lambda hold: _turn(hold, request.number)):
         if _draw(hold, lacking, host):
-            is_free = False
             awaited.append(hold.number)
             ready_us = max(ready_us, hold.ready_us)
-    return Claim(request, node.row, positions, is_free, tuple(sorted(n for n in awaited if n >= 0)), ready_us)
+    assert not any(host), "what is taken was found before"
+    assert not any(any(need) for need in lacking.values()), "what is taken was found before"
+    return Claim(
+        request, node.row, positions, False, tuple(sorted(n for n in awaited if n != UNKNOWN)), ready_us
+    )
 
 
 def _turn(hold: Hold, number: int) -> tuple[bool, int, int]:
@@ -327,12 +338,11 @@ def _draw(hold: Hold, lacking: dict[int, list[int]], host: list[int]) -> bool:
                 part[i] -= amount
                 need[i] -= amount
                 drawn += amount
-    amounts = [
-        min(has, need) for has, need in zip((hold.cpus, hold.memory_mib, hold.slots), host, strict=True)
-    ]
-    hold.cpus -= amounts[0]
-    hold.memory_mib -= amounts[1]
-    hold.slots -= amounts[2]
-    for i, amount in enumerate(amounts):
-        host[i] -= amount
-    return drawn + sum(amounts) > 0
+    if any(host):
+        amounts = (min(hold.cpus, host[0]), min(hold.memory_mib, host[1]), min(hold.slots, host[2]))
+        hold.cpus -= amounts[0]
+        hold.memory_mib -= amounts[1]
+        hold.slots -= amounts[2]
+        host[:] = [need - amount for need, amount in zip(host, amounts, strict=True)]
+        drawn += sum(amounts)
+    return drawn > 0

@@ -104,21 +104,19 @@ def ends_in_time(request: Request, to: Blocked, start_us: int) -> bool:
 
 
 def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool) -> Any:
-    """Bool, shape (pending,): jobs that, started now, don't give way (a) and, if it counts, don't end (b)."""
-    column, request = queue.column, to.request
-    expected_us = column("expected_us")
-    lower = request.value >= value_bars(column("value"), column("restart_loss_us"), policy)
+    """Bool, shape (jobs,): who, started now, doesn't give way (a) and, if that counts, doesn't end (b)."""
+    jobs, request = queue.jobs, to.request
+    lower = request.value >= value_bars(jobs.value, jobs.restart_loss_us, policy)
     if policy.order is Order.CLASS:
-        job_class, priority = column("job_class"), column("priority")
-        lower &= priority == request.priority
-        lower |= priority < request.priority
-        lower &= job_class == request.job_class
-        lower |= job_class > request.job_class
-    lower = lower & column("preemptible")
+        lower &= jobs.priority == request.priority
+        lower |= jobs.priority < request.priority
+        lower &= jobs.job_class == request.job_class
+        lower |= jobs.job_class > request.job_class
+    lower &= jobs.preemptible
     if to.is_promised:
-        lower &= now_us + column("min_runtime_us") <= to.start_us
+        lower &= now_us + jobs.min_runtime_us <= to.start_us
     if may_end:
-        lower |= (expected_us != UNKNOWN) & (now_us + expected_us <= to.start_us)
+        lower |= (jobs.expected_us != UNKNOWN) & (now_us + jobs.expected_us <= to.start_us)
     return ~lower
 
 

@@ -33,25 +33,29 @@ from scheduler.planning.allocator import (
     find_free,
     find_leaving,
     find_leaving_on,
-    fits,
-    gpus_fit,
     take,
 )
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
 from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.lack import lack, least_lacking
 from scheduler.planning.preemption import Live, choose_victims, outranks
-from scheduler.planning.queue import LEAVES, Queue
-from scheduler.planning.world import NEVER, World
+from scheduler.planning.queue import WAIT_CODE, Queue
+from scheduler.planning.world import NEVER, Layout, World
 
 
 @dataclass(slots=True)
 class Memo:
     """What one plan leaves to the next to save work; with any memo, or none, the plan is the same."""
 
+    layout: Layout | None = None
 
-def plan(snapshot: Snapshot, policy: Policy, memo: Memo | None = None) -> Plan:  # noqa: ARG001
+
+def plan(snapshot: Snapshot, policy: Policy, memo: Memo | None = None) -> Plan:
     """What to do now, why the rest waits, and when time alone could change the answer."""
-    return Planner(snapshot, policy).run()
+    memo = memo or Memo()
+    planner = Planner(snapshot, policy, memo.layout)
+    memo.layout = planner.world.layout
+    return planner.run()
 
 
 def digest(plan: Plan) -> str:
@@ -69,7 +73,7 @@ def digest(plan: Plan) -> str:
 class Planner:
     """One pass over one snapshot."""
 
-    def __init__(self, snapshot: Snapshot, policy: Policy) -> None:
+    def __init__(self, snapshot: Snapshot, policy: Policy, layout: Layout | None = None) -> None:
         self._snapshot = snapshot
         self._policy = policy
         self.now_us = snapshot.now_us
@@ -81,17 +85,17 @@ class Planner:
         self._first_blocked: Blocked | None = None
         # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
         self._strict: dict[bool, Blocked] = {}
+        stopping = self._stop_what_is_over()
+        self.world = World(snapshot, policy, stopping, layout)
+        self.queue = Queue(snapshot, policy.order)
 
     def run(self) -> Plan:
         """Serve everyone."""
-        stopping = self._stop_what_is_over()
-        self.world = World(self._snapshot, self._policy, stopping)
-        self.queue = Queue(self._snapshot, self._policy.order)
         fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
-        if len(self.queue):
+        if self.queue.is_waiting:
             self.queue.set_aside()
-            for position, request in self.queue.requests():
-                self._serve(position, request)
+            for row, request in self.queue.requests():
+                self._serve(row, request)
         return Plan(
             actions=(*self._stops, *fails, *self._preempts, *self._starts),
             waits=self._waits(),
@@ -123,22 +127,21 @@ class Planner:
         self._stops = [order[number] for number in sorted(order)]
         return frozenset(order)
 
-    def _serve(self, position: int, request: Request) -> None:
+    def _serve(self, row: int, request: Request) -> None:
         """Give the request what it needs, or the reason why it has to wait."""
         found = self._find(request, self.world.nodes, NO_PENALTY)
         if found is None:
             self._block(request)
-            among = None if self._policy.backfill else self._kind(request)
-            self.queue.refuse(request, self._lack(request), among)
+            self._refuse(request)
             return
         holder = self._held_back_by(request, found)
         if holder is not None:
             found = self._find_beside(request, holder)
             if found is None:
-                self._hold_back(position, request, holder)
+                self._hold_back(row, request, holder)
                 return
             book(found, request, holder)
-        self._commit(position, request, found)
+        self._commit(row, request, found)
 
     def _find(self, request: Request, nodes: list[Node], penalty: Penalty) -> Found | None:
         """Room for the request, the least disruptive there is."""
@@ -171,7 +174,7 @@ class Planner:
         assert found is not None, "the victims were chosen so that the request fits"
         return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
 
-    def _commit(self, position: int, request: Request, found: Found) -> None:
+    def _commit(self, row: int, request: Request, found: Found) -> None:
         """Start the job, or let it wait for what it claims."""
         node = self.world.nodes[found.node.row]
         for number in found.victims:
@@ -181,11 +184,11 @@ class Planner:
         claim = take(request, node, found.positions)
         self.claims[request.number] = claim
         if not claim.is_free:
-            self.queue.wait(position, Reason.WAITING_FOR_HANDOVER)
+            self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
             return
         reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
         self._starts.append(StartJob(request.number, self.world.uuids(node.row, claim.positions), reason))
-        self.queue.start(position)
+        self.queue.start(row)
 
     def _block(self, request: Request) -> None:
         """Remember the highest job that can't be served, and what it can count on."""
@@ -209,7 +212,7 @@ class Planner:
         harmless = gives_way(request, first, self._policy, start_us) or ends_in_time(request, first, start_us)
         return None if harmless else first
 
-    def _hold_back(self, position: int, request: Request, holder: Blocked) -> None:
+    def _hold_back(self, row: int, request: Request, holder: Blocked) -> None:
         """Let the job wait, and with it all that want as much and could delay the blocked job as well."""
         among = stays(
             self.queue, holder, self._policy, self.now_us, may_end=not self._is_strict(request, holder)
@@ -217,10 +220,10 @@ class Planner:
         if not self._policy.backfill:
             among &= self._kind(request)
             self._strict.setdefault(request.gpus > 0, Blocked(request, None, NEVER, None))
-        if among[position]:
+        if among[row]:
             self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among)
         else:
-            self.queue.wait(position, Reason.WAITING_FOR_PROMISED_START)
+            self.queue.wait(row, Reason.WAITING_FOR_PROMISED_START)
 
     def _is_strict(self, request: Request, holder: Blocked) -> bool:
         """Whether nothing but giving way lets the request pass."""
@@ -228,7 +231,7 @@ class Planner:
 
     def _kind(self, request: Request) -> Any:
         """The pending jobs that want GPUs like this one, or none like this one."""
-        wants = self.queue.column("gpus") > 0
+        wants = self.queue.jobs.gpus > 0
         return wants if request.gpus else ~wants
 
     def _candidates(self, request: Request, node: Node) -> list[Live]:
@@ -237,66 +240,42 @@ class Planner:
             live for live in self.world.live[node.row] if live.may_yield and outranks(request, live, order)
         ]
 
-    def _lack(self, request: Request) -> Reason:
-        """What a request that can't be served lacks, on the node that is nearest to serving it."""
-        found = {self._lack_on(request, node) for node in self.world.nodes if not node.drains}
-        return next(reason for reason in _NEAREST_FIRST if reason in found)
-
-    def _lack_on(self, request: Request, node: Node) -> Reason:
-        holds = [*node.leaving, *(live.hold for live in self._candidates(request, node))]
-        spare = node.spare_with(holds)
-        if not gpus_fit(request, node, spare):
-            spare.mib = [NEVER] * len(spare.mib)
-            if request.is_share and gpus_fit(request, node, spare):
-                return Reason.WAITING_FOR_GPU_MEMORY
-            return Reason.WAITING_FOR_GPUS
-        for reason, name in _HOST_LACKS:
-            short = spare.copy()
-            setattr(short, name, NEVER)
-            if fits(request, node, short):
-                return reason
-        return Reason.WAITING_FOR_CPUS if request.cpus > spare.cpus else Reason.WAITING_FOR_MEMORY
+    def _refuse(self, request: Request) -> None:
+        """Let a request that can't be served wait, and with it all that would fail for the same lack."""
+        spares = []
+        for node in self.world.nodes:
+            if not node.drains:
+                holds = (live.hold for live in self._candidates(request, node))
+                spares.append((node, node.spare_with((*node.leaving, *holds))))
+        reason = lack(request, spares)
+        among = None if self._policy.backfill else self._kind(request)
+        self.queue.refuse(least_lacking(request, reason, spares), reason, among)
 
     def _waits(self) -> Wait:
         codes = self.queue.codes
-        waiting = rows_where(codes != LEAVES)
-        numbers = self.queue.column("number")[waiting]
+        waiting = rows_where(codes >= 0)
+        numbers = self.queue.jobs.number[waiting]
         by_number = xp.argsort(numbers)
-        return Wait(numbers[by_number], codes[waiting][by_number])
+        return Wait(numbers[by_number], codes[waiting[by_number]])
 
     def _wake_us(self) -> int | None:
         """The next moment at which time alone could change the plan."""
-        jobs, now_us = self._snapshot.jobs, self.now_us
+        jobs, now_us, codes = self._snapshot.jobs, self.now_us, self.queue.codes
         running = jobs.state == RUNNING
-        moments: list[int] = [] if self.promise is None else [self.promise.start_us]
-        queue = self.queue
-        deadline = queue.column("deadline_us")
-        late_us = deadline - unknown_as_zero(queue.column("expected_us")) + 1
-        waits = queue.codes != LEAVES
+        waits = codes >= 0
+        moments = [] if self.promise is None else [self.promise.start_us]
+        dated = jobs.deadline_us != UNKNOWN
+        late_us = jobs.deadline_us + 1
+        if dated.any():
+            late_us = late_us - unknown_as_zero(jobs.expected_us)
         for where, moment in (
             (running & (jobs.time_limit_us != UNKNOWN), jobs.started_us + jobs.time_limit_us),
-            ((jobs.state == RUNNING) | (jobs.state == SUSPENDED), jobs.deadline_us),
-            (waits, queue.column("eligible_us")),
-            (waits & (deadline != UNKNOWN), late_us),
+            (dated & (running | (jobs.state == SUSPENDED)), jobs.deadline_us),
+            (dated & waits, late_us),
+            (codes == WAIT_CODE[Reason.BACKING_OFF], jobs.eligible_us),
         ):
-            soon = moment[where & (moment > now_us)]
-            if len(soon):
-                moments.append(int(soon.min()))
+            if where.any():
+                moments.append(int(xp.where(where & (moment > now_us), moment, NEVER).min()))
         if waits.any():
             moments += [live.yields_us for node in self.world.live for live in node if live.yields_us < NEVER]
-        return min((moment for moment in moments if moment > now_us), default=None)
-
-
-_HOST_LACKS = (
-    (Reason.WAITING_FOR_CPUS, "cpus"),
-    (Reason.WAITING_FOR_MEMORY, "memory_mib"),
-    (Reason.WAITING_FOR_START_SLOT, "slots"),
-)
-# Where nodes lack different things: the one that lacks least says why the job waits.
-_NEAREST_FIRST = (
-    Reason.WAITING_FOR_START_SLOT,
-    Reason.WAITING_FOR_MEMORY,
-    Reason.WAITING_FOR_CPUS,
-    Reason.WAITING_FOR_GPU_MEMORY,
-    Reason.WAITING_FOR_GPUS,
-)
+        return min((moment for moment in moments if now_us < moment < NEVER), default=None)

@@ -133,12 +133,16 @@ def cover(lack: Gain, items: list[list[Option]]) -> int | None:
 
     The lack must be coverable. Cells are keyed by what is covered, capped at the lack.
     """
+    needed = [i for i, amount in enumerate(lack) if amount]
+    lack = tuple(lack[i] for i in needed)
     cells: dict[Gain, int] = {(0,) * len(lack): 0}
     for options in items:
         grown = dict(cells)
         for gain, cost in options:
             for covered, spent in cells.items():
-                key = tuple([min(c + g, most) for c, g, most in zip(covered, gain, lack, strict=True)])
+                key = tuple(
+                    [min(c + gain[i], most) for c, i, most in zip(covered, needed, lack, strict=True)]
+                )
                 total = spent + cost
                 known = grown.get(key)
                 if known is None or total < known:

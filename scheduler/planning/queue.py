@@ -4,6 +4,8 @@ What is free or may be displaced only shrinks while jobs are served from the hig
 lower rank may displace no more than one of higher rank. So once a request can't be served, no later request
 that wants at least as much of everything can be: 100,000 equal jobs cost one try. The same holds of requests
 refused for a promise, among those that neither end in time nor give way.
+
+Everything here is by job row, over the snapshot's own columns: no column is copied or gathered.
 """
 
 from collections.abc import Iterator
@@ -12,130 +14,113 @@ from typing import Any
 from scheduler.model.actions import WAIT_REASONS
 from scheduler.model.policy import Order
 from scheduler.model.reasons import Reason
-from scheduler.model.snapshot import CLOSED, NOT_DRAINING, PENDING, Snapshot
+from scheduler.model.snapshot import CLOSED, NOT_DRAINING, PENDING, UNKNOWN, Snapshot
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, unknown_as_zero, xp
-from scheduler.planning.valuation import rank_order
+from scheduler.planning.valuation import first_ranked, packed_ranks
 
 WAIT_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(WAIT_REASONS)}
-UNDECIDED = -1
-# Codes of pending jobs that do not wait: they start or fail.
-LEAVES = -2
+# Codes below zero are of jobs that don't wait: not decided yet, starting or failing, not pending at all.
+UNDECIDED, LEAVES, LIVE = -1, -2, -3
 # Requests taken out of the columns at a time: few at first, as one refusal often settles the rest.
-_CHUNK_FIRST, _CHUNK_MAX = 16, 1024
+_CHUNK_FIRST, _CHUNK_MAX = 16, 4096
 
 _REQUEST_COLUMNS = (
     "number", "job_class", "priority", "value", "gpus", "share_milli", "gpu_memory_mib", "models", "cpus",
     "memory_mib", "preemptible", "min_runtime_us", "restart_loss_us", "expected_us", "grace_us",
 )  # fmt: skip
-_SHAPE_COLUMNS = ("gpus", "share_milli", "gpu_memory_mib", "models", "cpus", "memory_mib")
 
 
 class Queue:
-    """The pending rows of a snapshot; `codes` says of each what becomes of it."""
+    """The pending rows of a snapshot's jobs; `codes` says of each row what becomes of it."""
 
     def __init__(self, snapshot: Snapshot, order: Order) -> None:
         self._snapshot = snapshot
         self._order = order
-        self._jobs = snapshot.jobs
-        self.rows = rows_where(self._jobs.state == PENDING)
-        self.codes = xp.full(len(self.rows), UNDECIDED, dtype=xp.int64)
-        self._refused: list[Request] = []
-        self._columns: dict[str, Any] = {}
+        self.jobs = snapshot.jobs
+        self.codes = xp.where(self.jobs.state == PENDING, UNDECIDED, LIVE)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def column(self, name: str) -> Any:
-        """The pending rows of a column of jobs."""
-        known = self._columns.get(name)
-        if known is None:
-            whole = getattr(self._jobs, name)
-            known = self._columns[name] = whole if len(whole) == len(self.rows) else whole[self.rows]
-        return known
+    @property
+    def is_waiting(self) -> bool:
+        """Whether any pending job is left to decide."""
+        return bool((self.codes == UNDECIDED).any())
 
     def fail_late(self) -> list[int]:
         """Take out the jobs that can't meet their deadline any more; their numbers, ascending."""
-        deadline = self.column("deadline_us")
-        late = deadline >= 0
+        jobs = self.jobs
+        late = (jobs.deadline_us != UNKNOWN) & (self.codes == UNDECIDED)
         if not late.any():
             return []
-        late &= self._snapshot.now_us + unknown_as_zero(self.column("expected_us")) > deadline
+        late &= self._snapshot.now_us + unknown_as_zero(jobs.expected_us) > jobs.deadline_us
         self.codes[late] = LEAVES
-        return sorted(self.column("number")[late].tolist())
+        return sorted(jobs.number[late].tolist())
 
     def set_aside(self) -> None:
         """Decide the jobs that nothing here can serve now: they back off, the nodes drain, no GPU suits."""
-        undecided = self.codes == UNDECIDED
-        self._set(undecided & (self.column("eligible_us") > self._snapshot.now_us), Reason.BACKING_OFF)
+        self._decide(self.jobs.eligible_us > self._snapshot.now_us, Reason.BACKING_OFF)
         drains = self._snapshot.nodes.drain != NOT_DRAINING
         if drains.all():
-            self._set(self.codes == UNDECIDED, Reason.NODE_DRAINING)
+            self._decide(self.codes == UNDECIDED, Reason.NODE_DRAINING)
             return
-        suits = self._suits(~drains)
-        wanting = self.column("gpus")
+        too_few = self._too_few(~drains)
+        if too_few is None:
+            return
         if drains.any():
-            elsewhere = (self.codes == UNDECIDED) & (suits < wanting) & (self._suits(drains) >= wanting)
-            self._set(elsewhere, Reason.NODE_DRAINING)
-        self._set((self.codes == UNDECIDED) & (suits < wanting), Reason.NO_SUITABLE_GPU)
+            elsewhere = self._too_few(drains)
+            self._decide(too_few if elsewhere is None else too_few & ~elsewhere, Reason.NODE_DRAINING)
+        self._decide(too_few, Reason.NO_SUITABLE_GPU)
 
     def requests(self) -> Iterator[tuple[int, Request]]:
-        """Undecided requests with their position, from the highest rank down.
+        """Undecided requests with their row, from the highest rank down.
 
         The caller decides each before it asks for the next, by `start`, `wait` or `refuse`.
         """
-        ranked = self._ranked()
-        size = _CHUNK_FIRST
-        while len(ranked):
-            head, ranked = ranked[:size], ranked[size:]
-            before = len(self._refused)
-            columns = lists(tuple(self.column(name) for name in _REQUEST_COLUMNS), head)
-            for position, values in zip(head.tolist(), zip(*columns, strict=True), strict=True):
-                if self.codes[position] == UNDECIDED:
-                    yield position, Request(*values)
-            if len(self._refused) > before or size == _CHUNK_FIRST:
-                ranked = ranked[self.codes[ranked] == UNDECIDED]
-            size = min(2 * size, _CHUNK_MAX)
+        jobs, size = self.jobs, _CHUNK_FIRST
+        columns = tuple(getattr(jobs, name) for name in _REQUEST_COLUMNS)
+        ranks = None
+        while len(rows := rows_where(self.codes == UNDECIDED)):
+            if ranks is None and len(rows) > size:
+                ranks = packed_ranks(self._order, jobs.job_class, jobs.priority, jobs.value, jobs.number)
+            head = first_ranked(rows, size, ranks, self._order, jobs)
+            for row, values in zip(head.tolist(), zip(*lists(columns, head), strict=True), strict=True):
+                if self.codes[row] == UNDECIDED:
+                    yield row, Request(*values)
+                    assert self.codes[row] != UNDECIDED, "each request is decided before the next"
+            size = min(4 * size, _CHUNK_MAX)
 
-    def start(self, position: int) -> None:
+    def start(self, row: int) -> None:
         """The job starts."""
-        self.codes[position] = LEAVES
+        self.codes[row] = LEAVES
 
-    def wait(self, position: int, reason: Reason) -> None:
+    def wait(self, row: int, reason: Reason) -> None:
         """This job alone waits."""
-        self.codes[position] = WAIT_CODE[reason]
+        self.codes[row] = WAIT_CODE[reason]
 
-    def refuse(self, request: Request, reason: Reason, among: Any | None = None) -> None:
-        """The job and all that want at least as much wait; `among` restricts it to some positions."""
-        self._refused.append(request)
+    def refuse(self, least: Request, reason: Reason, among: Any | None = None) -> None:
+        """All undecided jobs that want at least as much wait; `among` restricts it to some rows."""
+        jobs = self.jobs
         more = self.codes == UNDECIDED
         if among is not None:
             more &= among
-        if request.gpus:
-            more &= self.column("gpus") >= request.gpus
-            if len(self._snapshot.model_fits) > 1:
-                more &= covered_sets(self._snapshot.model_fits, request.models)[self.column("models")]
-        if request.gpus and request.share_milli > 1:
-            more &= self.column("share_milli") >= request.share_milli
+        if least.gpus:
+            more &= jobs.gpus >= least.gpus
+            if least.models != UNKNOWN and len(self._snapshot.model_fits) > 1:
+                more &= covered_sets(self._snapshot.model_fits, least.models)[jobs.models]
+            if least.share_milli > 1:
+                more &= jobs.share_milli >= least.share_milli
         for name in ("gpu_memory_mib", "cpus", "memory_mib"):
-            least = getattr(request, name)
-            if least:
-                more &= self.column(name) >= least
-        self._set(more, reason)
+            amount = getattr(least, name)
+            if amount:
+                more &= getattr(jobs, name) >= amount
+        self.codes[more] = WAIT_CODE[reason]
 
-    def _ranked(self) -> Any:
-        left = rows_where(self.codes == UNDECIDED)
-        columns = [self.column(name) for name in ("job_class", "priority", "value", "number")]
-        if len(left) < len(self.rows):
-            columns = [column[left] for column in columns]
-        return left[rank_order(self._order, *columns)]
+    def _decide(self, where: Any, reason: Reason) -> None:
+        if where.any():
+            self.codes[where & (self.codes == UNDECIDED)] = WAIT_CODE[reason]
 
-    def _set(self, where: Any, reason: Reason) -> None:
-        self.codes[where] = WAIT_CODE[reason]
-
-    def _suits(self, nodes: Any) -> Any:
-        """Shape (pending,): the most GPUs of one of these nodes that serve the job by model and memory."""
-        gpus, fits = self._snapshot.gpus, self._snapshot.model_fits
+    def _too_few(self, nodes: Any) -> Any | None:
+        """The jobs for which none of these nodes has enough open GPUs by model and memory; None: nobody."""
+        jobs, gpus, fits = self.jobs, self._snapshot.gpus, self._snapshot.model_fits
         usable = (gpus.state != CLOSED) & nodes[gpus.node]
         sizes = sorted(set(gpus.memory_mib[usable].tolist()))
         most = xp.zeros((len(fits), len(sizes) + 1), dtype=xp.int64)
@@ -144,5 +129,7 @@ class Queue:
             for node in set(gpus.node[large].tolist()):
                 count = fits[:, large & (gpus.node == node)].sum(axis=1)
                 most[:, level] = xp.maximum(most[:, level], count)
-        level = xp.searchsorted(xp.array(sizes, dtype=xp.int64), self.column("gpu_memory_mib"))
-        return most[self.column("models"), level]
+        if sizes and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
+            return None
+        level = xp.searchsorted(xp.array(sizes, dtype=xp.int64), jobs.gpu_memory_mib)
+        return most[jobs.models, level] < jobs.gpus

@@ -8,13 +8,13 @@ from typing import Any
 
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy
-from scheduler.planning.arrays import xp
+from scheduler.model.snapshot import JobColumns
+from scheduler.planning.arrays import lists, xp
 
 # Bits of a packed key: int64 without its sign.
 _KEY_BITS = 63
 # Below this many rows a sort of plain tuples is faster than packing (measured: they meet near 100).
 _FEW_ROWS = 64
-_CLASSES = len(JobClass)
 _MICRO = 1_000_000
 _US_PER_MS = 1000
 _MS_PER_HOUR = 3_600_000
@@ -24,18 +24,22 @@ _BAR_VALUE_MAX = 10_000_000_000
 _BAR_RESTART_MS_MAX = 864_000_000
 
 
-def rank_order(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any:
-    """Positions in the order of rank, first to last; shape (rows,) like each column."""
-    if len(number) <= _FEW_ROWS:
-        keys = zip(job_class.tolist(), priority.tolist(), value.tolist(), number.tolist(), strict=True)
-        ranked = [rank_key(order, *key) for key in keys]
-        return xp.array(sorted(range(len(ranked)), key=ranked.__getitem__), dtype=xp.int64)
-    packed = _packed(order, job_class, priority, value, number)
-    if packed is not None:
-        return packed
-    if order is Order.CLASS:
-        return xp.lexsort((number, -value, -priority, job_class))
-    return xp.lexsort((number, -priority, job_class, -value))
+def first_ranked(rows: Any, count: int, ranks: Any | None, order: Order, jobs: JobColumns) -> Any:
+    """The `count` rows of the highest rank, first to last; `ranks`: all jobs' packed ranks, if they fit."""
+    if len(rows) <= _FEW_ROWS:
+        names = ("job_class", "priority", "value", "number")
+        columns = lists(tuple(getattr(jobs, name) for name in names), rows)
+        ranked = [rank_key(order, *key) for key in zip(*columns, strict=True)]
+        return rows[sorted(range(len(ranked)), key=ranked.__getitem__)[:count]]
+    if ranks is None:
+        job_class, priority, value = jobs.job_class[rows], -jobs.priority[rows], -jobs.value[rows]
+        keys = (value, priority, job_class) if order is Order.CLASS else (priority, job_class, value)
+        return rows[xp.lexsort((jobs.number[rows], *keys))[:count]]
+    packed = ranks[rows]
+    if len(rows) > count:
+        first = xp.argpartition(packed, count)[:count]
+        rows, packed = rows[first], packed[first]
+    return rows[xp.argsort(packed)]
 
 
 def rank_key(
@@ -67,13 +71,16 @@ def value_bars(value: Any, restart_loss_us: Any, policy: Policy) -> Any:
     return value + xp.maximum(xp.maximum(share, restart), 1)
 
 
-def _packed(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any | None:
-    """`rank_order` by one sort of int64 keys (3 times faster at 100,000 rows), or None: they don't fit."""
+def packed_ranks(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any | None:
+    """Ranks as one int64 each, the smaller the higher; shape (jobs,). None where the columns span too much.
+
+    Taking the first 16 of 100,000 by it costs 2 ms; sorting them by four columns 16 ms.
+    """
     top_priority, top_value, least_number = int(priority.max()), int(value.max()), int(number.min())
     priority_bits = (top_priority - int(priority.min())).bit_length()
     value_bits = (top_value - int(value.min())).bit_length()
     number_bits = (int(number.max()) - least_number).bit_length()
-    class_bits = (_CLASSES - 1).bit_length()
+    class_bits = (len(JobClass) - 1).bit_length()
     if class_bits + priority_bits + value_bits + number_bits > _KEY_BITS:
         return None
     low_priority, low_value = top_priority - priority, top_value - value
@@ -81,5 +88,4 @@ def _packed(order: Order, job_class: Any, priority: Any, value: Any, number: Any
         head = ((job_class << priority_bits) | low_priority) << value_bits | low_value
     else:
         head = ((low_value << class_bits) | job_class) << priority_bits | low_priority
-    keys = (head << number_bits) | (number - least_number)
-    return xp.argsort(keys)
+    return (head << number_bits) | (number - least_number)

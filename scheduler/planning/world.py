@@ -3,7 +3,7 @@
 Only live jobs, GPUs and nodes become objects: they are few. Pending jobs stay columns (`queue.py`).
 """
 
-from typing import Any
+from typing import NamedTuple
 
 from scheduler.model.policy import Policy
 from scheduler.model.snapshot import (
@@ -27,10 +27,37 @@ _US_PER_MS = 1000
 _MS_PER_HOUR = 3_600_000
 _MICRO = 1_000_000
 _HOLDING_COLUMNS = ("job", "gpu", "share_milli", "memory_mib", "preemptor", "stop_us")
-_LIVE_COLUMNS = (
-    "number", "state", "job_class", "priority", "value", "cpus", "memory_mib", "preemptible",
-    "min_runtime_us", "grace_us", "restart_loss_us", "expected_us", "started_us", "checkpoint_us", "node",
-)  # fmt: skip
+_NO_NOTICE = (UNKNOWN, UNKNOWN)  # preemptor, moment
+
+
+class Layout:
+    """What depends on the GPUs and the sets of models alone: it outlives a plan (`planner.Memo`)."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._key = _layout_key(snapshot)
+        gpus = snapshot.gpus
+        columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state)
+        serves = snapshot.model_fits.T.tolist()
+        by_node: list[list[Gpu]] = [[] for _ in range(len(snapshot.nodes))]
+        rows = zip(gpus.uuid, *(column.tolist() for column in columns), serves, strict=True)
+        for row, (uuid, node, index, memory_mib, state, sets) in enumerate(rows):
+            by_node[node].append(Gpu(row, uuid, index, memory_mib, state != CLOSED, tuple(sets)))
+        self.position: dict[int, tuple[int, int]] = {}  # by GPU row: node, position
+        for node, here in enumerate(by_node):
+            here.sort(key=lambda gpu: (gpu.index, gpu.uuid))
+            self.position.update((gpu.row, (node, position)) for position, gpu in enumerate(here))
+        self.gpus = tuple(tuple(here) for here in by_node)
+        self.suitable: list[dict[tuple[int, int], tuple[int, ...]]] = [{} for _ in by_node]
+
+    def holds_for(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot has the same GPUs and sets of models."""
+        return self._key == _layout_key(snapshot)
+
+
+def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
+    gpus = snapshot.gpus
+    columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state, snapshot.model_fits)
+    return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))
 
 
 class World:
@@ -40,10 +67,12 @@ class World:
     leaving already.
     """
 
-    def __init__(self, snapshot: Snapshot, policy: Policy, stopping: frozenset[int]) -> None:
+    def __init__(
+        self, snapshot: Snapshot, policy: Policy, stopping: frozenset[int], layout: Layout | None = None
+    ) -> None:
         self.now_us = snapshot.now_us
         self._policy = policy
-        self.position: dict[int, tuple[int, int]] = {}  # by GPU row: node, position
+        self.layout = layout if layout is not None and layout.holds_for(snapshot) else Layout(snapshot)
         self.nodes = self._empty_nodes(snapshot)
         self.live: list[list[Live]] = [[] for _ in self.nodes]
         self._occupy(snapshot, stopping)
@@ -66,60 +95,41 @@ class World:
         return tuple(self.nodes[node].gpus[position].uuid for position in sorted(positions))
 
     def _empty_nodes(self, snapshot: Snapshot) -> list[Node]:
-        gpus = snapshot.gpus
-        columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state)
-        serves = snapshot.model_fits.T.tolist()
-        by_node: list[list[Gpu]] = [[] for _ in range(len(snapshot.nodes))]
-        rows = zip(gpus.uuid, *(c.tolist() for c in columns), serves, strict=True)
-        for row, (uuid, node, index, memory_mib, state, sets) in enumerate(rows):
-            by_node[node].append(Gpu(row, uuid, index, memory_mib, state != CLOSED, tuple(sets)))
-        for row, here in enumerate(by_node):
-            here.sort(key=lambda gpu: (gpu.index, gpu.uuid))
-            self.position.update((gpu.row, (row, position)) for position, gpu in enumerate(here))
         sizes = snapshot.nodes
-        rows = zip(
-            *(c.tolist() for c in (sizes.cpus, sizes.memory_mib, sizes.live_jobs_max, sizes.drain)),
-            strict=True,
-        )
-        return [
-            Node(
-                row,
-                tuple(by_node[row]),
-                Spare(
-                    [WHOLE_MILLI] * len(by_node[row]),
-                    [g.memory_mib for g in by_node[row]],
-                    cpus,
-                    memory_mib,
-                    slots,
-                ),
-                drain != NOT_DRAINING,
-            )
-            for row, (cpus, memory_mib, slots, drain) in enumerate(rows)
-        ]
+        columns = (sizes.cpus, sizes.memory_mib, sizes.live_jobs_max, sizes.drain)
+        nodes = []
+        for row, (cpus, memory_mib, slots, drain) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
+            gpus = self.layout.gpus[row]
+            whole = [WHOLE_MILLI] * len(gpus)
+            free = Spare(whole, [gpu.memory_mib for gpu in gpus], cpus, memory_mib, slots)
+            nodes.append(Node(row, gpus, free, drain != NOT_DRAINING, [], self.layout.suitable[row]))
+        return nodes
 
     def _occupy(self, snapshot: Snapshot, stopping: frozenset[int]) -> None:
         """Take what live jobs and hand-overs hold out of what is free."""
         jobs, holdings = snapshot.jobs, snapshot.holdings
         live_rows = rows_where(jobs.state != PENDING)
         held: dict[int, list[tuple[int, int, int]]] = {}
-        columns = tuple(getattr(holdings, name) for name in _HOLDING_COLUMNS)
         notices: dict[int, tuple[int, int]] = {}
         live = set(live_rows.tolist())
-        for job, gpu, milli, mib, preemptor, stop_us in zip(*(c.tolist() for c in columns), strict=True):
+        for job, gpu, milli, mib, preemptor, stop_us in zip(
+            *(getattr(holdings, name).tolist() for name in _HOLDING_COLUMNS), strict=True
+        ):
             if job in live:
                 held.setdefault(job, []).append((gpu, milli, mib))
                 notices[job] = (preemptor, stop_us)
             else:
                 self._hand_over(gpu, milli, mib, preemptor, stop_us)
-        values = lists(tuple(getattr(jobs, name) for name in _LIVE_COLUMNS), live_rows)
-        for job, row in zip(live_rows.tolist(), zip(*values, strict=True), strict=True):
-            self._settle(
-                dict(zip(_LIVE_COLUMNS, row, strict=True)), held.get(job, []), notices.get(job), stopping
-            )
+        columns = lists(tuple(getattr(jobs, name) for name in _Row._fields), live_rows)
+        for row, values in zip(live_rows.tolist(), zip(*columns, strict=True), strict=True):
+            job = _Row(*values)
+            self._settle(job, held.get(row, []), notices.get(row, _NO_NOTICE), job.number in stopping)
 
     def _hand_over(self, gpu: int, milli: int, mib: int, preemptor: int, stop_us: int) -> None:
         """What an ended job still occupies leaves; it is no live job and has no CPUs."""
-        row, position = self.position[gpu]
+        row, position = self.layout.position[gpu]
         node = self.nodes[row]
         part = [milli, mib if milli < WHOLE_MILLI else 0]
         hold = Hold(UNKNOWN, {position: part}, 0, 0, 0, preemptor, stop_us, self.now_us)
@@ -127,62 +137,75 @@ class World:
         node.leaving.append(hold)
 
     def _settle(
-        self,
-        job: dict[str, Any],
-        held: list[tuple[int, int, int]],
-        notice: tuple[int, int] | None,
-        stopping: frozenset[int],
+        self, job: "_Row", held: list[tuple[int, int, int]], notice: tuple[int, int], stops: bool
     ) -> None:
         """Give a live job its place: among what leaves, or among what stays."""
-        node = self.nodes[job["node"]]
+        node = self.nodes[job.node]
         parts: dict[int, list[int]] = {}
         milli_gpus = 0
         for gpu, milli, mib in held:
             milli_gpus += milli
-            part = parts.setdefault(self.position[gpu][1], [0, 0])
+            part = parts.setdefault(self.layout.position[gpu][1], [0, 0])
             part[0] += milli
             part[1] += mib if milli < WHOLE_MILLI else 0
-        number, state = job["number"], job["state"]
-        preemptor, stop_us = notice or (UNKNOWN, UNKNOWN)
-        hold = Hold(number, parts, job["cpus"], job["memory_mib"], 1, preemptor, stop_us, 0)
+        preemptor, stop_us = (UNKNOWN, self.now_us) if stops else notice
+        hold = Hold(job.number, parts, job.cpus, job.memory_mib, 1, preemptor, stop_us, 0)
         node.free.remove(hold)
-        if number in stopping:
-            hold.preemptor = UNKNOWN
-            hold.stop_us = self.now_us
-        if number in stopping or state not in (STARTING, RUNNING, SUSPENDED):
-            hold.ready_us = max(self.now_us, hold.stop_us + job["grace_us"])
+        if stops or job.state not in (STARTING, RUNNING, SUSPENDED):
+            hold.ready_us = max(self.now_us, stop_us + job.grace_us)
             node.leaving.append(hold)
             return
-        started_us = job["started_us"] if state != STARTING and job["started_us"] != UNKNOWN else self.now_us
-        yields_us = started_us + job["min_runtime_us"] if job["preemptible"] else NEVER
-        expected_us = job["expected_us"]
+        hold.ready_us = self.now_us + job.grace_us  # were it told to stop now
+        began = job.state != STARTING and job.started_us != UNKNOWN
+        started_us = job.started_us if began else self.now_us
+        yields_us = started_us + job.min_runtime_us if job.preemptible else NEVER
         lost_gpu_ms = self._lost_gpu_ms(job, started_us, milli_gpus)
-        hold.ready_us = self.now_us + job["grace_us"]  # were it told to stop now
         self.live[node.row].append(
             Live(
                 hold=hold,
-                job_class=job["job_class"],
-                priority=job["priority"],
-                value_bar=value_bar(job["value"], job["restart_loss_us"], self._policy),
+                job_class=job.job_class,
+                priority=job.priority,
+                value_bar=value_bar(job.value, job.restart_loss_us, self._policy),
                 may_yield=yields_us <= self.now_us,
                 yields_us=yields_us,
-                ends_us=NEVER if expected_us == UNKNOWN else max(self.now_us, started_us + expected_us),
+                ends_us=NEVER
+                if job.expected_us == UNKNOWN
+                else max(self.now_us, started_us + job.expected_us),
                 started_us=started_us,
                 gpus=len(parts),
                 lost_gpu_ms=lost_gpu_ms,
-                loss_microusd=max(0, job["value"]) * lost_gpu_ms // _MS_PER_HOUR,
+                loss_microusd=max(0, job.value) * lost_gpu_ms // _MS_PER_HOUR,
             )
         )
 
-    def _lost_gpu_ms(self, job: dict[str, Any], started_us: int, milli_gpus: int) -> int:
+    def _lost_gpu_ms(self, job: "_Row", started_us: int, milli_gpus: int) -> int:
         """GPU-milliseconds that a stop would lose: work since the last checkpoint and the restart loss.
 
         Without a known checkpoint half the assumed interval, so that silence never protects.
         """
-        ran_us = max(0, self.now_us - started_us)
-        if job["checkpoint_us"] != UNKNOWN:
-            since_us = max(0, self.now_us - max(job["checkpoint_us"], started_us))
+        if job.checkpoint_us != UNKNOWN:
+            since_us = max(0, self.now_us - max(job.checkpoint_us, started_us))
         else:
+            ran_us = max(0, self.now_us - started_us)
             since_us = min(ran_us, round(self._policy.assumed_checkpoint_interval_s * _MICRO) // 2)
-        lost_gpu_ms: int = (since_us + job["restart_loss_us"]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
-        return lost_gpu_ms
+        return (since_us + job.restart_loss_us) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
+
+
+class _Row(NamedTuple):
+    """What is read of a live job."""
+
+    number: int
+    state: int
+    job_class: int
+    priority: int
+    value: int
+    cpus: int
+    memory_mib: int
+    preemptible: bool
+    min_runtime_us: int
+    grace_us: int
+    restart_loss_us: int
+    expected_us: int
+    started_us: int
+    checkpoint_us: int
+    node: int

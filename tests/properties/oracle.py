@@ -431,7 +431,7 @@ class Oracle:
         )
 
     def check_needed(self, job: J, node: int, victims: tuple[J, ...]) -> None:
-        """R5: without any one of its victims it could not be served, beside the blocked job where it stays."""
+        """R5: without any one of its victims it could not be served (beside the blocked job)."""
         stays = not self.harmless(job, node, self.now_us)
         for victim in victims:
             fewer = self.without(node, tuple(v for v in victims if v is not victim))
