@@ -46,6 +46,7 @@ from scheduler.model.actions import Plan
 from scheduler.model.events import DaemonStarted, PlanDecided, PolicyChanged
 from scheduler.model.jobs import FINAL_STATES, Job
 from scheduler.model.settings import Config
+from scheduler.model.snapshot import GpuColumns
 from scheduler.planning.planner import Memo, digest, plan
 
 log = logging.getLogger("wattshift.loop")
@@ -310,7 +311,8 @@ class Controller:
             return None
         begun = time.perf_counter()
         try:
-            made = plan(self.board.snapshot(now_s), self.config.policy, self._memo)
+            snapshot = self.board.snapshot(now_s)
+            made = plan(snapshot, self.config.policy, self._memo)
         except Exception:  # a defect of ours; what arrived is kept all the same, and jobs go on
             log.exception("no plan could be made")
             self.meters.tick_failures += 1
@@ -320,12 +322,11 @@ class Controller:
         self.meters.plan_s.observe(time.perf_counter() - begun)
         self.last_plan = made
         if made.actions:
-            self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed()))
+            self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))
             self.reports.perform(made.actions, now_s)
         return None if made.wake_us is None else made.wake_us / 1e6
 
-    def _gpus_changed(self) -> tuple[str, ...]:
-        columns = self.board.snapshot(0.0).gpus
+    def _gpus_changed(self, columns: GpuColumns) -> tuple[str, ...]:
         now = {
             uuid: f"{int(state)} {int(memory)}"
             for uuid, state, memory in zip(columns.uuid, columns.state, columns.memory_mib, strict=True)

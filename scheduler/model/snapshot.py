@@ -6,7 +6,7 @@ since the epoch, -1 where unknown; money is micro-USD. Capacity in use is derive
 jobs, never counted beside them.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -127,36 +127,34 @@ class Snapshot:
             ("nodes", self.nodes),
             ("holdings", self.holdings),
         ):
-            for column in fields(columns):
-                values = getattr(columns, column.name)
-                if len(values) != len(columns):
-                    raise SnapshotError(f"{name}.{column.name} has {len(values)} rows, not {len(columns)}")
+            rows = len(columns)
+            for column in columns.__slots__:
+                if len(getattr(columns, column)) != rows:
+                    raise SnapshotError(f"{name}.{column} has not the {rows} rows of {name}")
         jobs, gpus, holdings = self.jobs, self.gpus, self.holdings
-        _check(jobs.number, np.diff(np.sort(jobs.number), prepend=-1) > 0, "jobs.number is not unique")
-        _check(
-            jobs.number, (jobs.share_milli >= 1) & (jobs.share_milli <= 1000), "share_milli is not 1..1000"
-        )
-        _check(jobs.number, (jobs.share_milli == 1000) | (jobs.gpus == 1), "a share is of one GPU")
-        _check(jobs.number, (jobs.state >= PENDING) & (jobs.state <= STOPPING), "unknown state")
-        _check(jobs.number, (jobs.models >= 0) & (jobs.models < len(self.model_fits)), "unknown model set")
-        located = (jobs.node >= 0) & (jobs.node < len(self.nodes))
-        _check(jobs.number, located | (jobs.state == PENDING), "a live job is on no known node")
-        _check(gpus.index, (gpus.node >= 0) & (gpus.node < len(self.nodes)), "GPU of an unknown node")
-        _check(holdings.gpu, (holdings.gpu >= 0) & (holdings.gpu < len(gpus)), "holding of an unknown GPU")
-        _check(
-            holdings.job, (holdings.job >= UNKNOWN) & (holdings.job < len(jobs)), "holding of an unknown job"
-        )
-        owned = (
-            (holdings.job != UNKNOWN) & (jobs.state[holdings.job] != PENDING)
-            if len(jobs)
-            else holdings.job > UNKNOWN
-        )
-        elsewhere = owned & (jobs.node[holdings.job] != gpus.node[holdings.gpu]) if len(jobs) else owned
-        _check(holdings.gpu, ~elsewhere, "a job holds a GPU of another node")
-        held = np.bincount(holdings.gpu, weights=holdings.share_milli, minlength=len(gpus))
-        _check(gpus.index, held <= 1000, "GPU is held more than once")
+        if len(jobs):
+            number, share = jobs.number, jobs.share_milli
+            ordered = np.sort(number)
+            if not (ordered[1:] > ordered[:-1]).all():
+                raise SnapshotError("jobs.number is not unique")
+            _within(number, share, 1, 1000, "share_milli")
+            _within(number, jobs.state, PENDING, STOPPING, "state")
+            _within(number, jobs.models, 0, len(self.model_fits) - 1, "model set")
+            _check(number, (share == 1000) | (jobs.gpus == 1), "a share is of one GPU")
+        if len(gpus):
+            _within(gpus.index, gpus.node, 0, len(self.nodes) - 1, "node")
+        if len(holdings):
+            _within(holdings.gpu, holdings.gpu, 0, len(gpus) - 1, "GPU")
+            _within(holdings.job, holdings.job, UNKNOWN, len(jobs) - 1, "job")
+            held = np.bincount(holdings.gpu, weights=holdings.share_milli, minlength=len(gpus))
+            _within(gpus.index, held, 0, 1000, "share held")
         if self.model_fits.shape[1:] != (len(gpus),):
             raise SnapshotError(f"model_fits has shape {self.model_fits.shape} for {len(gpus)} GPUs")
+
+
+def _within(key: Any, values: Any, low: int, high: int, name: str) -> None:
+    if values.min() < low or values.max() > high:
+        _check(key, (values >= low) & (values <= high), f"{name} is not {low} to {high}")
 
 
 def _check(key: Any, holds: Any, message: str) -> None:
