@@ -52,7 +52,7 @@ lint: $(COMPILED) ## Check style, types, the floors, protos, alert rules and uni
 	$(if $(PROTO_FILES),$(VENV)/bin/buf lint proto)
 	@if [ -z "$(RULES)" ]; then :; \
 	elif command -v promtool >/dev/null; then \
-	  promtool check rules $(RULES) && $(if $(RULE_TESTS),promtool test rules $(RULE_TESTS),:); \
+	  promtool check rules $(RULES) && promtool check config deploy/prometheus/prometheus.yml && $(if $(RULE_TESTS),promtool test rules $(RULE_TESTS),:); \
 	else echo "lint: no promtool here (apt-get install prometheus): rules not checked"; fi
 # systemd-analyze exits 0 on keys it does not know: any output is a failure. It wants to see the commands, which
 # are not installed here, so that the copies that it gets say /bin/true.
