@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from measure import MS_PER_S, NS_PER_MS, DidNotWork, Figure, at_most, cost, latency_targets, spread
+from measure import MS_PER_S, NS_PER_MS, DidNotWork, Figure, at_most, latency_targets, spread
 from node import GPUS, WATTSHIFT, Node, job
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def start(bench: "Bench") -> Figure:
     pauses = random.Random(1)
     acknowledged, started, stages = [], [], _Stages()
     with bench.node() as node:
-        before, own = node.cpu_time(), time.process_time()
+        before, own = node.spent(), time.process_time()
         for number in range(rounds):
             tag = f"start{number}"
             spec = job(bench.line.command(tag))
@@ -40,17 +40,14 @@ def start(bench: "Bench") -> Figure:
             done = node.wait_until_final(submitted.id)
             stages.add("sent to accepted", wall_s, _s(done.submitted_at))
             stages.add("accepted to start reported", _s(done.submitted_at), _s(done.attempts[0].started_at))
-        spent = node.cpu_time()
         own = time.process_time() - own
+        per_job = node.spent().per_operation(before, rounds)
     acknowledged_ms, started_ms = spread(acknowledged), spread(started)
     return {
         "submit_to_acknowledged_ms": acknowledged_ms,
         "submit_to_main_ms": started_ms,
         "stages_ms": stages.spreads(),
-        "per_job": {
-            **{role: cost(spent[role].since(before[role]), rounds) for role in spent},
-            "client_cpu_ms": round(MS_PER_S * own / rounds, 3),
-        },
+        "per_job": {**per_job, "client_cpu_ms": round(MS_PER_S * own / rounds, 3)},
         "targets": latency_targets(started_ms, START_MS),
     }
 
@@ -68,7 +65,7 @@ def preempt_eight(bench: "Bench") -> Figure:
 def _preempt(bench: "Bench", job_class: str, gpus: int, target_ms: float, rounds: int) -> Figure:
     started, stages = [], _Stages()
     with bench.node() as node:
-        before = node.cpu_time()
+        before = node.spent()
         for number in range(rounds):
             victims = set(node.fill(bench.line, "BATCH"))
             tag = f"preempt{number}"
@@ -81,12 +78,12 @@ def _preempt(bench: "Bench", job_class: str, gpus: int, target_ms: float, rounds
                 raise DidNotWork(f"{gpus} jobs had to give way, not {sorted(stopped)}")
             for job_id in (*stopped, preemptor.id):  # victims first: they would start again
                 node.cancel(job_id)
-        spent = node.cpu_time()
+        per_round = node.spent().per_operation(before, rounds)
     started_ms = spread(started)
     return {
         "submit_to_main_ms": started_ms,
         "stages_ms": stages.spreads(),
-        "per_round": {role: cost(spent[role].since(before[role]), rounds) for role in spent},
+        "per_round": per_round,
         "targets": latency_targets(started_ms, target_ms),
     }
 

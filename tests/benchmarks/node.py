@@ -1,12 +1,14 @@
 """A real daemon under test, in a directory of its own: start, kill, look, and leave nothing behind."""
 
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from measure import CpuTime, DidNotWork, cpu_time
+from measure import MS_PER_S, CpuTime, DidNotWork, Figure, cost, cpu_time
 
 from scheduler.v1 import (
     job_pb2,
@@ -49,6 +51,25 @@ class Process:
 
     role: str  # daemon, launcher, supervisor
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a node has used since it began."""
+
+    cpu: dict[str, CpuTime]  # by role; the launcher's includes all that it has waited for
+    work: dict[str, tuple[float, float]]  # count and seconds, by part of the loop
+
+    def per_operation(self, before: "Spent", operations: int) -> Figure:
+        """What each of so many operations has cost since `before`."""
+        figure: Figure = {
+            role: cost(spent.since(before.cpu[role]), operations) for role, spent in self.cpu.items()
+        }
+        for name, (count, total_s) in self.work.items():
+            times = count - before.work[name][0]
+            figure[f"{name}s"] = round(times / operations, 3)
+            figure[f"{name}_ms_mean"] = round(MS_PER_S * (total_s - before.work[name][1]) / max(times, 1), 3)
+        return figure
 
 
 class Node:
@@ -91,19 +112,23 @@ class Node:
         self._close_channel()
 
     def stop(self) -> None:
-        """Stop every job, then the daemon; the launcher ends by itself a little later."""
+        """Stop every job, the daemon and its launcher, whatever has happened."""
         if self.daemon is None:
             return
-        with suppress(grpc.RpcError, DidNotWork):
-            self.node.DrainNode(node_service_pb2.DrainNodeRequest(stop_jobs=True), timeout=CALL_S_MAX)
-            until("all jobs are stopped", lambda: not self.get_node().live_jobs)
-        self._close_channel()
+        if self._channel is not None:
+            with suppress(grpc.RpcError, DidNotWork):
+                self.node.DrainNode(node_service_pb2.DrainNodeRequest(stop_jobs=True), timeout=CALL_S_MAX)
+                until("all jobs are stopped", lambda: not self.get_node().live_jobs)
+            self._close_channel()
         self.daemon.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.daemon.wait(10)
         self.daemon.kill()
         self.daemon.wait()
         self.daemon = None
+        for pid in naming(self.state_dir, ("cmdline",)):  # a launcher that is told so ends its jobs
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def _listens(self) -> bool:
         assert self.daemon is not None
@@ -125,11 +150,14 @@ class Node:
 
     def get(self, job_id: str) -> job_pb2.Job:
         """One job."""
-        return self.jobs.GetJob(job_service_pb2.GetJobRequest(job_id=job_id), timeout=CALL_S_MAX).job
+        request = job_service_pb2.GetJobRequest(job_id=job_id)
+        found: job_pb2.Job = self.jobs.GetJob(request, timeout=CALL_S_MAX).job
+        return found
 
     def get_node(self) -> node_pb2.Node:
         """The node."""
-        return self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=CALL_S_MAX).node
+        found: node_pb2.Node = self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=CALL_S_MAX).node
+        return found
 
     def listed(self, **which: Any) -> Iterator[job_pb2.Job]:
         """All jobs of a listing, page by page."""
@@ -154,12 +182,26 @@ class Node:
             for pid in sorted(launchers)
         ]
 
-    def cpu_time(self) -> dict[str, CpuTime]:
-        """Processor time by role: of the daemon; of the launcher with all that it has waited for."""
+    def spent(self) -> Spent:
+        """What the node has used until now."""
+        return Spent(
+            cpu={
+                process.role: cpu_time(process.pid)
+                for process in self.processes()
+                if process.role in ("daemon", "launcher")
+            },
+            work=self._work(),
+        )
+
+    def _work(self) -> dict[str, tuple[float, float]]:
+        """The loop's own histograms: count and sum in seconds, by what was timed."""
+        bound = re.findall(r"metrics on (http://\S+)", (self.directory / "daemon.log").read_text())
+        with urllib.request.urlopen(bound[-1], timeout=CALL_S_MAX) as page:
+            text = page.read().decode()
+        values = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}
         return {
-            process.role: cpu_time(process.pid)
-            for process in self.processes()
-            if process.role in ("daemon", "launcher")
+            name: (values[f"wattshift_{name}_seconds_count"], values[f"wattshift_{name}_seconds_sum"])
+            for name in ("tick", "plan", "journal_append")
         }
 
     # Deeds ------------------------------------------------------------------------------------
@@ -167,7 +209,8 @@ class Node:
     def submit(self, spec: job_pb2.JobSpec, request_id: str = "") -> job_pb2.Job:
         """Submit one job."""
         request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=request_id)
-        return self.jobs.SubmitJob(request, timeout=CALL_S_MAX).job
+        accepted: job_pb2.Job = self.jobs.SubmitJob(request, timeout=CALL_S_MAX).job
+        return accepted
 
     def submit_all(self, specs: Iterable[job_pb2.JobSpec]) -> list[str]:
         """Submit jobs in one call; returns their ids."""

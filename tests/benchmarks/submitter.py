@@ -10,8 +10,9 @@ import time
 
 import grpc.aio
 from measure import MS_PER_S, spread
+from node import job
 
-from scheduler.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
+from scheduler.v1 import job_service_pb2, job_service_pb2_grpc
 
 CALL_S_MAX = 30.0
 WARM_UP_CALLS = 20
@@ -32,8 +33,7 @@ async def submit(address: str, concurrency: int, seconds: float) -> dict[str, ob
             while (sent_s := time.perf_counter()) < end_s:
                 number += 1
                 request = job_service_pb2.SubmitJobRequest(
-                    spec=job_pb2.JobSpec(command=["/bin/true"], gpus=1, **{"class": job_pb2.JOB_CLASS_BATCH}),
-                    request_id=f"{client}-{number}",
+                    spec=job(["/bin/true"]), request_id=f"{client}-{number}"
                 )
                 await stub.SubmitJob(request, timeout=CALL_S_MAX)
                 latencies.append(MS_PER_S * (time.perf_counter() - sent_s))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from measure import MS_PER_S, DidNotWork, Figure, at_least, cost, spread
+from measure import MS_PER_S, DidNotWork, Figure, at_least, spread
 from node import FINAL, GPUS, WAIT_S, Node, job
 
 from scheduler.v1 import job_pb2, job_service_pb2
@@ -31,7 +31,7 @@ def true_jobs(bench: "Bench") -> Figure:
     rounds = 1 if bench.quick else 4
     rates, stamped, client = [], [], []
     with bench.node() as node:
-        before = node.cpu_time()
+        before = node.spent()
         for _ in range(rounds):
             watch = _Watch(node, TRUE_JOBS)
             own, begun_s = time.process_time(), time.perf_counter()
@@ -40,16 +40,12 @@ def true_jobs(bench: "Bench") -> Figure:
             rates.append(TRUE_JOBS / (ended - begun_s))
             client.append(MS_PER_S * (time.process_time() - own) / TRUE_JOBS)
             stamped.append(TRUE_JOBS / watch.stamped_s())
-        spent = node.cpu_time()
+        per_job = node.spent().per_operation(before, rounds * TRUE_JOBS)
     found = spread(rates, 1)
-    jobs = rounds * TRUE_JOBS
     return {
         "jobs_per_s": found,
         "jobs_per_s_by_the_daemons_stamps": spread(stamped, 1),
-        "per_job": {
-            **{role: cost(spent[role].since(before[role]), jobs) for role in spent},
-            "client_cpu_ms": round(min(client), 3),
-        },
+        "per_job": {**per_job, "client_cpu_ms": round(min(client), 3)},
         "targets": [at_least("jobs_per_s p50", found["p50"], TRUE_JOBS_PER_S, "jobs/s")],
     }
 
@@ -117,28 +113,28 @@ def submissions(bench: "Bench") -> Figure:
 def _one_by_one(bench: "Bench", concurrency: int, seconds: int) -> Figure:
     with bench.node() as node:
         _hold_everything(bench, node)
-        before = node.cpu_time()["daemon"]
+        before = node.spent()
         client = subprocess.run(
             [sys.executable, _SUBMITTER, node.address, str(concurrency), str(seconds)],
             capture_output=True,
             text=True,
             check=False,
         )
-        spent = node.cpu_time()["daemon"].since(before)
+        spent = node.spent()
         if client.returncode:
             raise DidNotWork(f"the submitting client failed: {client.stderr}")
         found: Figure = json.loads(client.stdout)
         pending = node.get_node().pending_jobs
         if pending != found["jobs"]:
             raise DidNotWork(f"{found['jobs']} submissions were acknowledged, {pending} jobs wait")
-        return {**found, "daemon": cost(spent, found["jobs"])}
+        return {**found, "per_job": spent.per_operation(before, found["jobs"])}
 
 
 def _batches(bench: "Bench", rounds: int) -> Figure:
     rates, client = [], 0.0
     with bench.node() as node:
         _hold_everything(bench, node)
-        before = node.cpu_time()["daemon"]
+        before = node.spent()
         for number in range(rounds):
             request = job_service_pb2.SubmitJobsRequest(
                 jobs=[
@@ -154,7 +150,7 @@ def _batches(bench: "Bench", rounds: int) -> Figure:
             client += time.process_time() - own
             if len(set(answer.job_ids)) != BATCH_JOBS:
                 raise DidNotWork("a batch was not answered with as many ids")
-        spent = node.cpu_time()["daemon"].since(before)
+        per_job = node.spent().per_operation(before, rounds * BATCH_JOBS)
         pending = node.get_node().pending_jobs
     jobs = rounds * BATCH_JOBS
     if pending != jobs:
@@ -164,7 +160,7 @@ def _batches(bench: "Bench", rounds: int) -> Figure:
         "first_per_s": round(rates[0]),
         "last_per_s": round(rates[-1]),
         "pending_at_the_end": pending,
-        "daemon": cost(spent, jobs),
+        "per_job": per_job,
         "client_cpu_ms_per_operation": round(MS_PER_S * client / jobs, 4),
     }
 
