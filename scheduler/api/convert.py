@@ -51,14 +51,14 @@ def job_class(value: JobClass) -> Any:
     return _CLASSES[value]
 
 
-def job(value: Job, priority: int) -> job_pb2.Job:
-    """A job as clients see it, with its aged priority; never the values of its environment."""
+def job(value: Job, priority: int, why: Reason) -> job_pb2.Job:
+    """A job as clients see it, with its aged priority and what it waits for; never its environment."""
     spec = value.spec
     message = job_pb2.Job(
         id=value.id,
         name=spec.name,
         state=_STATES[value.state],
-        reason=_REASONS[value.reason],
+        reason=_REASONS[why],
         detail=value.detail,
         state_since=timestamp(value.state_since_s),
         priority=priority,

@@ -187,7 +187,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     def _job(self, job: Job) -> job_pb2.Job:
         policy = self._control.config.policy
         priority = aged_priority(job.spec.job_class, job.spec.priority, job.preemptions, policy)
-        return convert.job(job, priority)
+        return convert.job(job, priority, self._control.reason(job))
 
     def _initial(self, since_revision: int, numbers: frozenset[int]) -> list[Job]:
         """What a watch begins with: all that is there, or what changed since a revision."""

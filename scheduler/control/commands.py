@@ -213,7 +213,7 @@ class CommandHandler:
             holding = [job.id for job in self._ledger.live_jobs() if job.attempts[-1].gpus]
             if holding:
                 raise IllegalMove(
-                    f"jobs {', '.join(sorted(holding)[:8])} hold GPUs; drain with stop_jobs first, then release"
+                    f"jobs {', '.join(sorted(holding)[:8])} hold GPUs; drain with stop_jobs first"
                 )
         change = NodeDrainChanged(now_s, draining=True, stop_jobs=command.stop_jobs, released=command.release)
         now = self._ledger.drain

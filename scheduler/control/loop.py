@@ -42,9 +42,10 @@ from scheduler.effects.journal import Journal
 from scheduler.effects.launcher import Launcher, LauncherGone
 from scheduler.effects.processes import Processes
 from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestError, Unavailable
-from scheduler.model.actions import Plan
+from scheduler.model.actions import WAIT_REASONS, Plan
 from scheduler.model.events import DaemonStarted, PlanDecided, PolicyChanged
-from scheduler.model.jobs import FINAL_STATES, Job
+from scheduler.model.jobs import FINAL_STATES, Job, JobState
+from scheduler.model.reasons import Reason
 from scheduler.model.settings import Config
 from scheduler.model.snapshot import GpuColumns
 from scheduler.planning.planner import Memo, digest, plan
@@ -202,6 +203,14 @@ class Controller:
         self.config = config
         self.standing.reload()
         self.inbox.put(Elapsed())
+
+    def reason(self, job: Job) -> Reason:
+        """Why the job is where it is; of a waiting one, what the last plan says that it waits for."""
+        if job.state is not JobState.PENDING or self.last_plan is None:
+            return job.reason
+        waits = self.last_plan.waits
+        (rows,) = (waits.numbers == job.number).nonzero()
+        return WAIT_REASONS[int(waits.reasons[rows[0]])] if len(rows) else job.reason
 
     def is_held(self, uuid: str, pid: int) -> bool:
         """Whether the process belongs to a live job that holds the GPU."""
