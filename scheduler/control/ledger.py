@@ -92,7 +92,7 @@ class Ledger:
         match event:
             case JobSubmitted():
                 job = submitted(event, self.journal.stage(event))
-                self._put(job)
+                self._put(None, job)
                 if event.request_id:
                     self._requests[event.request_id] = (event.number, event.request_digest)
                 self.next_number = max(self.next_number, event.number + 1)
@@ -119,7 +119,7 @@ class Ledger:
                     return None  # aged out in the meantime
                 job = fold(before, event, self.journal.head + 1)
                 self.journal.stage(event)
-                self._put(job)
+                self._put(before, job)
                 return job
         self.journal.stage(event)
         return None
@@ -177,8 +177,7 @@ class Ledger:
     def _current(self, number: int) -> Job:
         return self.jobs.get(number) or self._finals[number]
 
-    def _put(self, job: Job) -> None:
-        before = self.jobs.get(job.number) or self._finals.get(job.number)
+    def _put(self, before: Job | None, job: Job) -> None:
         self._undo.setdefault(job.number, before)
         self._index(before, job)
         if job.state in FINAL_STATES:
@@ -215,7 +214,10 @@ class Ledger:
                 self.pending -= now.state is JobState.PENDING
             else:
                 self._index(now, earlier)
-                self.jobs[number] = earlier
+                if earlier.state in FINAL_STATES:
+                    self.jobs.pop(number, None)
+                else:
+                    self.jobs[number] = earlier
         before = self._node_before
         self.marks, self.drain = dict(before.marks), before.drain
         self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id

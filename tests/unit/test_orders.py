@@ -5,38 +5,10 @@ from typing import Any
 
 from scheduler.control.orders import Orders
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
-from scheduler.model.jobs import (
-    Attempt,
-    Job,
-    JobClass,
-    JobSpec,
-    JobState,
-    Notice,
-    OnPreempt,
-    RestartRule,
-)
+from scheduler.model.jobs import Attempt, Job, JobState, Notice
 from scheduler.model.reasons import Reason
+from tests.harness.values import SPEC
 
-SPEC = JobSpec(
-    name="train",
-    command=("train",),
-    job_class=JobClass.TRAINING,
-    priority=500,
-    value_microusd_per_gpu_hour=2_000_000,
-    gpus=1,
-    gpu_share_milli=1000,
-    gpu_memory_mib=0,
-    gpu_models=(),
-    cpus=0,
-    memory_mib=0,
-    preemptible=True,
-    on_preempt=OnPreempt.REQUEUE,
-    grace_s=10.0,
-    min_runtime_s=0.0,
-    restart_loss_s=0.0,
-    exit_zero_is_done=False,
-    restart=RestartRule.NEVER,
-)
 RUNS = Attempt(number=1, gpus=("GPU-a",), gpu_share_milli=1000, decided_s=1.0, launcher_id="l", started_s=2.0)
 NOTICE = Notice(Reason.PREEMPTED_BY_HIGHER_RANK, 3.0, 13.0, "j9")
 ENDED = replace(RUNS, notice=NOTICE, exited_s=4.0, exit_code=0)
