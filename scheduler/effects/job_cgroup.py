@@ -5,9 +5,18 @@ import os
 import select
 import signal
 
-from scheduler.effects.job_spawn import Program, Spawner, StartLine, signal_tree, start_ticks
+from scheduler.effects.job_files import open_directory
+from scheduler.effects.job_spawn import (
+    Program,
+    Spawner,
+    StartLine,
+    join_cgroup,
+    signal_tree,
+    start_ticks,
+)
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, log
+from scheduler.effects.linux import fork_into_cgroup
 
 _TEXT_BYTES = 4096
 # What an earlier launcher left is killed before the first order; what is stuck in the kernel is let be.
@@ -79,18 +88,21 @@ class CgroupTree(Tree):
         self._ended()
 
     def _fork(self, program: Program, start: StartLine) -> None:
+        containment = self._containment
         os.mkdir(self._path, 0o755)
         try:
-            procs_fd = os.open(f"{self._path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+            fd = open_directory(self._path)
             try:
-                self.main_pid = self._containment.spawner.spawn(program, start.child_fd, procs_fd)
+                self.main_pid = containment.spawner.spawn(
+                    program, start.child_fd, fd, joins=containment.joins
+                )
             finally:
-                os.close(procs_fd)
+                os.close(fd)
         except OSError:
             os.rmdir(self._path)
             raise
         start.pid = self.main_pid
-        self._containment.by_main_pid[self.main_pid] = self
+        containment.by_main_pid[self.main_pid] = self
 
     def _read_events(self) -> None:
         # The kernel reports the next change only to who has read the last one.
@@ -104,11 +116,29 @@ class CgroupContainment(Containment):
 
     kind = "cgroup"
 
-    __slots__ = ("_unremoved", "base", "by_main_pid", "lingering", "spawner")
+    __slots__ = ("_unremoved", "base", "by_main_pid", "joins", "lingering", "spawner")
 
-    def __init__(self, base: str, spawner: Spawner) -> None:
-        self.base = base
+    def __init__(self, jobs_fd: int, spawner: Spawner) -> None:
+        """Make this jobs directory's own cgroup, clear what an earlier launcher left in it, and prove it.
+
+        It lies below the cgroup that we are in (systemd delegates that one), and is named for the jobs
+        directory's place on the disk: another launcher's jobs are never in it, an earlier one's of this
+        directory are.
+
+        Raises:
+            CgroupsUnusable: There is no cgroup v2 here, or it is not ours to write.
+        """
+        status = os.fstat(jobs_fd)
+        self.base = f"{own_cgroup()}/wattshift-{status.st_dev:x}-{status.st_ino:x}"
         self.spawner = spawner
+        try:
+            try:
+                os.mkdir(self.base, 0o755)
+            except FileExistsError:
+                _clear(self.base)
+            self.joins = not _prove(f"{self.base}/probe")
+        except OSError as error:
+            raise CgroupsUnusable(f"{self.base}: {error.strerror}") from error
         self.by_main_pid: dict[int, CgroupTree] = {}
         self.lingering: list[CgroupTree] = []  # the first process is gone, others are not
         self._unremoved: list[str] = []
@@ -192,30 +222,7 @@ def kill_cgroup(path: str) -> None:
         os.close(fd)
 
 
-def prepare_base(jobs_fd: int) -> str:
-    """Return the path of this jobs directory's own cgroup, made, proved to be usable, and emptied.
-
-    It lies below the cgroup that we are in (systemd delegates that one), and is named for the jobs
-    directory's place on the disk: another launcher's jobs are never in it, an earlier one's of this
-    directory are.
-
-    Raises:
-        CgroupsUnusable: There is no cgroup v2 here, or it is not ours to write.
-    """
-    status = os.fstat(jobs_fd)
-    base = f"{_own_cgroup()}/wattshift-{status.st_dev:x}-{status.st_ino:x}"
-    try:
-        try:
-            os.mkdir(base, 0o755)
-        except FileExistsError:
-            _clear(base)
-        _prove(f"{base}/probe")
-    except OSError as error:
-        raise CgroupsUnusable(f"{base}: {error.strerror}") from error
-    return base
-
-
-def _own_cgroup() -> str:
+def own_cgroup() -> str:
     """Return where in the file system our own cgroup v2 is."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
@@ -232,23 +239,38 @@ def _own_cgroup() -> str:
     return (mount_point + own).rstrip("/")
 
 
-def _prove(path: str) -> None:
-    """Put a process into a new cgroup: only that shows that we may."""
+def _prove(path: str) -> bool:
+    """Put a process into a new cgroup: only that shows that we may. True if it can be born there.
+
+    Raises:
+        OSError: It can't even be moved there.
+    """
     os.mkdir(path, 0o755)
+    fd = open_directory(path)
     try:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                fd = os.open(f"{path}/cgroup.procs", os.O_WRONLY)
-                os.write(fd, b"0")
+        try:
+            if (pid := fork_into_cgroup(fd)) == 0:
                 os._exit(0)
-            except OSError as error:
-                os._exit(error.errno or 1)
-        _, status = os.waitpid(pid, 0)
-        if number := os.waitstatus_to_exitcode(status):
-            raise OSError(number, os.strerror(abs(number)))
+        except OSError:
+            _prove_joining(fd)
+            return False
+        os.waitpid(pid, 0)
+        return True
     finally:
+        os.close(fd)
         os.rmdir(path)
+
+
+def _prove_joining(cgroup_fd: int) -> None:
+    if (pid := os.fork()) == 0:
+        try:
+            join_cgroup(cgroup_fd)
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno or errno.EIO)
+    _, status = os.waitpid(pid, 0)
+    if number := os.waitstatus_to_exitcode(status):
+        raise OSError(number, os.strerror(abs(number)))
 
 
 def _clear(base: str) -> None:

@@ -22,7 +22,7 @@ import socket
 from collections.abc import Callable
 
 from scheduler.effects.job_files import JobUser, open_job_directory
-from scheduler.effects.linux import set_parent_death_signal
+from scheduler.effects.linux import fork_into_cgroup, set_parent_death_signal
 
 TYPE_CHECKING = False  # as in `launcher_wire.py`
 if TYPE_CHECKING:
@@ -62,19 +62,25 @@ class Spawner:
         """Return what a supervisor must not close."""
         return {self._null_fd, self.jobs_fd}
 
-    def spawn(self, program: Program, start_fd: int, cgroup_procs_fd: int = -1) -> int:
+    def spawn(self, program: Program, start_fd: int, cgroup_fd: int = -1, *, joins: bool = False) -> int:
         """Fork; return the pid. The child makes ready, waits for the word on `start_fd`, then execs.
+
+        Args:
+            cgroup_fd: The cgroup that the child is to be in, if any.
+            joins: It is born outside and joins: slow, but not every kernel and container can do better.
 
         Raises:
             OSError: The fork failed.
         """
         parent_pid = os.getpid()
-        pid = fork_blocked()
+        pid = fork_blocked(-1 if joins else cgroup_fd)
         if pid:
             return pid
         what = "fork"
         try:
-            self._make_ready(program, parent_pid, cgroup_procs_fd)
+            if joins:
+                join_cgroup(cgroup_fd)
+            self._make_ready(program, parent_pid)
             if os.read(start_fd, 1) != _GO:
                 os._exit(_CHILD_FAILED)
             what = "working_directory"
@@ -91,10 +97,8 @@ class Spawner:
         hard = self._files_max[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
-    def _make_ready(self, program: Program, parent_pid: int, cgroup_procs_fd: int) -> None:
+    def _make_ready(self, program: Program, parent_pid: int) -> None:
         os.setsid()
-        if cgroup_procs_fd >= 0:
-            os.write(cgroup_procs_fd, b"0")
         os.dup2(self._null_fd, 0)
         os.dup2(program.output_fd, 1)
         os.dup2(program.output_fd, 2)
@@ -229,15 +233,17 @@ class StartLine:
             self.close_child_end()
 
 
-def fork_blocked() -> int:
-    """Fork with the launcher's signals blocked; the parent's are unblocked again, the child's are not.
+def fork_blocked(cgroup_fd: int = -1) -> int:
+    """Fork, into a cgroup if one is given, with the launcher's signals blocked.
+
+    The parent's are unblocked again, the child's are not.
 
     Raises:
         OSError: The fork failed.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_HANDLED)
     try:
-        pid = os.fork()
+        pid = os.fork() if cgroup_fd < 0 else fork_into_cgroup(cgroup_fd)
     except OSError:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_HANDLED)
         raise
@@ -246,6 +252,17 @@ def fork_blocked() -> int:
     else:
         gc.disable()
     return pid
+
+
+def join_cgroup(cgroup_fd: int) -> None:
+    """Move this process into a cgroup.
+
+    Raises:
+        OSError: The cgroup is not ours to write.
+    """
+    fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup_fd)
+    os.write(fd, b"0")
+    os.close(fd)
 
 
 def say_parent(start_fd: int, pid: int) -> None:

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from scheduler.effects.job_attempt import Workshop
-from scheduler.effects.job_cgroup import CgroupContainment, CgroupsUnusable, prepare_base
+from scheduler.effects.job_cgroup import CgroupContainment, CgroupsUnusable
 from scheduler.effects.job_files import (
     LOG_BYTES_DEFAULT,
     LOG_FILES_DEFAULT,
@@ -179,7 +179,7 @@ def _containment(wanted: str, jobs_fd: int, spawner: Spawner) -> Containment:
     if wanted == "supervisor":
         return SupervisorContainment(spawner)
     try:
-        return CgroupContainment(prepare_base(jobs_fd), spawner)
+        return CgroupContainment(jobs_fd, spawner)
     except CgroupsUnusable as error:
         if wanted == "cgroup":
             raise

