@@ -127,10 +127,14 @@ class Daemon:
 
     def start(self) -> Self:
         """Start it and wait until it answers."""
-        process = self.spawn()
+        self.spawn()
         self.connect()
-        until("the daemon answers", lambda: self._answers(process))
+        self.await_answer()
         return self
+
+    def await_answer(self) -> None:
+        """Wait until it answers."""
+        until("the daemon answers", self._answers)
 
     def connect(self) -> None:
         """Open a channel of our own, without the back-off of an old one."""
@@ -146,9 +150,10 @@ class Daemon:
         quick = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100))
         return grpc.insecure_channel(self.address, options=(*quick, *options))
 
-    def _answers(self, process: subprocess.Popen[bytes]) -> bool:
-        if process.poll() is not None:
-            raise NotSeen(f"the daemon ended with {process.returncode}:\n{self.log()}")
+    def _answers(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise NotSeen(f"the daemon ended with {self.process.returncode}:\n{self.log()}")
         try:
             self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=1)
         except grpc.RpcError:

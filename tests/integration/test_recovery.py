@@ -1,0 +1,88 @@
+"""kill -9 of the daemon at any moment: nothing accepted is lost, nothing runs twice."""
+
+import os
+import random
+import time
+
+import pytest
+
+from tests.harness.daemon import FAILED, RUNNING, SUCCEEDED, until
+from tests.harness.fixtures import Make
+from tests.harness.storm import Storm
+
+# Seeds to try; each is a daemon that is killed eight times.
+SEEDS = int(os.environ.get("WATTSHIFT_CRASH_SEEDS", "1"))
+FIRST_SEED = int(os.environ.get("WATTSHIFT_CRASH_SEED", "1"))
+KILLS = 8
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS))
+def test_nothing_is_lost_or_run_twice_however_often_the_daemon_is_killed(
+    make_daemon: Make, seed: int
+) -> None:
+    daemon = make_daemon().start()
+    storm = Storm(daemon, seed)
+    chance = random.Random(seed)
+    for _ in range(KILLS):
+        storm.blow(chance.uniform(0.0, 0.5))
+        daemon.spawn()
+        if chance.random() < 0.3:  # killed while it starts, too
+            time.sleep(chance.uniform(0.0, 0.6))
+            daemon.kill()
+            daemon.spawn()
+        daemon.connect()
+        daemon.await_answer()
+    storm.check(storm.calm())
+    assert "Traceback" not in daemon.log()
+
+
+def test_running_jobs_are_adopted_with_their_processes(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    before = [daemon.run("sleep", "60", gpus=gpus) for gpus in (0, 1, 2)]
+    daemon.restart()
+    after = [daemon.get(job.id) for job in before]
+    assert [job.state for job in after] == [RUNNING] * 3
+    assert [list(job.attempts) for job in after] == [list(job.attempts) for job in before]
+
+
+def test_the_exit_codes_of_jobs_that_end_while_the_daemon_is_down_are_true(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    gate = daemon.directory / "gate"
+    waits = f"until [ -e {gate} ]; do sleep 0.02; done; "
+    jobs = {code: daemon.run(script=f"{waits} exit {code}", gpus=0) for code in (0, 3, 99)}
+    jobs[128 + 9] = daemon.run(script=f"{waits} kill -9 $$")
+    daemon.kill()
+    gate.touch()
+    pids = [job.attempts[0].pid for job in jobs.values()]
+    until("all have ended", lambda: not any(pid in daemon.processes() for pid in pids))
+    daemon.start()
+    for code, job in jobs.items():
+        ended = daemon.wait(job.id)
+        assert (ended.exit_code, ended.state) == (code, FAILED if code else SUCCEEDED)
+        assert ended.attempts[0].exited_at.ToNanoseconds() > job.attempts[0].started_at.ToNanoseconds()
+
+
+def test_a_number_is_not_given_out_twice_after_a_crash(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    first = daemon.submit("true")
+    daemon.restart()
+    second = daemon.submit("true")
+    assert (first.id, second.id) == ("j1", "j2")
+    daemon.wait(second.id)
+
+
+def test_a_stop_leaves_jobs_alone_too(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    job = daemon.run("sleep", "60")
+    assert daemon.terminate() == 0
+    assert daemon.processes().keys() >= {job.attempts[0].pid}
+    daemon.start()
+    assert daemon.get(job.id).attempts == job.attempts
+
+
+def test_the_launcher_ends_by_itself_when_nobody_needs_it(make_daemon: Make) -> None:
+    daemon = make_daemon().start()
+    daemon.finish("true")
+    daemon.terminate()
+    until("nothing is left", lambda: not daemon.processes())
