@@ -5,6 +5,7 @@ command may be run with the host's, to install packages.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,19 +21,29 @@ POLL_S = 0.02
 MASKED = ("systemd-firstboot.service", "systemd-networkd-wait-online.service", "systemd-resolved.service")
 TOOLS = ("systemd-nspawn", "nsenter", "mount")
 
+ROOT = "root's rights"
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+
 _T = TypeVar("_T")
 
 
 def missing() -> str:
     """What this machine lacks to boot another; empty where it lacks nothing."""
-    if os.geteuid() != 0:
-        return "root"
+    if os.geteuid() != 0 or not _may_mount():
+        return ROOT
     tools = [tool for tool in TOOLS if shutil.which(tool) is None]
     if tools:
         return f"{', '.join(tools)} (Debian: apt-get install systemd-container)"
     if not Path("/lib/systemd/systemd").exists():
         return "systemd (Debian: apt-get install systemd)"
     return ""
+
+
+def _may_mount() -> bool:
+    """Whether this root is one: in a container it may not be."""
+    effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    assert effective is not None
+    return bool(int(effective[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
 class Machine:

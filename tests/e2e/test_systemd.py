@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.machine import Machine, missing
+from tests.e2e.machine import ROOT, Machine, missing
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALL_S = 400.0
@@ -38,10 +38,10 @@ def make_install(machine: Machine) -> str:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     lacking = missing()
-    if lacking and os.environ.get("CI"):
-        pytest.fail(f"to boot a machine this one lacks {lacking}")
     if lacking:
-        pytest.skip(f"to boot a machine this one lacks {lacking}")
+        # Root in CI can install what is missing, so there it is a failure.
+        say = pytest.fail if os.environ.get("CI") and lacking != ROOT else pytest.skip
+        say(f"to boot a machine this one lacks {lacking}")
     machine = Machine(tmp_path_factory.mktemp("machine"), read_only=[REPOSITORY])
     try:
         make_install(machine)
@@ -137,8 +137,8 @@ def test_the_service_is_ready_when_systemd_says_so(node: Node) -> None:
 def test_daemon_launcher_and_jobs_run_as_the_user_wattshift(node: Node) -> None:
     job = node.submit("--class", "batch", "--", "sleep", "1000")
     launcher = node.machine.unit("wattshift-launcher.service", "MainPID")
-    users = node.machine.run("ps", "-o", "user=", "-p", f"{node.daemon_pid},{launcher},{node.pid(job)}")
-    assert users.stdout.split() == ["wattshift"] * 3
+    processes = [f"/proc/{pid}" for pid in (node.daemon_pid, launcher, node.pid(job))]
+    assert node.machine.run("stat", "-c", "%U", *processes).stdout.split() == ["wattshift"] * 3
 
 
 def test_a_job_lives_in_the_launcher_s_cgroup(node: Node) -> None:
