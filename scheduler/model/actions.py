@@ -13,6 +13,7 @@ class StartJob:
     job: int  # number
     gpus: tuple[str, ...]
     reason: Reason  # STARTED_ON_FREE_GPUS, STARTED_AFTER_PREEMPTION, BACKFILLED
+    node: int = 0  # row of the snapshot's nodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,6 +190,15 @@ def host_fits(request: Request, spare: Spare) -> bool:
     )
 
 
+def lack_of_host(request: Request, spare: Spare) -> tuple[int, int, int]:
+    """How many CPUs, MiB of host memory and job slots are missing; what is not accounted never is."""
+    return (
+        max(0, request.cpus - spare.cpus) if request.cpus else 0,
+        max(0, request.memory_mib - spare.memory_mib) if request.memory_mib else 0,
+        max(0, 1 - spare.slots),
+    )
+
+
 def gpus_fit(request: Request, node: Node, spare: Spare) -> bool:
     """Whether the GPU part of the request fits."""
     if request.gpus == 0:

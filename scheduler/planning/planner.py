@@ -30,6 +30,7 @@ from scheduler.planning.allocator import (
     Node,
     Penalty,
     Request,
+    Spare,
     find_free,
     find_leaving,
     find_leaving_on,
@@ -155,14 +156,14 @@ class Planner:
         """Room that the blocked job can spare at the promised moment."""
         if self._is_strict(request, holder) or holder.node is None:
             return None
-        yielding = [live.hold for live in self._candidates(request, holder.node)]
+        yielding = [live.hold for live in self.candidates(request, holder.node)]
         return self._find(request, *beside(request, holder, self.world, yielding))
 
     def _find_by_displacing(self, request: Request, nodes: list[Node], penalty: Penalty) -> Found | None:
         """Room that the cheapest victims leave, on the node where they are cheapest."""
         best: tuple[int, Node, list[Live]] | None = None
         for node in nodes:
-            candidates = [] if node.drains else self._candidates(request, node)
+            candidates = [] if node.drains else self.candidates(request, node)
             chosen = choose_victims(request, node, candidates) if candidates else None
             if chosen is not None and (best is None or chosen[0] < best[0]):
                 best = (chosen[0], node, chosen[1])
@@ -187,7 +188,8 @@ class Planner:
             self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
             return
         reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
-        self._starts.append(StartJob(request.number, self.world.uuids(node.row, claim.positions), reason))
+        gpus = self.world.uuids(node.row, claim.positions)
+        self._starts.append(StartJob(request.number, gpus, reason, node.row))
         self.queue.start(row)
 
     def _block(self, request: Request) -> None:
@@ -234,7 +236,8 @@ class Planner:
         wants = self.queue.jobs.gpus > 0
         return wants if request.gpus else ~wants
 
-    def _candidates(self, request: Request, node: Node) -> list[Live]:
+    def candidates(self, request: Request, node: Node) -> list[Live]:
+        """The live jobs of a node that the request may displace."""
         order = self._policy.order
         return [
             live for live in self.world.live[node.row] if live.may_yield and outranks(request, live, order)
@@ -242,14 +245,19 @@ class Planner:
 
     def _refuse(self, request: Request) -> None:
         """Let a request that can't be served wait, and with it all that would fail for the same lack."""
-        spares = []
-        for node in self.world.nodes:
-            if not node.drains:
-                holds = (live.hold for live in self._candidates(request, node))
-                spares.append((node, node.spare_with((*node.leaving, *holds))))
+        spares = self.spares(request)
         reason = lack(request, spares)
         among = None if self._policy.backfill else self._kind(request)
         self.queue.refuse(least_lacking(request, reason, spares), reason, among)
+
+    def spares(self, request: Request) -> list[tuple[Node, Spare]]:
+        """The nodes that take jobs, and what each could give to the request, victims and all."""
+        found = []
+        for node in self.world.nodes:
+            if not node.drains:
+                holds = (live.hold for live in self.candidates(request, node))
+                found.append((node, node.spare_with((*node.leaving, *holds))))
+        return found
 
     def _waits(self) -> Wait:
         codes = self.queue.codes

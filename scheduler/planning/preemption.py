@@ -26,6 +26,7 @@ from scheduler.planning.allocator import (
     fits,
     gpus_fit,
     host_fits,
+    lack_of_host,
     share_fits,
 )
 
@@ -84,7 +85,7 @@ def choose_victims(request: Request, node: Node, candidates: list[Live]) -> tupl
     if not fits(request, node, everything):
         return None
     table = _Costs(candidates)
-    host_lack = _host_lack(request, spare)
+    host_lack = lack_of_host(request, spare)
     problems: list[tuple[Gain, list[list[Option]]] | None]
     if request.gpus == 0:
         problems = [_host_problem(table, host_lack)]
@@ -151,14 +152,6 @@ def cover(lack: Gain, items: list[list[Option]]) -> int | None:
             return None
         cells = grown
     return cells[lack]
-
-
-def _host_lack(request: Request, spare: Spare) -> Gain:
-    return (
-        max(0, request.cpus - spare.cpus) if request.cpus else 0,
-        max(0, request.memory_mib - spare.memory_mib) if request.memory_mib else 0,
-        max(0, 1 - spare.slots),
-    )
 
 
 def _host_gain(live: Live) -> Gain:

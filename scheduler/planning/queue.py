@@ -14,7 +14,7 @@ from typing import Any
 from scheduler.model.actions import WAIT_REASONS
 from scheduler.model.policy import Order
 from scheduler.model.reasons import Reason
-from scheduler.model.snapshot import CLOSED, NOT_DRAINING, PENDING, UNKNOWN, Snapshot
+from scheduler.model.snapshot import CLOSED, NOT_DRAINING, PENDING, UNKNOWN, JobColumns, Snapshot
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, unknown_as_zero, xp
 from scheduler.planning.valuation import first_ranked, packed_ranks
@@ -29,6 +29,11 @@ _REQUEST_COLUMNS = (
     "number", "job_class", "priority", "value", "gpus", "share_milli", "gpu_memory_mib", "models", "cpus",
     "memory_mib", "preemptible", "min_runtime_us", "restart_loss_us", "expected_us", "grace_us",
 )  # fmt: skip
+
+
+def request_of(jobs: JobColumns, row: int) -> Request:
+    """The job at this row as a request."""
+    return Request(*(getattr(jobs, name)[row].item() for name in _REQUEST_COLUMNS))
 
 
 class Queue:

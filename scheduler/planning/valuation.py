@@ -51,6 +51,17 @@ def rank_key(
     return (-value, job_class, -priority, number)
 
 
+def ranked_above(order: Order, jobs: JobColumns, row: int) -> Any:
+    """Bool, shape (jobs,): the jobs of higher rank than the one at this row."""
+    keys = [jobs.job_class, -jobs.priority, -jobs.value, jobs.number]
+    if order is Order.VALUE:
+        keys = [-jobs.value, jobs.job_class, -jobs.priority, jobs.number]
+    above = xp.zeros(len(jobs), dtype=bool)
+    for key in reversed(keys):
+        above = (key < key[row]) | ((key == key[row]) & above)
+    return above
+
+
 def value_bar(value: int, restart_loss_us: int, policy: Policy) -> int:
     """The least value with which a challenger of equal priority displaces an incumbent of this value.
 

@@ -178,9 +178,9 @@ def applied(world: W, plan: Plan) -> W:
     for action in plan.actions:
         job = jobs[action.job]
         match action:
-            case StartJob(gpus=on):
+            case StartJob(gpus=on, node=node):
                 assert job.state == PENDING
-                node = world.gpu(on[0]).node if on else 0
+                assert all(world.gpu(uuid).node == node for uuid in on)
                 jobs[job.number] = replace(job, state=STARTING, on=on, node=node)
             case PreemptJob(preemptor=preemptor):
                 assert job.state in (STARTING, RUNNING, SUSPENDED)

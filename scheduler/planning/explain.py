@@ -1,0 +1,223 @@
+"""Why a pending job waits and what would have to change; what would happen if a job were submitted.
+
+Both ask the planner itself: a remedy is offered only if a plan of the changed world serves the job, and it is
+the smallest such change of its kind. Everything is facts as values; the api puts them into words.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from scheduler.model.actions import PreemptJob
+from scheduler.model.policy import Policy
+from scheduler.model.reasons import Reason
+from scheduler.model.snapshot import Snapshot
+from scheduler.planning.allocator import Gpu, Node, lack_of_host
+from scheduler.planning.case import Case, row_of
+from scheduler.planning.preemption import Live, outranks
+from scheduler.planning.remedies import Remedy, RemedyKind, remedies
+from scheduler.planning.world import NEVER
+
+__all__ = [
+    "Explanation",
+    "Obstacle",
+    "Preview",
+    "PreviewVictim",
+    "Remedy",
+    "RemedyKind",
+    "Rule",
+    "explain",
+    "preview",
+]
+
+
+class Rule(StrEnum):
+    """What keeps a GPU, or a share of the host, from a job."""
+
+    DRAINS = "DRAINS"  # its node takes nothing new
+    CLOSED = "CLOSED"  # cordoned, quarantined, foreign or lost
+    MODEL = "MODEL"  # not of a model that the job accepts
+    GPU_MEMORY_SIZE = "GPU_MEMORY_SIZE"  # has less memory than the job wants
+    NOT_PREEMPTIBLE = "NOT_PREEMPTIBLE"  # held by a job that may not be preempted
+    RANK = "RANK"  # held by a job that it doesn't outrank by enough
+    MINIMUM_RUNTIME = "MINIMUM_RUNTIME"  # held by a job that is protected until a moment
+    CLAIMED = "CLAIMED"  # given in this plan to a job that goes before it, or promised to one
+    CPUS = "CPUS"
+    MEMORY = "MEMORY"
+    START_SLOTS = "START_SLOTS"
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """What one rule keeps from the job: GPUs by UUID, or an amount that the host lacks."""
+
+    rule: Rule
+    gpus: tuple[str, ...] = ()
+    jobs: tuple[int, ...] = ()  # numbers of the jobs that are in the way
+    until_us: int | None = None  # MINIMUM_RUNTIME: when the first of them loses its protection
+    lacking: int = 0  # CPUs, MiB or slots
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a pending job is not served. `reason` is None where the plan starts it."""
+
+    number: int
+    reason: Reason | None
+    obstacles: tuple[Obstacle, ...]
+    remedies: tuple[Remedy, ...]
+    awaited: tuple[int, ...]  # numbers of the jobs whose stop it waits for
+    expected_start_us: int | None  # from declared run times; None = not known
+    ahead: int  # waiting jobs of higher rank
+    behind_promise_of: int | None  # number of the job whose promised start it may not delay
+    eligible_us: int | None  # when its back-off ends
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewVictim:
+    """A job that would have to stop."""
+
+    number: int
+    gpus: tuple[str, ...]
+    grace_us: int
+    lost_gpu_ms: int
+    loss_microusd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a plan would do with a job. `gpus` are those it gets, now or when the victims are gone."""
+
+    number: int
+    starts_now: bool
+    gpus: tuple[str, ...]
+    victims: tuple[PreviewVictim, ...]
+    reason: Reason | None  # why it would wait or fail
+    start_within_us: int | None  # graces that have to run first, at most; None where it isn't served
+    expected_start_us: int | None
+
+
+def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:
+    """Why the pending job with this number waits; `number` must be of a pending row."""
+    case = Case(snapshot, policy, number)
+    reason = case.reason
+    waits = reason is not None and reason is not Reason.WAITING_FOR_HANDOVER
+    promise = case.plan.promise
+    held_back = reason is Reason.WAITING_FOR_PROMISED_START and promise is not None
+    return Explanation(
+        number=number,
+        reason=reason,
+        obstacles=tuple(_obstacles(case)) if waits else (),
+        remedies=tuple(remedies(case)) if waits else (),
+        awaited=case.plan.awaited.get(number, ()),
+        expected_start_us=case.expected_start_us,
+        ahead=case.ahead,
+        behind_promise_of=promise.job if held_back and promise is not None else None,
+        eligible_us=int(snapshot.jobs.eligible_us[case.row]) if reason is Reason.BACKING_OFF else None,
+    )
+
+
+def preview(snapshot: Snapshot, policy: Policy, number: int) -> Preview:
+    """What would happen to the pending job with this number, and who would stop for it."""
+    case = Case(snapshot, policy, number)
+    claim = case.planner.claims.get(number)
+    victims = []
+    for action in case.plan.actions:
+        if isinstance(action, PreemptJob) and action.preemptor == number:
+            row = row_of(snapshot, action.job)
+            gpus = snapshot.holdings.gpu[snapshot.holdings.job == row].tolist()
+            uuids = tuple(sorted(snapshot.gpus.uuid[gpu] for gpu in gpus))
+            grace_us = int(snapshot.jobs.grace_us[row])
+            victims.append(
+                PreviewVictim(action.job, uuids, grace_us, action.lost_gpu_ms, action.loss_microusd)
+            )
+    return Preview(
+        number=number,
+        starts_now=claim is not None and claim.is_free,
+        gpus=() if claim is None else case.planner.world.uuids(claim.node, claim.positions),
+        victims=tuple(victims),
+        reason=case.reason,
+        start_within_us=None if claim is None else max(0, claim.ready_us - snapshot.now_us),
+        expected_start_us=case.expected_start_us,
+    )
+
+
+# Obstacles -------------------------------------------------------------------------------------
+
+
+def _obstacles(case: Case) -> list[Obstacle]:
+    """What each rule keeps from the job; each GPU counts once, for the first rule that keeps it."""
+    gpus: dict[Rule, list[str]] = {}
+    holders: dict[Rule, set[int]] = {}
+    until_us: int | None = None
+    for node in case.planner.world.nodes:
+        for position, gpu in enumerate(node.gpus if case.request.gpus else ()):
+            rule, jobs = _rule_of(case, node, position, gpu)
+            if rule is None:
+                continue
+            gpus.setdefault(rule, []).append(gpu.uuid)
+            holders.setdefault(rule, set()).update(live.number for live in jobs)
+            if rule is Rule.MINIMUM_RUNTIME:
+                until_us = min([live.yields_us for live in jobs] + ([] if until_us is None else [until_us]))
+    found = [
+        Obstacle(
+            rule,
+            tuple(sorted(gpus[rule])),
+            tuple(sorted(holders[rule])),
+            until_us if rule is Rule.MINIMUM_RUNTIME else None,
+        )
+        for rule in Rule
+        if rule in gpus
+    ]
+    return found + _host_obstacles(case)
+
+
+def _rule_of(case: Case, node: Node, position: int, gpu: Gpu) -> tuple[Rule | None, list[Live]]:
+    """The first rule that keeps this GPU from the job, and the jobs in the way; None: it could be used."""
+    request = case.request
+    if node.drains:
+        return Rule.DRAINS, []
+    if not gpu.is_open:
+        return Rule.CLOSED, []
+    if not gpu.serves[request.models]:
+        return Rule.MODEL, []
+    if gpu.memory_mib < request.gpu_memory_mib:
+        return Rule.GPU_MEMORY_SIZE, []
+    milli = node.free.milli[position]
+    mib = node.free.mib[position]
+    in_the_way: dict[Rule, list[Live]] = {}
+    leaving = [hold for hold in node.leaving if position in hold.parts]
+    for live in case.planner.world.live[node.row]:
+        if position not in live.hold.parts:
+            continue
+        rule = _protection(case, live)
+        if rule is None:
+            leaving.append(live.hold)
+        else:
+            in_the_way.setdefault(rule, []).append(live)
+    milli += sum(hold.parts[position][0] for hold in leaving)
+    mib += sum(hold.parts[position][1] for hold in leaving)
+    if milli >= request.share_milli and (not request.is_share or mib >= request.gpu_memory_mib):
+        return None, []
+    for rule in (Rule.NOT_PREEMPTIBLE, Rule.RANK, Rule.MINIMUM_RUNTIME):
+        if rule in in_the_way:
+            return rule, in_the_way[rule]
+    return Rule.CLAIMED, []
+
+
+def _protection(case: Case, live: Live) -> Rule | None:
+    """Why the job may not displace this one; None: it may."""
+    if live.yields_us == NEVER:
+        return Rule.NOT_PREEMPTIBLE
+    if not outranks(case.request, live, case.policy.order):
+        return Rule.RANK
+    return None if live.may_yield else Rule.MINIMUM_RUNTIME
+
+
+def _host_obstacles(case: Case) -> list[Obstacle]:
+    """What the host of the node that is nearest to serving the job lacks."""
+    lacks = [lack_of_host(case.request, spare) for _, spare in case.planner.spares(case.request)]
+    if not lacks:
+        return []
+    least = min(lacks, key=lambda amounts: (sum(map(bool, amounts)), amounts))
+    rules = (Rule.CPUS, Rule.MEMORY, Rule.START_SLOTS)
+    return [Obstacle(rule, lacking=amount) for rule, amount in zip(rules, least, strict=True) if amount]

@@ -1,0 +1,188 @@
+"""What would have to change for a waiting job to be served: the smallest change of each kind.
+
+A remedy is offered only if a plan of the changed world serves the job.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from scheduler.model.jobs import JobClass
+from scheduler.model.policy import PRIORITY_MAX
+from scheduler.model.reasons import Reason
+from scheduler.model.snapshot import CLOSED, NOT_DRAINING, OPEN, PENDING, Snapshot
+from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.case import Case
+from scheduler.planning.planner import Planner
+
+
+class RemedyKind(StrEnum):
+    """What could be changed."""
+
+    CLEAR_BACKOFF = "CLEAR_BACKOFF"
+    UNDRAIN_NODE = "UNDRAIN_NODE"
+    OPEN_GPUS = "OPEN_GPUS"  # amount: how many of the closed ones
+    FEWER_GPUS = "FEWER_GPUS"  # amount: the most that would do
+    LESS_GPU_MEMORY = "LESS_GPU_MEMORY"  # amount: the most MiB that would do
+    FEWER_CPUS = "FEWER_CPUS"
+    LESS_MEMORY = "LESS_MEMORY"
+    ANY_MODEL = "ANY_MODEL"
+    HIGHER_PRIORITY = "HIGHER_PRIORITY"  # amount: the least that would do
+    HIGHER_VALUE = "HIGHER_VALUE"  # amount: the least micro-USD per GPU-hour that would do
+    HIGHER_CLASS = "HIGHER_CLASS"  # amount: the lowest class that would do
+    BE_PREEMPTIBLE = "BE_PREEMPTIBLE"
+    SHORTER_DURATION = "SHORTER_DURATION"  # amount: the longest declared duration in µs that would do
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One change that would get the job served in the next plan."""
+
+    kind: RemedyKind
+    amount: int = 0
+
+
+def remedies(case: Case) -> list[Remedy]:
+    """The smallest change of each kind that would get the job served at once or after a hand-over."""
+    if case.reason is Reason.BACKING_OFF:
+        return [Remedy(RemedyKind.CLEAR_BACKOFF)] if _served(case, eligible_us=0) else []
+    if case.reason is Reason.NODE_DRAINING:
+        return [Remedy(RemedyKind.UNDRAIN_NODE)] if _is_served(_undrained(case), case) else []
+    return [remedy for look in _LOOKS if (remedy := look(case)) is not None]
+
+
+def _open_gpus(case: Case) -> Remedy | None:
+    gpus = case.snapshot.gpus
+    closed = rows_where(gpus.state == CLOSED)
+    wanted = [row for row in closed.tolist() if case.snapshot.model_fits[case.request.models, row]]
+
+    def opened(count: int) -> bool:
+        state = gpus.state.copy()
+        state[wanted[:count]] = OPEN
+        return _is_served(replace(case.snapshot, gpus=replace(gpus, state=state)), case)
+
+    return _smallest(RemedyKind.OPEN_GPUS, range(1, len(wanted) + 1), opened)
+
+
+def _fewer_gpus(case: Case) -> Remedy | None:
+    counts = range(case.request.gpus - 1, 0, -1)
+    return _smallest(RemedyKind.FEWER_GPUS, counts, lambda count: _served(case, gpus=count))
+
+
+def _less_gpu_memory(case: Case) -> Remedy | None:
+    wanted = case.request.gpu_memory_mib
+    levels = {gpu.memory_mib for node in case.planner.world.nodes for gpu in node.gpus}
+    for _, spare in case.planner.spares(case.request):
+        levels.update(spare.mib)
+    amounts = sorted((level for level in levels if 0 < level < wanted), reverse=True)
+    return _smallest(RemedyKind.LESS_GPU_MEMORY, amounts, lambda mib: _served(case, gpu_memory_mib=mib))
+
+
+def _fewer_cpus(case: Case) -> Remedy | None:
+    counts = range(case.request.cpus - 1, 0, -1)
+    return _smallest(RemedyKind.FEWER_CPUS, counts, lambda count: _served(case, cpus=count))
+
+
+def _less_memory(case: Case) -> Remedy | None:
+    amounts = range(case.request.memory_mib - 1, 0, -1)
+    return _smallest(RemedyKind.LESS_MEMORY, amounts, lambda mib: _served(case, memory_mib=mib))
+
+
+def _any_model(case: Case) -> Remedy | None:
+    fits = case.snapshot.model_fits
+    if case.request.gpus == 0 or fits[case.request.models].all():
+        return None
+    every = xp.concatenate([fits, xp.ones((1, fits.shape[1]), dtype=bool)])
+    changed = _changed(case.snapshot, case.row, models=len(fits), model_fits=every)
+    return Remedy(RemedyKind.ANY_MODEL) if _is_served(changed, case) else None
+
+
+def _higher_priority(case: Case) -> Remedy | None:
+    priorities = range(case.request.priority + 1, PRIORITY_MAX + 1)
+    return _smallest(RemedyKind.HIGHER_PRIORITY, priorities, lambda p: _served(case, priority=p))
+
+
+def _higher_value(case: Case) -> Remedy | None:
+    """Values that make a difference are the bars of live jobs, and just above those of pending ones."""
+    jobs = case.snapshot.jobs
+    bars = {live.value_bar for node in case.planner.world.live for live in node}
+    above = jobs.value[(jobs.state == PENDING) & (jobs.value >= case.request.value)]
+    bars.update((xp.unique(above) + 1).tolist())
+    amounts = sorted(bar for bar in bars if bar > case.request.value)
+    return _smallest(RemedyKind.HIGHER_VALUE, amounts, lambda value: _served(case, value=value))
+
+
+def _higher_class(case: Case) -> Remedy | None:
+    classes = range(case.request.job_class - 1, JobClass.INFERENCE - 1, -1)
+    return _smallest(RemedyKind.HIGHER_CLASS, classes, lambda each: _served(case, job_class=each))
+
+
+def _be_preemptible(case: Case) -> Remedy | None:
+    served = not case.request.preemptible and _served(case, preemptible=True)
+    return Remedy(RemedyKind.BE_PREEMPTIBLE) if served else None
+
+
+def _shorter_duration(case: Case) -> Remedy | None:
+    """A job that is held back for a promised start may pass if it ends before."""
+    promise = case.plan.promise
+    if promise is None or case.reason is not Reason.WAITING_FOR_PROMISED_START:
+        return None
+    longest_us = promise.start_us - case.snapshot.now_us
+    served = longest_us > 0 and _served(case, expected_us=longest_us)
+    return Remedy(RemedyKind.SHORTER_DURATION, longest_us) if served else None
+
+
+_LOOKS: tuple[Callable[[Case], Remedy | None], ...] = (
+    _open_gpus,
+    _fewer_gpus,
+    _less_gpu_memory,
+    _fewer_cpus,
+    _less_memory,
+    _any_model,
+    _shorter_duration,
+    _be_preemptible,
+    _higher_priority,
+    _higher_value,
+    _higher_class,
+)
+
+
+def _smallest(kind: RemedyKind, amounts: Sequence[int], serves: Callable[[int], bool]) -> Remedy | None:
+    """The first of the amounts, smallest change first, that serves; more of a change never serves less."""
+    if not amounts or not serves(amounts[-1]):
+        return None
+    low, high = 0, len(amounts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if serves(amounts[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return Remedy(kind, amounts[low])
+
+
+def _served(case: Case, **columns: int) -> bool:
+    """Whether a plan would serve the job if it said this instead."""
+    return _is_served(_changed(case.snapshot, case.row, **columns), case)
+
+
+def _is_served(snapshot: Snapshot, case: Case) -> bool:
+    planner = Planner(snapshot, case.policy, case.planner.world.layout)
+    planner.run()
+    return case.number in planner.claims
+
+
+def _changed(snapshot: Snapshot, row: int, model_fits: Any | None = None, **columns: int) -> Snapshot:
+    arrays = {name: getattr(snapshot.jobs, name).copy() for name in columns}
+    for name, value in columns.items():
+        arrays[name][row] = value
+    fits = snapshot.model_fits if model_fits is None else model_fits
+    return replace(snapshot, jobs=replace(snapshot.jobs, **arrays), model_fits=fits)
+
+
+def _undrained(case: Case) -> Snapshot:
+    nodes = case.snapshot.nodes
+    return replace(
+        case.snapshot, nodes=replace(nodes, drain=xp.full(len(nodes), NOT_DRAINING, dtype=xp.int64))
+    )
