@@ -9,10 +9,12 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from scheduler.control.meters import Meters
 from scheduler.errors import (
+    FieldViolation,
     IllegalMove,
     InvalidRequest,
     JournalError,
@@ -27,9 +29,14 @@ from scheduler.errors import (
 log = logging.getLogger("wattshift.api")
 
 ERROR_DOMAIN = "wattshift"
-# gRPC keeps details in a header line: what does not fit would lose the whole status.
-VIOLATIONS_MAX = 32
+# Message and details travel in header lines, the message in both and as %XX where it is not ASCII. Of more
+# than 8 KiB in all gRPC's clients drop the whole status and say RESOURCE_EXHAUSTED.
+MESSAGE_BYTES_MAX = 1024
+DETAILS_BYTES_MAX = 2048
+WORDS_BYTES_MAX = 256  # of a field's path, and of what is wrong with it
 _DETAILS_KEY = "grpc-status-details-bin"
+_OURS = "/wattshift."
+UNREADABLE = object()
 
 _CODES: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -56,6 +63,7 @@ def unary(method: _Unary[_S, _Q, _R]) -> _Unary[_S, _Q, _R]:
     async def served(self: _S, request: _Q, context: Context) -> _R:
         meter = _Meter(self.meters, method.__name__)  # type: ignore[attr-defined]
         try:
+            _check_readable(request)
             answer = await method(self, request, context)
         except Exception as error:
             await refuse(context, error, meter)
@@ -72,6 +80,7 @@ def stream(method: _Stream[_S, _Q, _R]) -> _Stream[_S, _Q, _R]:
     async def served(self: _S, request: _Q, context: Context) -> AsyncIterator[_R]:
         meter = _Meter(self.meters, method.__name__)  # type: ignore[attr-defined]
         try:
+            _check_readable(request)
             async for answer in method(self, request, context):
                 yield answer
         except GeneratorExit:
@@ -82,6 +91,25 @@ def stream(method: _Stream[_S, _Q, _R]) -> _Stream[_S, _Q, _R]:
         meter.done(grpc.StatusCode.OK)
 
     return served
+
+
+class Decoding(grpc.aio.ServerInterceptor):
+    """Takes bytes that are no message as the caller's mistake; gRPC would log a traceback and say UNKNOWN."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """The handler of the call, with `UNREADABLE` for a request that can't be read."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OURS):
+            return handler
+        decode = handler.request_deserializer
+
+        def decoded(data: bytes) -> Any:
+            try:
+                return decode(data)
+            except DecodeError:
+                return UNREADABLE
+
+        return handler._replace(request_deserializer=decoded)
 
 
 class _Meter:
@@ -98,6 +126,13 @@ class _Meter:
         self._meters.rpc_s[labels].observe(time.perf_counter() - self._begun)
 
 
+def _check_readable(request: object) -> None:
+    if request is UNREADABLE:
+        raise InvalidRequest(
+            FieldViolation("request", "is no message of this method, or has text that is not UTF-8")
+        )
+
+
 async def refuse(context: Context, error: Exception, meter: _Meter) -> NoReturn:
     """End a call with the status that fits the error."""
     if isinstance(error, RequestError):
@@ -108,6 +143,7 @@ async def refuse(context: Context, error: Exception, meter: _Meter) -> NoReturn:
     else:
         log.error("an RPC failed", exc_info=error)
         code, message, details = grpc.StatusCode.INTERNAL, "the daemon failed; its log says why", []
+    message = _shortened(message, MESSAGE_BYTES_MAX)
     meter.done(code)
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
@@ -120,15 +156,25 @@ async def refuse(context: Context, error: Exception, meter: _Meter) -> NoReturn:
 
 def _details(error: RequestError) -> list[Any]:
     if isinstance(error, InvalidRequest):
-        return [
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-                    for v in error.violations[:VIOLATIONS_MAX]
-                ]
+        told = error_details_pb2.BadRequest()
+        for wrong in error.violations:
+            told.field_violations.add(
+                field=_shortened(wrong.field, WORDS_BYTES_MAX),
+                description=_shortened(wrong.description, WORDS_BYTES_MAX),
             )
-        ]
+            if told.ByteSize() > DETAILS_BYTES_MAX:
+                del told.field_violations[-1]
+                break
+        return [told]
     return [error_details_pb2.ErrorInfo(reason=_reason(error), domain=ERROR_DOMAIN)]
+
+
+def _shortened(text: str, bytes_max: int) -> str:
+    """The text, cut to a number of bytes."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= bytes_max:
+        return text
+    return encoded[: bytes_max - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def _reason(error: RequestError) -> str:

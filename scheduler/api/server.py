@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from scheduler.api.job_service import JobService
 from scheduler.api.node_service import NodeService
+from scheduler.api.rpc import Decoding
 from scheduler.api.usage_service import UsageService
 from scheduler.errors import NodeError
 from scheduler.model.settings import ServerConfig
@@ -51,6 +52,7 @@ class Server:
         self._config = config
         self._listen = listen
         self._server = grpc.aio.server(
+            interceptors=(Decoding(),),
             options=(
                 ("grpc.max_receive_message_length", config.message_bytes_max),
                 ("grpc.max_send_message_length", config.message_bytes_max),

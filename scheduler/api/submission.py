@@ -1,6 +1,7 @@
 """What clients submit, checked once at the border: the only place that doubts a specification."""
 
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -66,7 +67,7 @@ class Violations:
         """The text, if it is short enough and has no control characters."""
         if len(value) > chars_max:
             self.add(field, f"has {len(value)} characters; give at most {chars_max}")
-        elif any(ord(char) < 32 or ord(char) == 127 for char in value):
+        elif any(unicodedata.category(char) == "Cc" for char in value):
             self.add(field, "has control characters; leave them out")
         return value
 
