@@ -59,7 +59,7 @@ def job(value: Job, priority: int, why: Reason) -> job_pb2.Job:
         name=spec.name,
         state=_STATES[value.state],
         reason=_REASONS[why],
-        detail=value.detail,
+        detail=value.detail if why is value.reason else "",
         state_since=timestamp(value.state_since_s),
         priority=priority,
         attempts=[attempt(one) for one in value.attempts],

@@ -1,15 +1,212 @@
-"""Explanations and previews in words."""
+"""Explanations and previews: the planner's facts in a person's words."""
 
+from collections.abc import Iterable
+from typing import assert_never
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from scheduler.api import convert
 from scheduler.control.loop import Controller
-from scheduler.model.jobs import Job, JobSpec
+from scheduler.model.jobs import FINAL_STATES, Job, JobClass, JobSpec, JobState, job_id
+from scheduler.model.reasons import Reason
+from scheduler.model.settings import MICROUSD_PER_USD
+from scheduler.planning.explain import Explanation, Obstacle, Preview, Remedy, RemedyKind, Rule
 from scheduler.v1 import job_pb2, job_service_pb2
+
+_US = 1_000_000
+_NAMED_MAX = 5  # jobs or GPUs that a sentence names before it only counts
+
+_OBSTACLES = {
+    Rule.DRAINS: (Reason.NODE_DRAINING, "the node takes nothing new"),
+    Rule.CLOSED: (Reason.GPU_CLOSED, "cordoned, quarantined, held by a foreign process, or lost"),
+    Rule.MODEL: (Reason.GPU_MODEL_DIFFERS, "of another model than the job accepts"),
+    Rule.GPU_MEMORY_SIZE: (Reason.GPU_MEMORY_TOO_SMALL, "with less memory than the job wants"),
+    Rule.NOT_PREEMPTIBLE: (Reason.HELD_NOT_PREEMPTIBLE, "held by jobs that may not be preempted"),
+    Rule.RANK: (Reason.HELD_BY_RANK, "held by jobs that this one does not outrank by enough"),
+    Rule.MINIMUM_RUNTIME: (Reason.HELD_WITHIN_MINIMUM_RUNTIME, "held by jobs within their minimum runtime"),
+    Rule.CLAIMED: (Reason.CLAIMED_BY_HIGHER_RANK, "claimed by or promised to a job that goes first"),
+    Rule.CPUS: (Reason.WAITING_FOR_CPUS, "CPUs are missing on the node"),
+    Rule.MEMORY: (Reason.WAITING_FOR_MEMORY, "MiB of host memory are missing on the node"),
+    Rule.START_SLOTS: (Reason.WAITING_FOR_START_SLOT, "places for jobs with a process are missing"),
+}
+
+_WAITS = {
+    Reason.BACKING_OFF: "It backs off",
+    Reason.NODE_DRAINING: "The node drains: nothing starts",
+    Reason.NO_SUITABLE_GPU: "No GPU that is open now could ever serve it",
+    Reason.WAITING_FOR_GPUS: "It waits for GPUs",
+    Reason.WAITING_FOR_GPU_MEMORY: "It waits for GPU memory",
+    Reason.WAITING_FOR_CPUS: "It waits for CPUs",
+    Reason.WAITING_FOR_MEMORY: "It waits for host memory",
+    Reason.WAITING_FOR_HANDOVER: "Its GPUs are on their way: it waits until they are proved free",
+    Reason.WAITING_FOR_PROMISED_START: "It would delay the start that a higher-ranked job was promised",
+    Reason.WAITING_FOR_START_SLOT: "As many jobs have a process as the node allows",
+    Reason.DEADLINE_UNREACHABLE: "It can't meet its deadline any more and fails",
+}
 
 
 def preview(control: Controller, spec: JobSpec) -> job_service_pb2.PreviewJobResponse:
     """What would happen if the job were submitted now."""
-    return job_service_pb2.PreviewJobResponse()
+    found = control.preview(spec)
+    victims = [_victim(control, one.number) for one in found.victims]
+    for message, one in zip(victims, found.victims, strict=True):
+        message.gpus.extend(one.gpus)
+        message.grace_s = one.grace_us / _US
+        message.lost_gpu_seconds = one.lost_gpu_ms / 1000
+        message.loss_usd = one.loss_microusd / MICROUSD_PER_USD
+    return job_service_pb2.PreviewJobResponse(
+        starts_now=found.starts_now,
+        gpus=found.gpus,
+        victims=victims,
+        reason=convert.reason(found.reason) if found.reason else None,
+        start_within_s=(found.start_within_us or 0) / _US,
+        expected_start=_moment(found.expected_start_us),
+        summary=_preview_summary(found, victims),
+    )
 
 
 def explain(control: Controller, job: Job, message: job_pb2.Job) -> job_service_pb2.ExplainJobResponse:
-    """Why a job is where it is."""
-    return job_service_pb2.ExplainJobResponse(job=message)
+    """Why a job is where it is, and what would have to change."""
+    if job.state is not JobState.PENDING:
+        return job_service_pb2.ExplainJobResponse(
+            job=message,
+            reason=convert.reason(job.reason),
+            since=convert.timestamp(job.state_since_s),
+            summary=_story(job),
+        )
+    found = control.explain(job)
+    return job_service_pb2.ExplainJobResponse(
+        job=message,
+        reason=convert.reason(found.reason or Reason.SUBMITTED),
+        since=convert.timestamp(job.queued_since_s),
+        summary=_wait_summary(job, found, control.effects.clock.now_s()),
+        obstacles=[_obstacle(one) for one in found.obstacles],
+        remedies=[_remedy(one, job.spec) for one in found.remedies],
+        awaited=[job_id(number) for number in found.awaited],
+        expected_start=_moment(found.expected_start_us),
+        ahead=found.ahead,
+    )
+
+
+def _victim(control: Controller, number: int) -> job_service_pb2.Victim:
+    job = control.ledger.jobs[number]
+    message = job_service_pb2.Victim(job_id=job.id, name=job.spec.name)
+    setattr(message, "class", convert.job_class(job.spec.job_class))
+    return message
+
+
+def _preview_summary(found: Preview, victims: list[job_service_pb2.Victim]) -> str:
+    where = f" on {_count(len(found.gpus), 'GPU')}" if found.gpus else ""
+    if found.starts_now:
+        return f"It would start at once{where}; nobody would stop."
+    if victims:
+        names = _names(victim.job_id for victim in victims)
+        within_s = (found.start_within_us or 0) / _US
+        return (
+            f"{names} would stop for it; it would start{where} within {within_s:g} s "
+            "and the time that it takes to prove the GPUs free."
+        )
+    return f"{_WAITS.get(found.reason, 'It would wait')}." if found.reason else f"It would start{where}."
+
+
+def _wait_summary(job: Job, found: Explanation, now_s: float) -> str:
+    if found.reason is None:
+        return "It starts with the next plan."
+    words = _WAITS.get(found.reason, found.reason.value)
+    if found.reason is Reason.BACKING_OFF and found.eligible_us is not None:
+        cause = job.eligible_reason.value.lower().replace("_", " ")
+        words += f" for {max(0.0, found.eligible_us / _US - now_s):.1f} s more, after it was {cause}"
+    if found.behind_promise_of is not None:
+        words += f" ({job_id(found.behind_promise_of)})"
+    if found.awaited:
+        words += f"; stopping for it: {_names(job_id(number) for number in found.awaited)}"
+    wants = f" It wants {_request(job.spec)}."
+    ahead = f" {_count(found.ahead, 'waiting job')} ahead of it." if found.ahead else ""
+    return words + "." + wants + ahead
+
+
+def _story(job: Job) -> str:
+    """A job that does not wait, in a sentence or two."""
+    last = job.last
+    reason = job.reason.value.lower().replace("_", " ")
+    if job.state in FINAL_STATES:
+        code = "" if job.exit_code is None else f", exit code {job.exit_code}"
+        return f"It ended {job.state.value}: {reason}{code}" + (f" ({job.detail})." if job.detail else ".")
+    if last is not None and last.notice is not None:
+        cause = f" for {last.preempted_by}" if last.preempted_by else ""
+        left_s = last.notice.deadline_s - last.notice.decided_s
+        return f"It gives way{cause}: {reason}; it has {left_s:g} s of grace from the notice on."
+    cause = ""
+    if last is not None and last.preempted:
+        cause = f"; {_names(last.preempted)} stopped for it"
+    return f"It is {job.state.value}: {reason}{cause}."
+
+
+def _request(spec: JobSpec) -> str:
+    parts = [_count(spec.gpus, "GPU")]
+    if spec.is_share:
+        parts = [f"{spec.gpu_share_milli} thousandths of a GPU"]
+    if spec.gpu_models:
+        parts.append(f"of {' or '.join(spec.gpu_models)}")
+    if spec.gpu_memory_mib:
+        parts.append(f"{spec.gpu_memory_mib} MiB on each")
+    if spec.cpus:
+        parts.append(f"{spec.cpus} CPUs")
+    if spec.memory_mib:
+        parts.append(f"{spec.memory_mib} MiB of memory")
+    return ", ".join(parts)
+
+
+def _obstacle(obstacle: Obstacle) -> job_service_pb2.Obstacle:
+    reason, words = _OBSTACLES[obstacle.rule]
+    detail = f"{obstacle.lacking} {words}" if obstacle.lacking else words
+    if obstacle.jobs:
+        detail += f": {_names(job_id(number) for number in obstacle.jobs)}"
+    return job_service_pb2.Obstacle(reason=convert.reason(reason), gpus=len(obstacle.gpus), detail=detail)
+
+
+def _remedy(remedy: Remedy, spec: JobSpec) -> str:
+    amount = remedy.amount
+    match remedy.kind:
+        case RemedyKind.CLEAR_BACKOFF:
+            return "end its back-off: `wattshift requeue`"
+        case RemedyKind.UNDRAIN_NODE:
+            return "end the drain: `wattshift undrain`"
+        case RemedyKind.OPEN_GPUS:
+            return f"open {_count(amount, 'closed GPU')}: `wattshift gpus` says why it is closed"
+        case RemedyKind.FEWER_GPUS:
+            return f"ask for {_count(amount, 'GPU')} instead of {spec.gpus}"
+        case RemedyKind.LESS_GPU_MEMORY:
+            return f"ask for at most {amount} MiB of GPU memory instead of {spec.gpu_memory_mib}"
+        case RemedyKind.FEWER_CPUS:
+            return f"ask for at most {amount} CPUs instead of {spec.cpus}"
+        case RemedyKind.LESS_MEMORY:
+            return f"ask for at most {amount} MiB of host memory instead of {spec.memory_mib}"
+        case RemedyKind.ANY_MODEL:
+            return "accept any GPU model"
+        case RemedyKind.HIGHER_PRIORITY:
+            return f"a priority of at least {amount} instead of {spec.priority}"
+        case RemedyKind.HIGHER_VALUE:
+            return f"a value of at least {amount / MICROUSD_PER_USD:.2f} USD per GPU-hour"
+        case RemedyKind.HIGHER_CLASS:
+            return f"the class {JobClass(amount).name} instead of {spec.job_class.name}"
+        case RemedyKind.BE_PREEMPTIBLE:
+            return "be preemptible"
+        case RemedyKind.SHORTER_DURATION:
+            return f"declare an expected duration of at most {amount / _US:g} s"
+        case _:
+            assert_never(remedy.kind)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _names(ids: Iterable[str]) -> str:
+    named = list(ids)
+    more = len(named) - _NAMED_MAX
+    return ", ".join(named[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
+def _moment(at_us: int | None) -> Timestamp | None:
+    return None if at_us is None else convert.timestamp(at_us / _US)

@@ -43,11 +43,12 @@ from scheduler.effects.launcher import Launcher, LauncherGone
 from scheduler.effects.processes import Processes
 from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestError, Unavailable
 from scheduler.model.actions import WAIT_REASONS, Plan
-from scheduler.model.events import DaemonStarted, PlanDecided, PolicyChanged
-from scheduler.model.jobs import FINAL_STATES, Job, JobState
+from scheduler.model.events import DaemonStarted, JobSubmitted, PlanDecided, PolicyChanged, submitted
+from scheduler.model.jobs import FINAL_STATES, Job, JobSpec, JobState
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import Config
 from scheduler.model.snapshot import GpuColumns
+from scheduler.planning.explain import Explanation, Preview, explain, preview
 from scheduler.planning.planner import Memo, digest, plan
 
 log = logging.getLogger("wattshift.loop")
@@ -211,6 +212,21 @@ class Controller:
         waits = self.last_plan.waits
         (rows,) = (waits.numbers == job.number).nonzero()
         return WAIT_REASONS[int(waits.reasons[rows[0]])] if len(rows) else job.reason
+
+    def explain(self, job: Job) -> Explanation:
+        """Why a pending job waits, from the planner itself."""
+        snapshot = self.board.snapshot(self.effects.clock.now_s())
+        return explain(snapshot, self.config.policy, job.number)
+
+    def preview(self, spec: JobSpec) -> Preview:
+        """What would happen to such a job; it is in the table for as long as the planner looks."""
+        now_s = self.effects.clock.now_s()
+        number = self.ledger.next_number
+        self.ledger.table.put(submitted(JobSubmitted(now_s, "", number, spec), 0))
+        try:
+            return preview(self.board.snapshot(now_s), self.config.policy, number)
+        finally:
+            self.ledger.table.drop(number)
 
     def is_held(self, uuid: str, pid: int) -> bool:
         """Whether the process belongs to a live job that holds the GPU."""
