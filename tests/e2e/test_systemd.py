@@ -6,6 +6,7 @@ One machine is booted for all of these, and Wattshift is installed in it as an o
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 
 from tests.e2e.machine import ROOT, Machine, missing
+from tests.fakes.nvml import build
+from tests.fakes.nvml.fake import FakeNvml
+from tests.fakes.nvml.reading import needs_gcc
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INSTALL_S = 400.0
@@ -58,8 +62,12 @@ class Node:
         self.machine = machine
         self._since = ""
 
-    def start(self, *, watchdog_s: int = 30) -> None:
-        """Start afresh: nothing of an earlier test is left, and the log begins here."""
+    def start(self, *, simulate: str = "--simulate 8xH100", watchdog_s: int = 30, more: str = "") -> None:
+        """Start afresh: nothing of an earlier test is left, and the log begins here.
+
+        Args:
+            more: Lines for the [Service] section of the daemon's unit.
+        """
         run = self.machine.run
         run("systemctl", "stop", *ALL_UNITS, check=False)
         run("systemctl", "reset-failed", *ALL_UNITS, check=False)
@@ -68,12 +76,13 @@ class Node:
         self.machine.write(
             f"{DROP_INS}/test.conf",
             "[Service]\nExecStart=\nExecStart=/opt/wattshift/current/bin/wattshift serve "
-            f"--config {CONFIG} --simulate 8xH100\nWatchdogSec={watchdog_s}s\n",
+            f"--config {CONFIG} {simulate}\nWatchdogSec={watchdog_s}s\n{more}\n",
         )
         run("systemctl", "daemon-reload")
         self._since = run("date", "+%s.%N").stdout.strip()
         started = run("systemctl", "start", "wattshift-launcher.socket", "wattshift.service", check=False)
-        assert started.returncode == 0, "\n".join(self.log())
+        said = [*self.log(), *self.log("wattshift-launcher.service")]
+        assert started.returncode == 0, "\n".join(said)
 
     def configure(self, text: str) -> None:
         """Write the configuration in place, so that its owner and mode stay."""
@@ -171,6 +180,40 @@ def test_the_log_is_in_the_journal_with_priorities(node: Node) -> None:
     (serving,) = [entry for entry in ours if " serves on unix://" in entry["MESSAGE"]]
     assert serving["PRIORITY"] == "6"
     assert serving["MESSAGE"].startswith("wattshift ")
+
+
+def test_without_a_driver_the_daemon_serves_and_says_so(installed: Machine) -> None:
+    node = Node(installed)
+    node.start(simulate="")
+    assert node.machine.unit("wattshift.service", "ActiveState") == "active"
+    found = node.cli("gpus")["node"]
+    assert found["gpus"] == []
+    assert any("no GPU can be read" in problem for problem in found["problems"])
+    job = node.cli("submit", "--class", "batch", "--gpus", "0", "--", "true")["job"]["id"]
+    assert node.machine.run("wattshift", "wait", job).returncode == 0
+
+
+@needs_gcc
+def test_the_closed_unit_reads_gpus_through_nvml_and_runs_jobs_on_them(installed: Machine) -> None:
+    folder = installed.root / "srv/nvml"
+    folder.mkdir()
+    fake = FakeNvml(folder, gpus=2)
+    shutil.copy(build.build(), folder)
+    installed.run("chmod", "-R", "a+rwX", "/srv/nvml")
+    state = fake.environment()["WATTSHIFT_FAKE_NVML_STATE"].removeprefix(str(installed.root))
+    node = Node(installed)
+    # A driver's memory is the kernel's; this one's is a file, which the daemon has to reach.
+    node.start(
+        simulate="",
+        more="ReadWritePaths=/srv/nvml\n"
+        f"Environment=LD_LIBRARY_PATH=/srv/nvml WATTSHIFT_FAKE_NVML_STATE={state}",
+    )
+    found = node.cli("gpus")["node"]
+    assert [gpu["uuid"] for gpu in found["gpus"]] == [gpu.uuid for gpu in fake.gpus[:2]]
+    assert found["problems"] == []
+    job = node.submit("--class", "batch", "--", "sleep", "1000")
+    node.machine.run("wattshift", "cancel", job)
+    assert node.machine.run("wattshift", "wait", job, check=False).returncode != 0
 
 
 # What happens to the daemon does not happen to jobs --------------------------------------------------
@@ -290,6 +333,19 @@ def test_the_daemon_itself_refuses_a_wrong_file_and_keeps_the_old(node: Node) ->
 
     assert 'policy.order: must be one of class, value, is "rank"' in node.machine.until(refusal, "it refuses")
     assert node.cli("gpus")["node"]["problems"] != []
+
+
+def test_a_launcher_that_a_wrong_file_keeps_from_starting_says_so_to_the_daemon(node: Node) -> None:
+    node.configure("[polcy]")
+    node.machine.run("systemctl", "kill", "--kill-whom=main", "-s", "KILL", "wattshift-launcher")
+
+    def complaint() -> str | None:
+        problems = node.cli("gpus")["node"]["problems"]
+        return next((problem for problem in problems if "polcy: unknown key" in problem), None)
+
+    node.machine.until(complaint, "the daemon says why there is no launcher")
+    node.configure("")
+    node.submit("--class", "batch", "--", "sleep", "1000")
 
 
 def test_a_wrong_file_at_the_start_is_said_once_and_not_tried_again(node: Node) -> None:

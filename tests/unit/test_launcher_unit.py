@@ -1,6 +1,8 @@
 """The launcher's unit is told by the configuration what the daemon is told."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +75,23 @@ def test_what_is_wrong_is_said_and_told_by_the_exit_code(
     )
     assert ended.returncode == status
     assert said in ended.stderr
+
+
+# As systemd starts it: the socket is descriptor 3, and LISTEN_PID is the process's own number.
+AS_SYSTEMD = 'exec 3<&"$0"; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"'
+
+
+def test_who_waits_at_the_socket_is_told_why_there_is_no_launcher(tmp_path: Path) -> None:
+    file = tmp_path / "w.toml"
+    file.write_text("[polcy]")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as daemon:
+        listener.bind(str(tmp_path / "l.sock"))
+        listener.listen()
+        daemon.connect(str(tmp_path / "l.sock"))
+        program = [sys.executable, "-m", "scheduler.launcher_unit", "--config", file, "--socket", "unused"]
+        command = ["bash", "-c", AS_SYSTEMD, str(listener.fileno()), *program]
+        ended = subprocess.run(command, pass_fds=[listener.fileno()], capture_output=True, check=False)
+        said = json.loads(daemon.makefile().readline())
+    assert ended.returncode == 78
+    assert said["report"] == "refused"
+    assert "w.toml:1: polcy: unknown key" in said["message"]
