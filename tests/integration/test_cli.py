@@ -14,7 +14,7 @@ import pytest
 
 from scheduler.cli import failures, main
 from scheduler.cli.exit_codes import ExitCode
-from scheduler.v1 import job_pb2, usage_pb2
+from scheduler.v1 import job_pb2, node_pb2, reason_pb2, usage_pb2
 from tests.fakes.daemon import FakeDaemon, job_of, violation
 
 Run = pytest.CaptureFixture[str]
@@ -331,7 +331,7 @@ def test_gpus_shows_what_each_one_does(daemon: FakeDaemon, capsys: Run) -> None:
 
 def test_gpus_names_strangers_old_readings_and_the_nodes_problems(daemon: FakeDaemon, capsys: Run) -> None:
     gpu = daemon.node.gpus[1]
-    gpu.state, gpu.reason = 6, 45  # FOREIGN, FOREIGN_PROCESS
+    gpu.state, gpu.reason = node_pb2.GPU_STATE_FOREIGN, reason_pb2.REASON_FOREIGN_PROCESS
     gpu.processes.add(pid=4711, user="ann", command="python")
     gpu.sampled_at.FromSeconds(int(time.time()) - 90)
     daemon.node.problems.append("the launcher does not answer")
