@@ -1,6 +1,7 @@
 """`wattshift journal verify`: walk a journal's whole chain, beside a running daemon if there is one."""
 
 import sqlite3
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def verify(state_dir: Path) -> Verification:
     if not path.exists():
         raise JournalError(f"{path} does not exist; name the daemon's state directory")
     try:
-        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
-        db.execute("BEGIN")
-        return _verified(db, path)
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as db:
+            db.execute("BEGIN")
+            return _verified(db, path)
     except sqlite3.Error as error:
         raise JournalCorrupt(f"{path} can't be read: {error}") from error
 
