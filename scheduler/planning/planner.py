@@ -133,7 +133,7 @@ class Planner:
         found = self._find(request, self.world.nodes, NO_PENALTY)
         if found is None:
             self._block(request)
-            self._refuse(request)
+            self.refuse(request)
             return
         holder = self._held_back_by(request, found)
         if holder is not None:
@@ -243,7 +243,7 @@ class Planner:
             live for live in self.world.live[node.row] if live.may_yield and outranks(request, live, order)
         ]
 
-    def _refuse(self, request: Request) -> None:
+    def refuse(self, request: Request) -> None:
         """Let a request that can't be served wait, and with it all that would fail for the same lack."""
         spares = self.spares(request)
         reason = lack(request, spares)

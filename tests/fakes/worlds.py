@@ -6,7 +6,18 @@ from typing import Any
 import numpy as np
 
 from scheduler.model import snapshot as columns
-from scheduler.model.actions import FailJob, Plan, PreemptJob, RequeueJob, StartJob, StopJob
+from scheduler.model.actions import (
+    WAIT_REASONS,
+    Action,
+    FailJob,
+    Plan,
+    PreemptJob,
+    Promise,
+    RequeueJob,
+    StartJob,
+    StopJob,
+)
+from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import GpuColumns, HoldingColumns, JobColumns, NodeColumns, Snapshot
 
 NOW_US = 1_700_000_000_000_000
@@ -132,8 +143,8 @@ def gpus(count: int, **others: Any) -> tuple[G, ...]:
 
 def running(number: int, *on: str, ran_s: float = 3600, **others: Any) -> J:
     """A job that has run for `ran_s` on these GPUs of node 0."""
-    shape = {"gpus": len(on)} | {"node": 0} | others
-    return J(number, state=RUNNING, on=on, started_us=NOW_US - round(ran_s * SECOND_US), **shape)
+    said = {"state": RUNNING, "gpus": len(on), "node": 0, "started_us": NOW_US - round(ran_s * SECOND_US)}
+    return J(number, on=on, **{**said, **others})
 
 
 def snapshot(world: W) -> Snapshot:
@@ -209,3 +220,21 @@ def _job_columns(jobs: tuple[J, ...], sets: list[tuple[str, ...]]) -> JobColumns
 
 def _ints(values: Any) -> Any:
     return np.array(list(values), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A whole plan as values that compare."""
+
+    actions: tuple[Action, ...] = ()
+    waits: dict[int, Reason] = field(default_factory=dict)
+    promise: Promise | None = None
+    wake_us: int | None = None
+    awaited: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+def outcome(plan: Plan) -> Outcome:
+    """What a plan says."""
+    waits = zip(plan.waits.numbers.tolist(), plan.waits.reasons.tolist(), strict=True)
+    reasons = {number: WAIT_REASONS[code] for number, code in waits}
+    return Outcome(plan.actions, reasons, plan.promise, plan.wake_us, plan.awaited)
