@@ -163,7 +163,7 @@ def test_a_job_held_back_is_told_whose_start_it_may_not_delay_and_how_to_pass() 
     assert explained(world, 9) == explanation(
         9,
         Reason.WAITING_FOR_PROMISED_START,
-        obstacles=(),
+        obstacles=(Obstacle(Rule.NOT_PREEMPTIBLE, ("GPU-0",), (1,)),),
         remedies=(
             Remedy(RemedyKind.SHORTER_DURATION, 100 * S),
             Remedy(RemedyKind.BE_PREEMPTIBLE),

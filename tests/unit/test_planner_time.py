@@ -246,7 +246,6 @@ def test_without_backfill_only_who_gives_way_passes_a_blocked_job_of_its_kind() 
     without_gpus = J(4, BATCH, preemptible=False, gpus=0)
     gives_way = J(5, MINING)
     plan = planned(blocked_gang(ends_in_time, without_gpus, gives_way), strict)
-    # Job 5 would give way to the gang, but not to job 3, which now waits before it and is of its kind.
     assert plan.waits == {2: GPUS, 3: PROMISED}
     assert plan.actions == (StartJob(4, (), PASSED), StartJob(5, ("GPU-1",), PASSED))
 
