@@ -47,7 +47,7 @@ def _may_mount() -> bool:
 
 
 class Machine:
-    """One booted machine; `close` ends it and leaves nothing behind but what is in `directory`."""
+    """One booted machine; `close` ends it and leaves nothing behind but its console's log in `directory`."""
 
     def __init__(self, directory: Path, read_only: Sequence[Path] = ()) -> None:
         """Boot it; `read_only` are directories of the host that it sees at the same place."""
@@ -200,3 +200,5 @@ class Machine:
                 self._nspawn.wait(SHUTDOWN_S)
         self._console.close()
         subprocess.run(["umount", "--lazy", self.root], check=True)
+        for layer in ("upper", "work"):  # hundreds of MiB, of which pytest would keep those of three runs
+            shutil.rmtree(self.root.parent / layer, ignore_errors=True)
