@@ -96,4 +96,6 @@ $(INSTALLED): pyproject.toml proto/build_hook.py
 # The directory is a prerequisite too, so that a removed proto takes its generated code with it.
 $(COMPILED): $(INSTALLED) $(PROTO_FILES) $(wildcard proto/scheduler/v1)
 	$(PY) proto/build_hook.py
+# Where PYTHONDONTWRITEBYTECODE is set every start would compile everything again: 0.1 s a command.
+	$(PY) -m compileall -q scheduler
 	@touch $@

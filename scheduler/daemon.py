@@ -4,6 +4,7 @@ Start-up order: the journal and its lock, the launcher (adopt what runs), the GP
 """
 
 import asyncio
+import gc
 import importlib.metadata
 import logging
 import os
@@ -38,6 +39,9 @@ from scheduler.model.settings import Config
 from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus, parse
 
 log = logging.getLogger("wattshift")
+
+# Young objects before a look at them; looks before one at the older and the oldest.
+COLLECTOR_THRESHOLDS = (10_000, 20, 1000)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -158,6 +162,7 @@ class _Daemon:
                 host, _, port = self._config.server.metrics_listen.rpartition(":")
                 bound = await metrics.start(host.strip("[]"), int(port))
                 log.info("metrics on http://%s:%d/metrics", *bound)
+            _calm_collector()
             self._notifier.ready(f"{len(controller.board.identities)} GPUs")
             watchdog = asyncio.get_running_loop().create_task(self._watchdog())
             await self._stop.wait()
@@ -231,6 +236,17 @@ class _Daemon:
         while True:
             self._notifier.watchdog()
             await asyncio.sleep(period_s / 2)
+
+
+def _calm_collector() -> None:
+    """Take what is there for good out of the garbage collector's sight, and look for garbage less often.
+
+    A full collection took 11 to 29 ms in the first second, and 22 to 65 ms with 30,000 jobs waiting: in the
+    middle of somebody's submission. What the loop makes is freed by its reference count.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
 
 
 def _config_path(options: Options) -> Path | None:

@@ -12,7 +12,7 @@ from scheduler.control.commands import environment_digest
 from scheduler.control.loop import Controller
 from scheduler.effects.journal import JobFilter
 from scheduler.errors import FieldViolation, InvalidRequest, NotFound, RevisionGone
-from scheduler.model.jobs import FINAL_STATES, Job, job_number
+from scheduler.model.jobs import FINAL_STATES, Job, JobSpec, job_number
 from scheduler.model.policy import aged_priority
 from scheduler.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 
@@ -34,7 +34,7 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     async def SubmitJob(
         self, request: job_service_pb2.SubmitJobRequest, context: Context
     ) -> job_service_pb2.SubmitJobResponse:
-        wanted = self._submission(request, "")
+        wanted = self._submission(request, "", {})
         (job,) = await self._control.ask(inbox.Submit((wanted,)))
         return job_service_pb2.SubmitJobResponse(job=self._job(job))
 
@@ -46,7 +46,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             raise InvalidRequest(
                 FieldViolation("jobs", f"has {len(request.jobs)} jobs; give 1 to {BATCH_MAX}")
             )
-        submissions = tuple(self._submission(one, f"jobs[{i}].") for i, one in enumerate(request.jobs))
+        read: dict[bytes, tuple[JobSpec, dict[str, str]]] = {}
+        submissions = tuple(self._submission(one, f"jobs[{i}].", read) for i, one in enumerate(request.jobs))
         jobs = await self._control.ask(inbox.Submit(submissions))
         return job_service_pb2.SubmitJobsResponse(job_ids=[job.id for job in jobs])
 
@@ -54,8 +55,8 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
     async def PreviewJob(
         self, request: job_service_pb2.PreviewJobRequest, context: Context
     ) -> job_service_pb2.PreviewJobResponse:
-        wanted = self._submission(job_service_pb2.SubmitJobRequest(spec=request.spec), "")
-        return explaining.preview(self._control, wanted.spec)
+        spec, _ = self._read(request.spec, "spec.")
+        return explaining.preview(self._control, spec)
 
     @unary
     async def GetJob(
@@ -154,29 +155,39 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
         job = inbox.asked_job(await self._control.ask(command))
         return job_service_pb2.ReportCheckpointResponse(job=self._job(job))
 
-    def _submission(self, request: job_service_pb2.SubmitJobRequest, prefix: str) -> inbox.Submission:
-        control = self._control
-        config = control.config
-        now_s = control.effects.clock.now_s()
+    def _submission(
+        self,
+        request: job_service_pb2.SubmitJobRequest,
+        prefix: str,
+        read: dict[bytes, tuple[JobSpec, dict[str, str]]],
+    ) -> inbox.Submission:
+        """What the request asks for; `read` has what equal specifications of the same call came to."""
         if len(request.request_id) > submission.REQUEST_ID_CHARS_MAX:
             limit = submission.REQUEST_ID_CHARS_MAX
             raise InvalidRequest(FieldViolation(prefix + "request_id", f"is longer than {limit} characters"))
+        typed = request.spec.SerializeToString(deterministic=True)
         digest = ""
-        salt = control.effects.journal.salt()
         if request.request_id:
-            typed = request.spec.SerializeToString(deterministic=True)
-            digest = hashlib.sha256(salt + typed).hexdigest()
-            known = control.ledger.request(request.request_id)
-            job = control.ledger.job(known[0]) if known is not None and known[1] == digest else None
+            digest = hashlib.sha256(self._control.effects.journal.salt() + typed).hexdigest()
+            ledger = self._control.ledger
+            known = ledger.request(request.request_id)
+            job = ledger.job(known[0]) if known is not None and known[1] == digest else None
             if job is not None:  # not judged again: its deadline may be over, its GPU gone
                 return inbox.Submission(job.spec, {}, request.request_id, digest)
-        spec, environment = submission.job_spec(
-            request.spec, config.policy, config.jobs, now_s, prefix + "spec."
-        )
-        check_feasible(spec, control.board, prefix + "spec.")
-        if environment:
-            spec = submission.with_environment_digest(spec, environment_digest(salt, environment))
+        if typed not in read:
+            read[typed] = self._read(request.spec, prefix + "spec.")
+        spec, environment = read[typed]
         return inbox.Submission(spec, environment, request.request_id, digest)
+
+    def _read(self, message: job_pb2.JobSpec, prefix: str) -> tuple[JobSpec, dict[str, str]]:
+        control = self._control
+        config, now_s = control.config, control.effects.clock.now_s()
+        spec, environment = submission.job_spec(message, config.policy, config.jobs, now_s, prefix)
+        check_feasible(spec, control.board, prefix)
+        if environment:
+            digest = environment_digest(control.effects.journal.salt(), environment)
+            spec = submission.with_environment_digest(spec, digest)
+        return spec, environment
 
     def _find(self, job_id: str) -> Job:
         job = self._control.ledger.by_id(job_id)

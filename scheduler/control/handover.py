@@ -61,7 +61,8 @@ class HandoverVerifier:
 
     def watch(self, uuid: str, *, once: bool = False) -> None:
         """Look at the GPU from now on, from the first delay; `once`: the first look decides."""
-        self.forget(uuid)
+        if uuid in self._watches:
+            return  # who looks already will see it
         self._watches[uuid] = asyncio.get_running_loop().create_task(self._watch(uuid, once))
 
     def forget(self, uuid: str) -> None:

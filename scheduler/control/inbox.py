@@ -136,9 +136,9 @@ Item = Asked | Report | GpuReadings | HandoverResult | HoldersSeen | LauncherBac
 
 @dataclass(slots=True)
 class Inbox:
-    """Items in the order of arrival; `wake` is called when the first one comes."""
+    """Items in the order of arrival; `wake` is called with each."""
 
-    wake: Callable[[], None]
+    wake: Callable[[Item], None]
     _items: deque[Item] = field(default_factory=deque)
     _commands: int = 0
 
@@ -148,8 +148,7 @@ class Inbox:
     def put(self, item: Item) -> None:
         """Put a report behind the others."""
         self._items.append(item)
-        if len(self._items) == 1:
-            self.wake()
+        self.wake(item)
 
     def ask(self, command: Command) -> asyncio.Future[Any]:
         """Put a command behind the others; the future brings its answer after it is on disk.

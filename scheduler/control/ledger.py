@@ -57,6 +57,7 @@ class Ledger:
         self.drain: NodeDrainChanged | None = node.drain
         self.next_number = node.next_number
         self._undo: dict[int, Job | None] = {}
+        self._steps: list[tuple[Job | None, Job]] = []
         self.booked_s = node.booked_s
         self.boot_id = node.boot_id  # of the last daemon; empty before the first
         self._node_before = self._node()
@@ -67,7 +68,7 @@ class Ledger:
         self._finals: dict[int, Job] = {}
 
     def observe(self, observer: Observer) -> None:
-        """Call `observer` for each job that a commit changed."""
+        """After a commit call `observer` for each step that a job made, with the job before and after it."""
         self._observer = observer
 
     def job(self, number: int) -> Job | None:
@@ -78,6 +79,12 @@ class Ledger:
         """A job by id, finished ones too."""
         number = job_number(job_id)
         return None if number is None else self.job(number)
+
+    def by_key(self, wanted: str, attempt: int) -> Job | None:
+        """The live job whose newest attempt this is."""
+        number = job_number(wanted)
+        job = self.jobs.get(number) if number is not None else None
+        return job if job is not None and job.holds and job.attempt == attempt else None
 
     def request(self, request_id: str) -> tuple[int, str] | None:
         """Number of the job that a request_id made, and the digest of that request."""
@@ -137,14 +144,14 @@ class Ledger:
         """Whether anything is waiting for a commit."""
         return self.journal.staged
 
-    def commit(self) -> None:
-        """Make the tick durable, then tell the observer.
+    def commit(self) -> list[tuple[Job | None, Job]]:
+        """Make the tick durable, then tell the observer; returns each changed job before and after.
 
         Raises:
             JournalError: Nothing was kept; jobs and node are as they were before the tick.
         """
         if not self.touched:
-            return
+            return []
         changed = [self._current(number) for number in self._undo]
         try:
             node = self._node()
@@ -159,11 +166,12 @@ class Ledger:
         except JournalError:
             self._rollback()
             raise
-        before = self._undo
+        before, steps = self._undo, self._steps
         self._begin()
         if self._observer is not None:
-            for job in changed:
-                self._observer(before[job.number], job)
+            for earlier, later in steps:
+                self._observer(earlier, later)
+        return [(before[job.number], job) for job in changed]
 
     def abandon(self) -> None:
         """Drop what was staged: jobs and node are as they were before the tick."""
@@ -179,6 +187,7 @@ class Ledger:
 
     def _put(self, before: Job | None, job: Job) -> None:
         self._undo.setdefault(job.number, before)
+        self._steps.append((before, job))
         self._index(before, job)
         if job.state in FINAL_STATES:
             self.jobs.pop(job.number, None)
@@ -228,6 +237,7 @@ class Ledger:
 
     def _begin(self) -> None:
         self._undo = {}
+        self._steps = []
         self._finals = {}
         self._environments = {}
         self._usage = []

@@ -33,13 +33,14 @@ from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
 from scheduler.control.orders import Orders
+from scheduler.control.pace import Pace
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
 from scheduler.control.watch import Watchers
 from scheduler.effects.clock import Clock
 from scheduler.effects.gpus import GpuReadings, Gpus
 from scheduler.effects.journal import Journal
-from scheduler.effects.launcher import Launcher, LauncherGone
+from scheduler.effects.launcher import Exited, Launcher, LauncherGone, Report
 from scheduler.effects.processes import Processes
 from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestError, Unavailable
 from scheduler.model.actions import WAIT_REASONS, Plan
@@ -97,7 +98,8 @@ class Controller:
         self.board = GpuBoard(self.ledger, site.size)
         self.accounts = Accounts(self.ledger, self.board, self.meters)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
-        self.inbox = Inbox(self._schedule)
+        self.inbox = Inbox(self._arrived)
+        self.pace = Pace()
         self.verifier = HandoverVerifier(
             effects.gpus,
             foreign=lambda: self.config.foreign,
@@ -109,8 +111,8 @@ class Controller:
         self.orders = Orders(effects.launcher, effects.journal, self.verifier, site.base_environment)
         self.reports = ReportHandler(self)
         self.standing = StandingJobs(self)
-        self.observer = Observer(self.ledger, self.meters, self.watchers)
-        self.ledger.observe(self._committed)
+        self.observer = Observer(self.ledger, self.meters)
+        self.ledger.observe(self.observer.see)
         # Another boot than the last daemon's: every process of before is gone.
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.launcher_id = ""  # empty while none answers
@@ -119,7 +121,8 @@ class Controller:
         self._memo = Memo()
         self._gpus_before: dict[str, str] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._scheduled = False
+        self._scheduled: asyncio.Handle | None = None
+        self._lingering: asyncio.TimerHandle | None = None
         self._running = False
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
@@ -152,7 +155,15 @@ class Controller:
         Raises:
             LauncherError: None could be reached or started.
         """
-        self.inbox.put(LauncherBack(await self.effects.launcher.connect(self.inbox.put)))
+        self.inbox.put(LauncherBack(await self.effects.launcher.connect(self._reported)))
+
+    def _reported(self, report: Report) -> None:
+        """Take a report; of an end, look at its GPUs at once, so that one tick knows both."""
+        if isinstance(report, Exited):
+            job = self.ledger.by_key(report.key.job_id, report.key.attempt)
+            for uuid in job.attempts[-1].gpus if job is not None else ():
+                self.verifier.watch(uuid)
+        self.inbox.put(report)
 
     async def _reconnect(self) -> None:
         delay_s = RECONNECT_S
@@ -238,17 +249,35 @@ class Controller:
 
     # A tick -----------------------------------------------------------------------------------
 
+    def _arrived(self, item: Item) -> None:
+        """Wake for the item: at once, or after a moment if others are likely to come along."""
+        if not self._running or self._scheduled is not None:
+            return
+        loop = asyncio.get_running_loop()
+        linger_s = self.pace.linger_s(item)
+        if not linger_s:
+            self._schedule()
+        elif self._lingering is None or loop.time() + linger_s < self._lingering.when():
+            self._stop_lingering()
+            self._lingering = loop.call_later(linger_s, self._schedule)
+
     def _schedule(self) -> None:
-        if self._running and not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._tick)
+        self._stop_lingering()
+        if self._running and self._scheduled is None:
+            self._scheduled = asyncio.get_running_loop().call_soon(self._tick)
+
+    def _stop_lingering(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
 
     def _tick(self) -> None:
-        self._scheduled = False
+        self._scheduled = None
         if not self._running:
             return
         begun = time.perf_counter()
         items = self.inbox.drain()
+        self.pace.took(items)
         try:
             self._turn(items)
         except Exception:  # the loop is the one place that catches everything: it logs, counts, goes on
@@ -362,18 +391,17 @@ class Controller:
         self._gpus_before = now
         return changed
 
-    def _committed(self, before: Job | None, after: Job) -> None:
-        self.observer.see(before, after)
-        self.orders.follow(before, after)
-        if after.state in FINAL_STATES:
-            self.reports.forget(after.number)
-
     def _commit(self) -> None:
         if not self.ledger.touched:
             return
         begun = time.perf_counter()
-        self.ledger.commit()
+        changed = self.ledger.commit()
         self.meters.journal_append_s.observe(time.perf_counter() - begun)
+        for before, after in changed:
+            self.orders.follow(before, after)
+            self.watchers.publish(after)
+            if after.state in FINAL_STATES:
+                self.reports.forget(after.number)
         self.problems.pop("journal", None)
 
     def _not_kept(self, items: list[Item], error: JournalError) -> None:
@@ -458,14 +486,15 @@ class Controller:
         if now_s - self._expired_s < EXPIRE_PERIOD_S:
             return
         try:
-            gone = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)
+            expired = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)
         except JournalError as error:
             log.warning("old jobs could not be dropped: %s", error)
-            gone = []
-        if not gone:  # else there may be more: they go in the next quiet moment
             self._expired_s = now_s
             return
-        self._spawn(asyncio.to_thread(self._remove_files, gone))
+        if not expired.more:  # else the rest goes in the next quiet moment
+            self._expired_s = now_s
+        if expired.job_ids:
+            self._spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
 
     def _remove_files(self, gone: list[str]) -> None:
         """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""

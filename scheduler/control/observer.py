@@ -1,23 +1,20 @@
-"""What a committed change of a job means for those who only look: counters, histograms, watchers."""
+"""What each committed step of a job means for those who only look: counters and histograms."""
 
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
-from scheduler.control.watch import Watchers
 from scheduler.model.jobs import Attempt, Job, JobState, job_number
 from scheduler.model.reasons import Reason
 
 
 class Observer:
-    """Feeds meters and watchers; never steers."""
+    """Feeds the meters; never steers."""
 
-    def __init__(self, ledger: Ledger, meters: Meters, watchers: Watchers) -> None:
+    def __init__(self, ledger: Ledger, meters: Meters) -> None:
         self._ledger = ledger
         self._meters = meters
-        self._watchers = watchers
 
     def see(self, before: Job | None, after: Job) -> None:
         """Take note of a committed change."""
-        self._watchers.publish(after)
         label = after.spec.job_class.name
         if before is None or before.state is not after.state:
             self._meters.job_transitions[label, after.state.value, after.reason.value] += 1

@@ -316,9 +316,7 @@ class ReportHandler:
         return result
 
     def _live(self, key: AttemptKey) -> Job | None:
-        number = job_number(key.job_id)
-        job = self._control.ledger.jobs.get(number) if number is not None else None
-        return job if job is not None and job.holds and job.attempt == key.attempt else None
+        return self._control.ledger.by_key(key.job_id, key.attempt)
 
     def _apply(self, event: Event) -> None:
         self._control.ledger.apply(event)

@@ -68,6 +68,14 @@ class Derived:
     node: NodeState | None  # None = as it was
 
 
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What a call of `expire` dropped; `more`: there may be more to drop."""
+
+    job_ids: list[str]
+    more: bool
+
+
 class Journal(Protocol):
     """Durable events and the rows derived from them."""
 
@@ -128,8 +136,8 @@ class Journal(Protocol):
     ) -> list[UsageRow]:
         """Sums of usage by job_id, tenant, class or uuid, ordered by key, from behind `after`."""
 
-    def expire(self, now_s: float, kept_s: float, kept_max: int) -> list[str]:
-        """Drop some finished jobs and sealed events that are past retention; return ids of dropped jobs."""
+    def expire(self, now_s: float, kept_s: float, kept_max: int) -> Expired:
+        """Drop some finished jobs and sealed events that are past retention."""
 
     def checkpoint(self) -> None:
         """Fold the write-ahead log into the database; for quiet moments."""

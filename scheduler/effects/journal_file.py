@@ -25,6 +25,7 @@ TAIL_CHECKED = 256
 # The write-ahead log is folded in quiet moments; at this many pages of 4 KiB at any moment.
 WAL_PAGES_MAX = 16_384
 GENESIS = bytes(32)
+_SEQ_BYTES = 8
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -39,7 +40,6 @@ CREATE INDEX jobs_revision ON jobs (revision);
 CREATE INDEX jobs_finished ON jobs (finished_s) WHERE final = 1;
 CREATE TABLE requests (request_id TEXT PRIMARY KEY, number INTEGER NOT NULL, digest TEXT NOT NULL)
     WITHOUT ROWID;
-CREATE INDEX requests_number ON requests (number);
 CREATE TABLE environments (number INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE usage (
     at_s REAL NOT NULL, job_id TEXT NOT NULL, uuid TEXT NOT NULL, tenant TEXT NOT NULL, class TEXT NOT NULL,
@@ -116,8 +116,8 @@ def open_database(path: Path, now_s: float) -> sqlite3.Connection:
                     ("salt", secrets.token_bytes(16)),
                     ("node", encode(NodeState({}, None, 1, 0.0, ""))),
                     ("watch_floor", 0),
-                    ("head_seq", 0),
-                    ("head_hash", GENESIS),
+                    ("head", encode_head(0, GENESIS)),
+                    ("anchor", encode_head(0, GENESIS)),
                 ],
             )
             db.execute("COMMIT")
@@ -139,10 +139,25 @@ def meta(db: sqlite3.Connection, key: str) -> Any:
 
 def head(db: sqlite3.Connection, path: Path) -> tuple[int, bytes]:
     """Number and hash of the last event, as the last transaction left them."""
+    return _link(db, path, "head")
+
+
+def anchor(db: sqlite3.Connection, path: Path) -> tuple[int, bytes]:
+    """Number and hash of the last event that has aged out: what the kept chain hangs on."""
+    return _link(db, path, "anchor")
+
+
+def _link(db: sqlite3.Connection, path: Path, key: str) -> tuple[int, bytes]:
     try:
-        return int(meta(db, "head_seq")), bytes(meta(db, "head_hash"))
+        text = bytes(meta(db, key))
     except sqlite3.DatabaseError as error:
         raise translated(error, path) from error
+    return int.from_bytes(text[:_SEQ_BYTES]), text[_SEQ_BYTES:]
+
+
+def encode_head(seq: int, last_hash: bytes) -> bytes:
+    """Number and hash of the last event as one value: one row to write in each transaction."""
+    return seq.to_bytes(_SEQ_BYTES) + last_hash
 
 
 def check_tail(db: sqlite3.Connection, head: int, head_hash: bytes, path: Path) -> None:
@@ -154,7 +169,7 @@ def check_tail(db: sqlite3.Connection, head: int, head_hash: bytes, path: Path) 
     except sqlite3.DatabaseError as error:
         raise translated(error, path) from error
     if not rows:
-        whole = head == 0 or db.execute("SELECT 1 FROM segments WHERE last_seq = ?", (head,)).fetchone()
+        whole = anchor(db, path) == (head, head_hash)
     else:
         whole = (rows[-1][0], bytes(rows[-1][3])) == (head, head_hash) and all(
             seq == before + 1 and chained(bytes(running), seq, kind, body) == stored

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from scheduler.effects.journal import Derived, JobFilter, NodeState, UsageRow
+from scheduler.effects.journal import Derived, Expired, JobFilter, NodeState, UsageRow
 from scheduler.effects.journal_file import (
     DATABASE_NAME,
     chained,
@@ -16,6 +16,7 @@ from scheduler.effects.journal_file import (
     decode_job,
     decode_node,
     encode,
+    encode_head,
     head,
     lock,
     meta,
@@ -29,8 +30,13 @@ from scheduler.model.jobs import FINAL_STATES, Job, job_id
 SEGMENT_EVENTS = 1_000_000
 SEGMENTS_KEPT = 16
 WATCH_REVISIONS_KEPT = 100_000
-# Jobs dropped at a time: a few milliseconds of work.
+# Jobs and events dropped at a time: a few milliseconds of work.
 EXPIRED_AT_ONCE_MAX = 500
+EVENTS_DROPPED_AT_ONCE = 2000
+# Folding the log syncs the database, so it is worth doing only for a good piece of it.
+WAL_BYTES_FOLDED = 1 << 20
+
+_SET_HEAD = "UPDATE meta SET value = ? WHERE key = 'head'"
 
 
 class SqliteJournal:
@@ -57,21 +63,29 @@ class SqliteJournal:
         self._segment_events = segment_events
         self._segments_kept = segments_kept
         self._watch_kept = watch_kept
+        self._directory = state_dir
+        self._wal = state_dir / f"{DATABASE_NAME}-wal"
         try:
             self._db = open_database(path, now_s)
+            try:
+                self._read_ends(path)
+            except BaseException:
+                self._db.close()
+                raise
         except BaseException:
             os.close(self._lock)
             raise
-        self._head, self._hash = head(self._db, path)
-        check_tail(self._db, self._head, self._hash, path)
         self._staged: list[tuple[int, float, str, bytes, bytes]] = []
         self._requests: list[tuple[str, int, str]] = []
-        self._salt = bytes(meta(self._db, "salt"))
-        self._watch_floor = int(meta(self._db, "watch_floor"))
-        self._directory = state_dir
-        self._first = int(self._db.execute("SELECT coalesce(min(seq), 1) FROM events").fetchone()[0])
-        self._sealed = int(self._db.execute("SELECT coalesce(max(last_seq), 0) FROM segments").fetchone()[0])
         self._committed = (self._head, self._hash)
+
+    def _read_ends(self, path: Path) -> None:
+        db = self._db
+        self._head, self._hash = head(db, path)
+        check_tail(db, self._head, self._hash, path)
+        self._salt = bytes(meta(db, "salt"))
+        self._watch_floor = int(meta(db, "watch_floor"))
+        self._sealed = int(db.execute("SELECT coalesce(max(last_seq), 0) FROM segments").fetchone()[0])
 
     @property
     def head(self) -> int:
@@ -153,8 +167,7 @@ class SqliteJournal:
         if derived.node:
             db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (encode(derived.node),))
         if self._staged:
-            db.execute("UPDATE meta SET value = ? WHERE key = 'head_seq'", (self._head,))
-            db.execute("UPDATE meta SET value = ? WHERE key = 'head_hash'", (self._hash,))
+            db.execute(_SET_HEAD, (encode_head(self._head, self._hash),))
             if self._head - self._sealed >= self._segment_events:
                 db.execute(
                     "INSERT INTO segments VALUES (?, ?, ?)", (self._head, self._hash, self._staged[-1][1])
@@ -217,7 +230,7 @@ class SqliteJournal:
         )
         return [UsageRow(*row) for row in rows]
 
-    def expire(self, now_s: float, kept_s: float, kept_max: int) -> list[str]:
+    def expire(self, now_s: float, kept_s: float, kept_max: int) -> Expired:
         db = self._db
         before_s = now_s - kept_s
         surplus = db.execute("SELECT count(*) FROM jobs WHERE final = 1").fetchone()[0] - kept_max
@@ -227,39 +240,54 @@ class SqliteJournal:
             ).fetchone()
             before_s = max(before_s, row[0] if row else now_s)
         found = db.execute(
-            "SELECT number, revision FROM jobs WHERE final = 1 AND finished_s < ? ORDER BY finished_s LIMIT ?",
+            "SELECT number, revision, body FROM jobs WHERE final = 1 AND finished_s < ?"
+            " ORDER BY finished_s LIMIT ?",
             (before_s, EXPIRED_AT_ONCE_MAX),
         ).fetchall()
-        gone = [(number,) for number, _ in found]
-        floor = max([self._watch_floor, *(revision for _, revision in found)])
-        sealed = db.execute(
-            "SELECT max(last_seq) FROM segments WHERE last_seq >= ? AND last_seq <="
-            " (SELECT last_seq FROM segments ORDER BY last_seq DESC LIMIT 1 OFFSET ?)",
-            (self._first, self._segments_kept),
-        ).fetchone()[0]
-        if not gone and not sealed:
-            return []
+        gone = [(number,) for number, _, _ in found]
+        requests = [(job.request_id,) for _, _, body in found if (job := decode_job(body)).request_id]
+        floor = max([self._watch_floor, *(revision for _, revision, _ in found)])
+        anchor = self._last_to_drop()
+        if not gone and anchor is None:
+            return Expired([], more=False)
         try:
             db.execute("BEGIN IMMEDIATE")
-            for table in ("jobs", "requests", "environments"):
-                db.executemany(f"DELETE FROM {table} WHERE number = ?", gone)
+            db.executemany("DELETE FROM jobs WHERE number = ?", gone)
+            db.executemany("DELETE FROM environments WHERE number = ?", gone)
+            db.executemany("DELETE FROM requests WHERE request_id = ?", requests)
             db.execute("UPDATE meta SET value = ? WHERE key = 'watch_floor'", (floor,))
             db.execute("DELETE FROM usage WHERE at_s < ?", (now_s - kept_s,))
-            if sealed:
-                db.execute("DELETE FROM events WHERE seq <= ?", (sealed,))
-                db.execute("DELETE FROM segments WHERE last_seq < ?", (sealed,))
+            if anchor is not None:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'anchor'", (encode_head(*anchor),))
+                db.execute("DELETE FROM events WHERE seq <= ?", (anchor[0],))
+                db.execute("DELETE FROM segments WHERE last_seq <= ?", (anchor[0],))
             db.execute("COMMIT")
         except sqlite3.Error as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise translated(error) from error
         self._watch_floor = floor
-        if sealed:
-            self._first = sealed + 1
-        return [job_id(number) for (number,) in gone]
+        return Expired([job_id(number) for (number,) in gone], more=True)
+
+    def _last_to_drop(self) -> tuple[int, bytes] | None:
+        """Number and hash of the last of the oldest events that may go now: a piece of a surplus segment."""
+        db = self._db
+        surplus = db.execute(
+            "SELECT last_seq FROM segments ORDER BY last_seq DESC LIMIT 1 OFFSET ?", (self._segments_kept,)
+        ).fetchone()
+        if surplus is None:
+            return None
+        row = db.execute(
+            "SELECT seq, hash FROM events WHERE seq <= ? ORDER BY seq LIMIT 1 OFFSET ?",
+            (surplus[0], EVENTS_DROPPED_AT_ONCE - 1),
+        ).fetchone()
+        row = row or db.execute("SELECT seq, hash FROM events WHERE seq = ?", surplus).fetchone()
+        return (int(row[0]), bytes(row[1])) if row else None
 
     def checkpoint(self) -> None:
-        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        with contextlib.suppress(FileNotFoundError):
+            if self._wal.stat().st_size >= WAL_BYTES_FOLDED:
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def close(self) -> None:
         """Fold the log, close the file and give the directory free."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, GENESIS, chained, decode_job, head
+from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, anchor, chained, decode_job, head
 from scheduler.errors import JournalCorrupt, JournalError, TransitionError
 from scheduler.model.events import JobEvent, JobSubmitted, fold, submitted
 from scheduler.model.jobs import Job
@@ -46,11 +46,7 @@ def verify(state_dir: Path) -> Verification:
 
 def _verified(db: sqlite3.Connection, path: Path) -> Verification:
     last, last_hash = head(db, path)
-    anchor = db.execute(
-        "SELECT last_seq, last_hash FROM segments WHERE last_seq < (SELECT coalesce(min(seq), 1) FROM events)"
-        " ORDER BY last_seq DESC LIMIT 1"
-    ).fetchone()
-    seq, running = (anchor[0], bytes(anchor[1])) if anchor else (0, GENESIS)
+    seq, running = anchor(db, path)
     first, count = seq + 1, 0
     jobs: dict[str, Job] = {}
     for row_seq, kind, body, stored in db.execute("SELECT seq, kind, body, hash FROM events ORDER BY seq"):
