@@ -10,7 +10,7 @@ import logging
 import os
 import pwd
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,19 @@ log = logging.getLogger("wattshift")
 
 # Young objects before a look at them; looks before one at the older and the oldest.
 COLLECTOR_THRESHOLDS = (10_000, 20, 1000)
+
+# Keys outside [policy], [classes], [foreign] and [[standing_jobs]] that a reload applies.
+RELOADED_KEYS = frozenset(
+    {
+        "state.finished_jobs_kept_s",
+        "state.finished_jobs_kept_max",
+        "state.free_mib_min",
+        "jobs.pending_max",
+        "jobs.grace_s_max",
+        "jobs.environment_bytes_max",
+        "sampling.processes_period_s",
+    }
+)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -107,19 +120,19 @@ class _Daemon:
         self._config = self._load()
         self._simulated = options.simulate is not None
         defaults = paths.for_daemon()
-        self._state_dir = options.state_dir or self._config.state.directory or defaults.state_dir
-        self._listen = (
-            (options.listen,) if options.listen else self._config.server.listen or (defaults.address,)
-        )
+        self._state_dir = self._config.state.directory or defaults.state_dir
+        self._listen = self._config.server.listen or (defaults.address,)
         self._notifier = Notifier()
         self._stop = asyncio.Event()
 
     def _load(self) -> Config:
-        config = configuration.load(self._config_path)
-        metrics = self._options.metrics_listen
-        if metrics is not None:
-            config = replace(config, server=replace(config.server, metrics_listen=metrics))
-        return config
+        options = self._options
+        return configuration.overridden(
+            configuration.load(self._config_path),
+            listen=(options.listen,) if options.listen else None,
+            metrics_listen=options.metrics_listen,
+            state_directory=options.state_dir,
+        )
 
     async def run(self) -> int:
         """Serve until told to stop."""
@@ -220,8 +233,10 @@ class _Daemon:
         try:
             config = self._load()
             controller.reload(config)
-            self._config = config
             log.info("configuration reloaded")
+            if late := _needs_restart(self._config, config):
+                log.warning("these keys changed and need a restart: %s", ", ".join(late))
+            self._config = config
             controller.problems.pop("config", None)
         except NodeError as error:
             log.error("the configuration was not reloaded, the old one stays: %s", error)
@@ -235,7 +250,7 @@ class _Daemon:
             return
         while True:
             self._notifier.watchdog()
-            await asyncio.sleep(period_s / 2)
+            await asyncio.sleep(period_s)
 
 
 def _calm_collector() -> None:
@@ -256,9 +271,30 @@ def _config_path(options: Options) -> Path | None:
     return default if default.exists() else None
 
 
+def _needs_restart(old: Config, new: Config) -> list[str]:
+    """Keys that differ and are read only at the start."""
+    late = []
+    for table in ("node", "server", "state", "jobs", "sampling"):
+        before, after = getattr(old, table), getattr(new, table)
+        for field in fields(before):
+            key = f"{table}.{field.name}"
+            if getattr(before, field.name) != getattr(after, field.name) and key not in RELOADED_KEYS:
+                late.append(key)
+    return late
+
+
 def _check_user(config: Config, simulated: bool) -> None:
     """Jobs do not run as root unless somebody wrote that down; a trial on simulated GPUs may."""
-    if os.geteuid() != 0 or config.jobs.user:
+    user = config.jobs.user
+    if os.geteuid() != 0:
+        own = pwd.getpwuid(os.geteuid()).pw_name
+        if user not in ("", own):
+            raise ConfigError(
+                f"jobs.user is {user!r}, but only root may start jobs as another user; this is {own!r}: "
+                "leave the key out, or run the daemon as that user"
+            )
+        return
+    if user:
         return
     if not simulated:
         raise ConfigError(

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.control.accounting import Accounts
@@ -213,6 +213,7 @@ class Controller:
             self.ledger.apply(PolicyChanged(self.effects.clock.now_s(), config.policy))
         self.ledger.set_policy(config.policy)
         self.config = config
+        self.board.size = replace(self.board.size, live_jobs_max=config.policy.live_jobs_max)
         self.standing.reload()
         self.inbox.put(Elapsed())
 

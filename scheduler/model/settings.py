@@ -38,7 +38,7 @@ class ServerConfig:
     metrics_listen: str = "127.0.0.1:9477"  # host:port; empty = no metrics
     metrics_beyond_loopback: bool = False
     message_bytes_max: int = 16 * 1024 * 1024
-    concurrent_rpcs_max: int = 256
+    concurrent_rpcs_max: int = 1024
     connection_streams_max: int = 100
 
 
