@@ -35,6 +35,7 @@ from scheduler.effects.nvml_client import NvmlGpus
 from scheduler.effects.processes import ProcProcesses
 from scheduler.effects.systemd import Notifier, set_up_logging, watchdog_period_s
 from scheduler.errors import ConfigError, InstallationError, NodeError, WattshiftError
+from scheduler.model.jobs import job_number
 from scheduler.model.settings import Config
 from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus, parse
 
@@ -146,6 +147,7 @@ class _Daemon:
             segment_events=state.journal_segment_events_max,
             segments_kept=state.journal_segments_kept_max,
             watch_kept=state.watch_revisions_kept_max,
+            first_number=_last_number(state_dir / JOBS_DIRECTORY) + 1,
         )
         try:
             launcher, gpus = self._effects(state_dir, clock)
@@ -216,6 +218,7 @@ class _Daemon:
             ),
             base_environment={"PATH": JOB_PATH, "HOME": user.pw_dir, "USER": user.pw_name, "LANG": "C.UTF-8"},
             remove_job=partial(remove_job, jobs_dir),
+            was_begun=partial(_was_begun, jobs_dir),
             boot_id=boot_id(),
             version=importlib.metadata.version("wattshift"),
             pid=os.getpid(),
@@ -302,6 +305,25 @@ def _check_user(config: Config, simulated: bool) -> None:
             '(`[jobs] user = "..."` in wattshift.toml), or run the daemon as that user'
         )
     log.warning("jobs run as root, because this is a trial with --simulate; set jobs.user for real work")
+
+
+def _was_begun(jobs_dir: Path, job_id: str, attempt: int) -> bool:
+    """Whether the launcher began the attempt: it makes its directory first. True where it can't be told."""
+    try:
+        (jobs_dir / job_id / str(attempt)).lstat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _last_number(jobs_dir: Path) -> int:
+    """The last number that a job had here: what it left must never be taken for another job's."""
+    try:
+        return max((job_number(path.name) or 0 for path in jobs_dir.iterdir()), default=0)
+    except OSError:  # the launcher makes it, and says what is wrong with it
+        return 0
 
 
 def _not_ready(controller: Controller) -> str:

@@ -80,6 +80,7 @@ class Site:
     size: NodeSize
     base_environment: Mapping[str, str]  # of every job: a minimal PATH, HOME
     remove_job: Callable[[str], None]  # removes what a job left on disk
+    was_begun: Callable[[str, int], bool]  # whether a launcher ever took the order to start an attempt
     boot_id: str
     version: str
     pid: int

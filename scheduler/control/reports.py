@@ -107,6 +107,7 @@ class ReportHandler:
                 control.orders.forget(key)
             else:  # the journal says that it ended: it must not run
                 control.orders.kill(key)
+        control.rebooted = False  # whatever is lost from here on is lost otherwise
 
     def _recall_victims(self) -> None:
         """Know again, after a restart, who stops for whom."""
@@ -138,6 +139,11 @@ class ReportHandler:
             self._control.orders.stop(job, job.attempts[-1])
 
     def _bury(self, job: Job, now_s: float) -> None:
+        last = job.attempts[-1]
+        if last.started_s is None and not self._control.site.was_begun(job.id, last.number):
+            detail = "the launcher was gone before the order to start came"
+            self._end(job, Ending(now_s, None, Reason.START_FAILED, detail, retry_start=True))
+            return
         rebooted = self._control.rebooted
         reason = Reason.NODE_REBOOTED if rebooted else Reason.LAUNCHER_LOST
         detail = "the node was started anew" if rebooted else "the launcher that held it is gone"

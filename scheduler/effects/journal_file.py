@@ -92,13 +92,17 @@ def lock(state_dir: Path) -> int:
     return lock
 
 
-def open_database(path: Path, now_s: float) -> sqlite3.Connection:
-    """Open the file, making what is missing.
+def open_database(path: Path, now_s: float, first_number: int = 1) -> sqlite3.Connection:
+    """Open the file, making what is missing; the jobs of a new one are numbered from `first_number` on.
 
     Raises:
         JournalCorrupt: It is no database, or a damaged one; nothing was changed.
         JournalError: It can't be used, or has another format.
     """
+    if first_number > 1 and path.exists() and not path.stat().st_size:
+        raise JournalCorrupt(
+            f"{path} is empty, but jobs ran here; nothing was changed. Restore it, or remove it to start anew"
+        )
     try:
         db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
         path.chmod(0o600)
@@ -114,19 +118,24 @@ def open_database(path: Path, now_s: float) -> sqlite3.Connection:
                     ("format", FORMAT),
                     ("created_s", now_s),
                     ("salt", secrets.token_bytes(16)),
-                    ("node", encode(NodeState({}, None, 1, 0.0, ""))),
+                    ("node", encode(NodeState({}, None, first_number, 0.0, ""))),
                     ("watch_floor", 0),
                     ("head", encode_head(0, GENESIS)),
                     ("anchor", encode_head(0, GENESIS)),
                 ],
             )
             db.execute("COMMIT")
-        found = meta(db, "format")
+        check_format(db, path)
     except sqlite3.DatabaseError as error:
         raise translated(error, path) from error
+    return db
+
+
+def check_format(db: sqlite3.Connection, path: Path) -> None:
+    """Raise `JournalError` where another wattshift wrote the file in another format."""
+    found = meta(db, "format")
     if found != FORMAT:
         raise JournalError(f"{path} has format {found}, this wattshift reads {FORMAT}; nothing was changed")
-    return db
 
 
 def meta(db: sqlite3.Connection, key: str) -> Any:

@@ -50,8 +50,9 @@ class SqliteJournal:
         segment_events: int = SEGMENT_EVENTS,
         segments_kept: int = SEGMENTS_KEPT,
         watch_kept: int = WATCH_REVISIONS_KEPT,
+        first_number: int = 1,
     ) -> None:
-        """Open or make the journal.
+        """Open or make the journal; a new one numbers its jobs from `first_number` on.
 
         Raises:
             StateLocked: Another daemon owns the directory.
@@ -66,7 +67,7 @@ class SqliteJournal:
         self._directory = state_dir
         self._wal = state_dir / f"{DATABASE_NAME}-wal"
         try:
-            self._db = open_database(path, now_s)
+            self._db = open_database(path, now_s, first_number)
             try:
                 self._read_ends(path)
             except BaseException:
@@ -285,7 +286,8 @@ class SqliteJournal:
         return (int(row[0]), bytes(row[1])) if row else None
 
     def checkpoint(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        # Where the disk is full the log is durable as it is; a later quiet moment folds it.
+        with contextlib.suppress(FileNotFoundError, sqlite3.Error):
             if self._wal.stat().st_size >= WAL_BYTES_FOLDED:
                 self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import msgspec
 
-from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, anchor, chained, decode_job, head
+from scheduler.effects.journal_file import (
+    DATABASE_NAME,
+    DECODERS,
+    anchor,
+    chained,
+    check_format,
+    decode_job,
+    head,
+)
 from scheduler.errors import JournalCorrupt, JournalError, TransitionError
 from scheduler.model.events import JobEvent, JobSubmitted, fold, submitted
 from scheduler.model.jobs import Job
@@ -45,6 +53,7 @@ def verify(state_dir: Path) -> Verification:
 
 
 def _verified(db: sqlite3.Connection, path: Path) -> Verification:
+    check_format(db, path)
     last, last_hash = head(db, path)
     seq, running = anchor(db, path)
     first, count = seq + 1, 0

@@ -352,7 +352,7 @@ class Daemon:
         """The cgroups of this daemon's jobs, the launcher's own base among them."""
         try:
             status = (self.state / "jobs").stat()
-        except FileNotFoundError:
+        except OSError:
             return []
         name = f"wattshift-{status.st_dev:x}-{status.st_ino:x}"
         return [found for base in CGROUPS.rglob(name) for found in (base, *base.glob("*/"))]
