@@ -174,31 +174,31 @@ class Attempt(Listener):
     # Orders ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Fork and, while the child makes itself ready, make the files."""
+        """Make the files, then let a waiting process become the program."""
         shop = self._shop
         self._environment.update(attempt_environment(shop.jobs_dir, *self.key))
         try:
             self._output_fd, self._output_write_fd = os.pipe()
             os.set_blocking(self._output_fd, False)
-            tree = shop.containment.tree(shop.loop, self, f"{self.key[0]}.{self.key[1]}")
-            tree.start(self._program(self._command))
+            tree = shop.containment.tree(shop.loop, self)
         except OSError as error:
             self.refuse(error.errno or 0, str(error))
             return
         self._tree = tree
         shop.loop.watch_bulk(self._output_fd, self._pump)
-        if not self._stop_command:
-            self._close_output_writer()
+        what = "files"
         try:
             files = AttemptFiles(shop.jobs_fd, *self.key, shop.user)
+            self._files = files
+            self._log = JobLog(files.attempt_fd, shop.user, shop.log_bytes_max, shop.log_files_max)
+            self._watch_checkpoints(files)
+            what = "fork"
+            tree.go(self._program(self._command), self._output_write_fd)
         except OSError as error:
-            self.has_failed_to_start("files", error.errno or 0, str(error))
+            self.has_failed_to_start(what, error.errno or 0, str(error))
             self._kill(tree)
-            return
-        self._files = files
-        self._log = JobLog(files.attempt_fd, shop.user, shop.log_bytes_max, shop.log_files_max)
-        self._watch_checkpoints(files)
-        tree.go()
+        if not self._stop_command:
+            self._close_output_writer()
 
     def refuse(self, number: int, message: str) -> None:
         """Say why the attempt is not even tried."""
@@ -234,15 +234,15 @@ class Attempt(Listener):
 
     def has_started(self, pid: int, start_ticks: int) -> None:
         """The program runs; a stop that waited for it goes on."""
-        if self._files is None:
-            return  # killed for want of files before it was let go: that failure was said
+        if self.reports:
+            return  # killed before it was let go: the failure was said
         self._say("started", pid=pid, pid_start_ticks=start_ticks)
         if self._deadline_s is not None and self._tree is not None:
             self._give_notice(self._tree)
 
     def has_failed_to_start(self, what: str, number: int, message: str) -> None:
         """There is no process."""
-        if self._files is None and self.reports:
+        if self.reports:
             return  # the first failure counts
         if what == "command":
             message = f"{self._command[0]}: {message}"
@@ -306,15 +306,12 @@ class Attempt(Listener):
 
     def _run_stop_command(self) -> None:
         shop = self._shop
-        tree = shop.containment.tree(shop.loop, StopTree(self), f"{self.key[0]}.{self.key[1]}.stop")
-        self._stop_tree = tree
         try:
-            tree.start(self._program(self._stop_command))
+            self._stop_tree = shop.containment.tree(shop.loop, StopTree(self))
+            self._stop_tree.go(self._program(self._stop_command), self._output_write_fd)
         except OSError as error:
-            self._stop_tree = None
             self.write_log_line(f"the stop command did not start: {error}")
-        else:
-            tree.go()
+            self.kill_stop_command()
         self._close_output_writer()
 
     def look_for_acknowledgement(self) -> None:
@@ -423,9 +420,7 @@ class Attempt(Listener):
     # Shared ------------------------------------------------------------------------------------
 
     def _program(self, command: list[str]) -> Program:
-        return Program(
-            command, self._environment, self._working_directory, self.key[0], self._output_write_fd
-        )
+        return Program(command, self._environment, self._working_directory, self.key[0])
 
     def _watch(self, directory_fd: int, events: int, callback: Callable[[bytes], None]) -> int:
         watch = self._shop.inotify.add(directory_fd, events)

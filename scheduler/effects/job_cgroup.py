@@ -6,14 +6,8 @@ import select
 import signal
 
 from scheduler.effects.job_files import open_directory
-from scheduler.effects.job_spawn import (
-    Program,
-    Spawner,
-    StartLine,
-    join_cgroup,
-    signal_tree,
-    start_ticks,
-)
+from scheduler.effects.job_signals import kill_tree, start_ticks
+from scheduler.effects.job_spawn import Spawner, StartLine, join_cgroup
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, log
 from scheduler.effects.linux import fork_into_cgroup
@@ -33,10 +27,12 @@ class CgroupTree(Tree):
 
     __slots__ = ("_containment", "_events_fd", "_path")
 
-    def __init__(self, containment: "CgroupContainment", loop: Loop, listener: Listener, name: str) -> None:
-        super().__init__(loop, listener)
+    def __init__(
+        self, containment: "CgroupContainment", loop: Loop, listener: Listener, line: StartLine, path: str
+    ) -> None:
+        super().__init__(loop, listener, line)
         self._containment = containment
-        self._path = f"{containment.base}/{name}"
+        self._path = path
         self._events_fd = -1
 
     def pids(self) -> set[int]:
@@ -53,12 +49,6 @@ class CgroupTree(Tree):
         if self.main_status is None:
             os.kill(self.main_pid, signal.SIGKILL)
         kill_cgroup(self._path)
-
-    def go(self) -> None:
-        """Let the process exec; look at it while it does."""
-        super().go()
-        if self._start is not None:
-            self._start.start_ticks = start_ticks(self.main_pid)
 
     def main_was_reaped(self, status: int) -> None:
         """The launcher reaped the first process."""
@@ -87,23 +77,6 @@ class CgroupTree(Tree):
         self._containment.remove(self._path)
         self._ended()
 
-    def _fork(self, program: Program, start: StartLine) -> None:
-        containment = self._containment
-        os.mkdir(self._path, 0o755)
-        try:
-            fd = open_directory(self._path)
-            try:
-                self.main_pid = containment.spawner.spawn(
-                    program, start.child_fd, fd, joins=containment.joins
-                )
-            finally:
-                os.close(fd)
-        except OSError:
-            os.rmdir(self._path)
-            raise
-        start.pid = self.main_pid
-        containment.by_main_pid[self.main_pid] = self
-
     def _read_events(self) -> None:
         # The kernel reports the next change only to who has read the last one.
         os.pread(self._events_fd, _TEXT_BYTES, 0)
@@ -116,7 +89,16 @@ class CgroupContainment(Containment):
 
     kind = "cgroup"
 
-    __slots__ = ("_unremoved", "base", "by_main_pid", "joins", "lingering", "spawner")
+    __slots__ = (
+        "_base",
+        "_by_main_pid",
+        "_forked",
+        "_joins",
+        "_spare",
+        "_spawner",
+        "_unremoved",
+        "lingering",
+    )
 
     def __init__(self, jobs_fd: int, spawner: Spawner) -> None:
         """Make this jobs directory's own cgroup, clear what an earlier launcher left in it, and prove it.
@@ -129,29 +111,45 @@ class CgroupContainment(Containment):
             CgroupsUnusable: There is no cgroup v2 here, or it is not ours to write.
         """
         status = os.fstat(jobs_fd)
-        self.base = f"{own_cgroup()}/wattshift-{status.st_dev:x}-{status.st_ino:x}"
-        self.spawner = spawner
+        self._base = f"{own_cgroup()}/wattshift-{status.st_dev:x}-{status.st_ino:x}"
+        self._spawner = spawner
         try:
             try:
-                os.mkdir(self.base, 0o755)
+                os.mkdir(self._base, 0o755)
             except FileExistsError:
-                _clear(self.base)
-            self.joins = not _prove(f"{self.base}/probe")
+                _clear(self._base)
+            self._joins = not _prove(f"{self._base}/probe")
         except OSError as error:
-            raise CgroupsUnusable(f"{self.base}: {error.strerror}") from error
-        self.by_main_pid: dict[int, CgroupTree] = {}
+            raise CgroupsUnusable(f"{self._base}: {error.strerror}") from error
+        self._by_main_pid: dict[int, CgroupTree] = {}
+        self._spare: tuple[StartLine, str] | None = None  # forked ahead: its line, its cgroup
+        self._forked = 0
         self.lingering: list[CgroupTree] = []  # the first process is gone, others are not
         self._unremoved: list[str] = []
 
-    def tree(self, loop: Loop, listener: Listener, name: str) -> Tree:
-        """Return a tree to start; `name` is its alone."""
-        return CgroupTree(self, loop, listener, name)
+    def tree(self, loop: Loop, listener: Listener) -> Tree:
+        """Return a tree whose first process waits in a cgroup of its own.
+
+        Raises:
+            OSError: No process came to be.
+        """
+        line, path = self._spare or self._fork()
+        self._spare = None
+        tree = self._by_main_pid[line.pid] = CgroupTree(self, loop, listener, line, path)
+        return tree
+
+    def prepare(self) -> None:
+        """Have a process wait for the next `tree`."""
+        if self._spare is None:
+            self._spare = self._fork()
 
     def reaped(self, pid: int, status: int) -> None:
         """A child of the launcher ended: a first process, or an orphan of some tree."""
-        tree = self.by_main_pid.pop(pid, None)
+        tree = self._by_main_pid.pop(pid, None)
         if tree is not None:
             tree.main_was_reaped(status)
+        elif self._spare is not None and pid == self._spare[0].pid:
+            self._drop_spare()
 
     def all_reaped(self) -> None:
         """Look after those whose last process may have been among the reaped.
@@ -165,9 +163,14 @@ class CgroupContainment(Containment):
             self.remove(path)
 
     def close(self) -> None:
-        """Leave no cgroup behind."""
+        """Leave no process and no cgroup behind."""
+        if self._spare is not None:
+            pid = self._spare[0].pid
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._drop_spare()
         self.all_reaped()
-        self.remove(self.base)
+        self.remove(self._base)
 
     def remove(self, path: str) -> None:
         """Remove an empty cgroup, now or after a later exit: the last process may still be on its way out."""
@@ -178,6 +181,36 @@ class CgroupContainment(Containment):
                 self._unremoved.append(path)
             elif error.errno != errno.ENOENT:
                 log(f"{path} is left behind: {error}")
+
+    def _fork(self) -> tuple[StartLine, str]:
+        self._forked += 1
+        # With our pid in it: what an earlier launcher could not kill may still be there.
+        path = f"{self._base}/{os.getpid()}-{self._forked}"
+        line = StartLine()
+        try:
+            os.mkdir(path, 0o755)
+            try:
+                fd = open_directory(path)
+                try:
+                    line.pid = self._spawner.spawn(line, fd, joins=self._joins)
+                finally:
+                    os.close(fd)
+            except OSError:
+                os.rmdir(path)
+                raise
+        except OSError:
+            line.close()
+            raise
+        line.close_child_end()
+        line.start_ticks = start_ticks(line.pid)
+        return line, path
+
+    def _drop_spare(self) -> None:
+        assert self._spare is not None
+        line, path = self._spare
+        self._spare = None
+        line.close()
+        self.remove(path)
 
 
 def cgroup_pids(path: str) -> set[int]:
@@ -214,7 +247,7 @@ def kill_cgroup(path: str) -> None:
     try:
         fd = os.open(f"{path}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
-        signal_tree(lambda: cgroup_pids(path), signal.SIGKILL)
+        kill_tree(lambda: cgroup_pids(path))
         return
     try:
         os.write(fd, b"1")

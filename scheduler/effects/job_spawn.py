@@ -1,11 +1,11 @@
-r"""From a fork to the job's first instruction, and signals to processes that are not our children.
+"""From a fork to the job's first instruction.
 
-The launcher has one thread, so the child may run Python between fork and exec. The fork comes first: the
-child makes itself ready while the launcher makes the attempt's files, then waits for the word. What goes
-wrong comes back over the same line, a pair of sockets which the exec closes:
+The launcher has one thread, so the child may run Python between fork and exec. One child is forked ahead:
+when a start is ordered it has made itself ready and only waits for its program, which comes over a pair of
+sockets, the start line. What goes wrong comes back over it, line by line, and the exec closes it:
 
-    P <pid> <start ticks>\n         written by a supervisor, of its child
-    E <what> <errno> <message>\n    written by the child: there was no exec
+    P <pid> <start ticks>         written by a supervisor, of its child
+    E <what> <errno> <message>    written by the child: there was no exec
 
 Its end without an E line means that the exec succeeded (or that a SIGKILL came first; the launcher calls
 that started, too: a process was there).
@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import marshal
 import os
 import resource
 import signal
 import socket
-from collections.abc import Callable
 
 from scheduler.effects.job_files import JobUser, open_job_directory
+from scheduler.effects.job_signals import start_ticks
 from scheduler.effects.linux import fork_into_cgroup, set_parent_death_signal
 
 TYPE_CHECKING = False  # as in `launcher_wire.py`
@@ -30,22 +31,18 @@ if TYPE_CHECKING:
 
 # Blocked around a fork: until the child has reset its handlers, a signal to it would wake the launcher.
 _SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-_GO = b"g"
 _CHILD_FAILED = 127  # nobody reads it: the E line says more
 _MESSAGE_CHARACTERS_MAX = 500
-# pidfds open at a time while a tree is signalled.
-_SIGNAL_BATCH = 128
-# A tree that forks faster than this many rounds can list it will meet its deadline instead.
-_SIGNAL_ROUNDS_MAX = 8
+_TEXT_BYTES = 4096
 
 
 class Spawner:
-    """What all jobs' processes have in common; made once, before the first fork."""
+    """Forks processes that make themselves ready, wait for a program and become it."""
 
     __slots__ = ("_files_max", "_null_fd", "_oom_score", "jobs_fd", "user")
 
     def __init__(self, user: JobUser, jobs_fd: int, oom_score: bytes | None) -> None:
-        """Prepare.
+        """Prepare what all have in common.
 
         Args:
             jobs_fd: The jobs directory, open.
@@ -62,11 +59,12 @@ class Spawner:
         """Return what a supervisor must not close."""
         return {self._null_fd, self.jobs_fd}
 
-    def spawn(self, program: Program, start_fd: int, cgroup_fd: int = -1, *, joins: bool = False) -> int:
-        """Fork; return the pid. The child makes ready, waits for the word on `start_fd`, then execs.
+    def spawn(self, line: StartLine, cgroup_fd: int = -1, *, joins: bool = False) -> int:
+        """Fork a process that waits on this line for its program; return its pid.
 
         Args:
-            cgroup_fd: The cgroup that the child is to be in, if any.
+            line: Its end is still to be closed here.
+            cgroup_fd: The cgroup that it is to be in, if any.
             joins: It is born outside and joins: slow, but not every kernel and container can do better.
 
         Raises:
@@ -80,69 +78,76 @@ class Spawner:
         try:
             if joins:
                 join_cgroup(cgroup_fd)
-            self._make_ready(program, parent_pid)
-            if os.read(start_fd, 1) != _GO:
-                os._exit(_CHILD_FAILED)
+            self._make_ready(parent_pid, line)
+            program, output_fd = line.wait_for_program()
+            os.dup2(output_fd, 1)
+            os.dup2(output_fd, 2)
+            os.close(output_fd)
+            self._become_user()
             what = "working_directory"
             program.enter(self.jobs_fd)
             what = "command"
             program.execute()
         except OSError as error:
-            _fail(start_fd, what, error.errno or errno.EIO, error.strerror or str(error))
+            line.fail(what, error.errno or errno.EIO, error.strerror or str(error))
         except BaseException as error:
-            _fail(start_fd, what, errno.EINVAL, str(error))
+            line.fail(what, errno.EINVAL, str(error))
 
     def raise_open_files_limit(self) -> None:
         """Let this process hold as many descriptors as it may; children get the old limit back."""
         hard = self._files_max[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
-    def _make_ready(self, program: Program, parent_pid: int) -> None:
+    def _make_ready(self, parent_pid: int, line: StartLine) -> None:
+        # It may wait for hours: it must not keep the launcher's connection, lock and pipes open for so long.
+        close_descriptors({*self.kept_fds(), line.child_fd()})
         os.setsid()
         os.dup2(self._null_fd, 0)
-        os.dup2(program.output_fd, 1)
-        os.dup2(program.output_fd, 2)
         # Handlers end with the exec; until then a signal must not wake the launcher through its descriptor.
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if self._oom_score is not None:
             _write_oom_score(self._oom_score)
         resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
-        if self.user.name:
-            os.setgroups(self.user.groups)
-            os.setresgid(self.user.gid, self.user.gid, self.user.gid)
-            os.setresuid(self.user.uid, self.user.uid, self.user.uid)
-        # After the change of user, which clears it.
         set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent_pid:
             os._exit(_CHILD_FAILED)  # too late: the parent died before it was asked for
+
+    def _become_user(self) -> None:
+        """Become the job's user: only now, so that no other job of that user can touch who waits."""
+        if self.user.name:
+            parent_pid = os.getppid()
+            os.setgroups(self.user.groups)
+            os.setresgid(self.user.gid, self.user.gid, self.user.gid)
+            os.setresuid(self.user.uid, self.user.uid, self.user.uid)
+            set_parent_death_signal(signal.SIGKILL)  # the change of user cleared it
+            if os.getppid() != parent_pid:
+                os._exit(_CHILD_FAILED)
 
 
 class Program:
     """What one process is to run."""
 
-    __slots__ = ("_arguments", "_environment", "_job_id", "_paths", "_working_directory", "output_fd")
+    __slots__ = ("_arguments", "_environment", "_job_id", "_paths", "_working_directory")
 
     def __init__(
-        self,
-        arguments: list[str],
-        environment: dict[str, str],
-        working_directory: str,
-        job_id: str,
-        output_fd: int,
+        self, arguments: list[str], environment: dict[str, str], working_directory: str, job_id: str
     ) -> None:
-        """Resolve the command against the job's own PATH.
-
-        Args:
-            working_directory: Absolute; "" = the job's own directory.
-            output_fd: Becomes stdout and stderr.
-        """
+        """Take the command; it is found on the job's own PATH. "" as directory is the job's own."""
         self._arguments = arguments
         self._environment = environment
         self._paths = _candidates(arguments[0], environment.get("PATH", os.defpath))
         self._working_directory = working_directory
         self._job_id = job_id
-        self.output_fd = output_fd
+
+    def packed(self) -> bytes:
+        """Return it as bytes."""
+        return marshal.dumps((self._arguments, self._environment, self._working_directory, self._job_id))
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Program:
+        """Return what was packed by the same interpreter."""
+        return cls(*marshal.loads(data))
 
     def enter(self, jobs_fd: int) -> None:
         """Change to the working directory, with the rights that this process has by now.
@@ -174,52 +179,62 @@ class Program:
 
 
 class StartLine:
-    """The launcher's end of the line to a process that is to become a program."""
+    """The line between the launcher and a process that is to become a program."""
 
-    __slots__ = ("_text", "child_fd", "failure", "fd", "pid", "start_ticks")
+    __slots__ = ("_ours", "_text", "_theirs", "failure", "pid", "start_ticks")
 
     def __init__(self) -> None:
-        """Make the line.
+        """Make both ends.
 
         Raises:
             OSError: No descriptor is left.
         """
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self.fd, self.child_fd = ours.detach(), theirs.detach()
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
         self._text = b""
         self.pid = 0
         self.start_ticks = 0
         self.failure: tuple[str, int, str] | None = None  # what, errno, message
 
-    def close_child_end(self) -> None:
-        """After the fork: only the child (and its supervisor) may hold the start open."""
-        os.close(self.child_fd)
-        self.child_fd = -1
+    # The launcher's end ------------------------------------------------------------------------
 
-    def say_go(self) -> None:
-        """Let the child exec; one that is dead already is found out by reading."""
+    def fileno(self) -> int:
+        """Return what becomes readable when something is decided."""
+        return self._ours.fileno()
+
+    def send(self, program: Program, output_fd: int) -> None:
+        """Let the process become this program, with its output going there.
+
+        Raises:
+            OSError: No descriptor or memory is left. (That a process is dead already is found by reading.)
+        """
+        memory_fd = os.memfd_create("program")
         try:
-            os.write(self.fd, _GO)
-        except OSError:
+            data = memoryview(program.packed())
+            while data:
+                data = data[os.write(memory_fd, data) :]
+            socket.send_fds(self._ours, [b"g"], [memory_fd, output_fd])
+        except (BrokenPipeError, ConnectionResetError):
             pass
+        finally:
+            os.close(memory_fd)
 
     def is_decided(self) -> bool:
         """Read what has come; once True, the fields are set and the line may be closed."""
         while True:
             try:
-                piece = os.read(self.fd, 4096)
+                piece = self._ours.recv(_TEXT_BYTES)
             except BlockingIOError:
                 return False
             except OSError:
-                break  # reset: the child died with our word unread
+                break  # reset: the process died with our word unread
             if not piece:
                 break
             self._text += piece
-        for line in self._text.decode("utf-8", "replace").splitlines():
-            match line.split(" ", 3):
-                case ["P", pid, start_ticks]:
-                    self.pid, self.start_ticks = int(pid), int(start_ticks)
+        for text in self._text.decode("utf-8", "replace").splitlines():
+            match text.split(" ", 3):
+                case ["P", pid, ticks]:
+                    self.pid, self.start_ticks = int(pid), int(ticks)
                 case ["E", what, number, message]:
                     self.failure = (what, int(number), message)
                 case _:
@@ -227,10 +242,41 @@ class StartLine:
         return True
 
     def close(self) -> None:
-        """Let go of what is still open."""
-        os.close(self.fd)
-        if self.child_fd >= 0:
-            self.close_child_end()
+        """Let go of both ends; a second time is no error."""
+        self._ours.close()
+        self._theirs.close()
+
+    # The process's end -------------------------------------------------------------------------
+
+    def child_fd(self) -> int:
+        """Return the descriptor that a supervisor keeps."""
+        return self._theirs.fileno()
+
+    def wait_for_program(self) -> tuple[Program, int]:
+        """Return the program, and where its output goes."""
+        word, fds, _, _ = socket.recv_fds(self._theirs, 1, 2)
+        if not word:
+            os._exit(_CHILD_FAILED)
+        memory_fd, output_fd = fds
+        program = Program.unpacked(os.pread(memory_fd, os.fstat(memory_fd).st_size, 0))
+        os.close(memory_fd)  # these two are not closed by the exec: Python 3.11's recv_fds takes no flags
+        return program, output_fd
+
+    def fail(self, what: str, number: int, message: str) -> NoReturn:
+        """Say why there is no exec, and end this process."""
+        try:
+            text = message[:_MESSAGE_CHARACTERS_MAX].replace("\n", " ")
+            self._theirs.sendall(f"E {what} {number} {text}\n".encode("utf-8", "replace"))
+        finally:
+            os._exit(_CHILD_FAILED)
+
+    def say_parent(self, pid: int) -> None:
+        """Say who the process is, which has not been reaped."""
+        self._theirs.sendall(b"P %d %d\n" % (pid, start_ticks(pid)))
+
+    def close_child_end(self) -> None:
+        """After the fork: only the process (and its supervisor) may hold the line open."""
+        self._theirs.close()
 
 
 def fork_blocked(cgroup_fd: int = -1) -> int:
@@ -265,11 +311,6 @@ def join_cgroup(cgroup_fd: int) -> None:
     os.close(fd)
 
 
-def say_parent(start_fd: int, pid: int) -> None:
-    """Write the P line for a child that has not been reaped."""
-    os.write(start_fd, b"P %d %d\n" % (pid, start_ticks(pid)))
-
-
 def close_descriptors(keep: set[int]) -> None:
     """Close everything that is open but 0, 1, 2 and what is to be kept."""
     for name in os.listdir("/proc/self/fd"):
@@ -279,96 +320,6 @@ def close_descriptors(keep: set[int]) -> None:
                 os.close(fd)
             except OSError:
                 pass  # the one that the listing itself used
-
-
-def start_ticks(pid: int) -> int:
-    """Return field 22 of /proc/<pid>/stat, which with the pid names a process for ever; 0 if unreadable."""
-    try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return 0  # no descriptor left, say; the process is there all the same
-    try:
-        text = os.read(fd, 4096)
-    except OSError:
-        return 0
-    finally:
-        os.close(fd)
-    # The name (field 2) may hold spaces and parentheses; after its last ")" comes field 3.
-    return int(text[text.rindex(b")") + 2 :].split()[19])
-
-
-def descendants(pid: int) -> set[int]:
-    """Return the pids of everything below a process, as far as one look can tell."""
-    found: set[int] = set()
-    unread = [pid]
-    while unread:
-        for child in children(unread.pop()):
-            if child not in found:
-                found.add(child)
-                unread.append(child)
-    return found
-
-
-def children(pid: int) -> list[int]:
-    """Return the pids of a process's children, all its threads', as far as one look can tell."""
-    found: list[int] = []
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return found
-    for thread in threads:
-        try:
-            fd = os.open(f"/proc/{pid}/task/{thread}/children", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        text = b""
-        try:
-            while piece := os.read(fd, 65536):
-                text += piece
-        except OSError:
-            pass  # it ended while we read; what it had is listed elsewhere now
-        finally:
-            os.close(fd)
-        found += map(int, text.split())
-    return found
-
-
-def signal_tree(members: Callable[[], set[int]], *signals: int, rounds: int = _SIGNAL_ROUNDS_MAX) -> None:
-    """Send the signals, in order, to each process that `members` lists, and in later rounds to new ones.
-
-    A pid is looked up again after its descriptor is open, so that a number that changed hands between
-    listing and signalling hits nobody else.
-    """
-    done: set[int] = set()
-    for _ in range(rounds):
-        new = members() - done
-        if not new:
-            return
-        done |= new
-        pids = sorted(new)
-        for start in range(0, len(pids), _SIGNAL_BATCH):
-            _signal_batch(pids[start : start + _SIGNAL_BATCH], members, signals)
-
-
-def _signal_batch(pids: list[int], members: Callable[[], set[int]], signals: tuple[int, ...]) -> None:
-    opened: list[tuple[int, int]] = []
-    try:
-        for pid in pids:
-            try:
-                opened.append((pid, os.pidfd_open(pid)))
-            except OSError:
-                continue  # gone already
-        still = members()
-        for pid, fd in opened:
-            if pid in still:
-                for number in signals:
-                    try:
-                        signal.pidfd_send_signal(fd, number)
-                    except OSError:
-                        break  # gone meanwhile
-    finally:
-        for _, fd in opened:
-            os.close(fd)
 
 
 def _candidates(command: str, path: str) -> list[str]:
@@ -383,11 +334,3 @@ def _write_oom_score(score: bytes) -> None:
         os.write(fd, score)
     finally:
         os.close(fd)
-
-
-def _fail(start_fd: int, what: str, number: int, message: str) -> NoReturn:
-    try:
-        text = message[:_MESSAGE_CHARACTERS_MAX].replace("\n", " ")
-        os.write(start_fd, f"E {what} {number} {text}\n".encode("utf-8", "replace"))
-    finally:
-        os._exit(_CHILD_FAILED)

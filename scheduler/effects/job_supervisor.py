@@ -15,17 +15,8 @@ import select
 import signal
 import socket
 
-from scheduler.effects.job_spawn import (
-    Program,
-    Spawner,
-    StartLine,
-    children,
-    close_descriptors,
-    descendants,
-    fork_blocked,
-    say_parent,
-    signal_tree,
-)
+from scheduler.effects.job_signals import children, descendants, kill_tree
+from scheduler.effects.job_spawn import Spawner, StartLine, close_descriptors, fork_blocked
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop
 from scheduler.effects.linux import set_child_subreaper
@@ -43,16 +34,54 @@ _KILL_AGAIN_MS_FIRST = 10
 _KILL_AGAIN_MS_MAX = 1000
 
 
+class Supervisor:
+    """A supervisor whose child waits for a program."""
+
+    __slots__ = ("control", "line", "pid")
+
+    def __init__(self, spawner: Spawner) -> None:
+        """Fork it.
+
+        Raises:
+            OSError: No process came to be.
+        """
+        self.line = StartLine()
+        try:
+            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            self.line.close()
+            raise
+        try:
+            self.pid = fork_blocked()
+        except OSError:
+            self.close()
+            theirs.close()
+            raise
+        if self.pid == 0:
+            supervise(spawner, self.line, theirs.fileno())
+        self.line.close_child_end()
+        theirs.close()
+        self.control.setblocking(False)
+
+    def close(self) -> None:
+        """Let go of it, which makes it end."""
+        self.line.close()
+        self.control.close()
+
+
 class SupervisedTree(Tree):
     """A tree that is what lies below a supervisor."""
 
     __slots__ = ("_containment", "_control", "_supervisor_pid")
 
-    def __init__(self, containment: SupervisorContainment, loop: Loop, listener: Listener) -> None:
-        super().__init__(loop, listener)
+    def __init__(
+        self, containment: SupervisorContainment, loop: Loop, listener: Listener, supervisor: Supervisor
+    ) -> None:
+        super().__init__(loop, listener, supervisor.line)
         self._containment = containment
-        self._control: socket.socket | None = None
-        self._supervisor_pid = 0
+        self._control: socket.socket | None = supervisor.control
+        self._supervisor_pid = supervisor.pid
+        loop.watch(supervisor.control.fileno(), self._read_control)
 
     def pids(self) -> set[int]:
         """Return what is below the supervisor; after its death, what it left."""
@@ -89,23 +118,6 @@ class SupervisedTree(Tree):
             self._main_ended(signal.SIGKILL)
         self._ended()
 
-    def _fork(self, program: Program, start: StartLine) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            pid = fork_blocked()
-        except OSError:
-            ours.close()
-            theirs.close()
-            raise
-        if pid == 0:
-            supervise(self._containment.spawner, program, start.child_fd, theirs.fileno())
-        theirs.close()
-        ours.setblocking(False)
-        self._control = ours
-        self._supervisor_pid = pid
-        self._containment.by_supervisor_pid[pid] = self
-        self._loop.watch(ours.fileno(), self._read_control)
-
     def _read_control(self) -> None:
         has_ended = False
         while self._control is not None:
@@ -124,7 +136,7 @@ class SupervisedTree(Tree):
                 self._loop.unwatch(self._control.fileno())
                 self._control.close()
                 self._control = None
-                self._read_start()
+                self._read_line()
 
 
 class SupervisorContainment(Containment):
@@ -132,23 +144,39 @@ class SupervisorContainment(Containment):
 
     kind = "supervisor"
 
-    __slots__ = ("_adopted", "by_supervisor_pid", "spawner")
+    __slots__ = ("_adopted", "_spare", "_spawner", "by_supervisor_pid")
 
     def __init__(self, spawner: Spawner) -> None:
-        self.spawner = spawner
+        self._spawner = spawner
+        self._spare: Supervisor | None = None
         self.by_supervisor_pid: dict[int, SupervisedTree] = {}
         self._adopted: list[SupervisedTree] = []  # their supervisors were killed
 
-    def tree(self, loop: Loop, listener: Listener, name: str) -> Tree:
-        """Return a tree to start; `name` is its alone."""
-        del name  # a supervisor has a pid
-        return SupervisedTree(self, loop, listener)
+    def tree(self, loop: Loop, listener: Listener) -> Tree:
+        """Return a tree whose first process waits below a supervisor.
+
+        Raises:
+            OSError: No process came to be.
+        """
+        supervisor = self._spare or Supervisor(self._spawner)
+        self._spare = None
+        tree = self.by_supervisor_pid[supervisor.pid] = SupervisedTree(self, loop, listener, supervisor)
+        return tree
+
+    def prepare(self) -> None:
+        """Have a supervisor and its child wait for the next `tree`."""
+        if self._spare is None:
+            self._spare = Supervisor(self._spawner)
 
     def reaped(self, pid: int, status: int) -> None:
         """A child of the launcher ended: a supervisor, or an orphan that a killed supervisor left."""
         tree = self.by_supervisor_pid.pop(pid, None)
         if tree is not None:
             tree.supervisor_was_reaped(status)
+            return
+        if self._spare is not None and pid == self._spare.pid:
+            self._spare.close()
+            self._spare = None
             return
         for adopted in self._adopted:
             adopted.orphan_was_reaped(pid, status)
@@ -161,7 +189,11 @@ class SupervisorContainment(Containment):
                 tree.orphans_are_gone()
 
     def close(self) -> None:
-        """Nothing is left: supervisors end with their trees."""
+        """Leave no process behind: supervisors ended with their trees, but one waits."""
+        if self._spare is not None:
+            self._spare.close()
+            os.waitpid(self._spare.pid, 0)
+            self._spare = None
 
     def adopt(self, tree: SupervisedTree) -> None:
         """Take over from a supervisor that was killed: what it held are our children now."""
@@ -172,29 +204,29 @@ class SupervisorContainment(Containment):
 
         Whose tree each was can't be known any more. It doesn't matter: none may live.
         """
-        signal_tree(self.orphans, signal.SIGKILL)
+        kill_tree(self.orphans)
         return self.orphans()
 
     def orphans(self) -> set[int]:
         """Return all that is below us and under no supervisor."""
         found = {pid for pid in children(os.getpid()) if pid not in self.by_supervisor_pid}
+        if self._spare is not None:
+            found.discard(self._spare.pid)
         for pid in list(found):
             found |= descendants(pid)
         return found
 
 
-def supervise(spawner: Spawner, program: Program, start_fd: int, control_fd: int) -> NoReturn:
-    """Be the supervisor of this program's tree, in a process just forked, to its end."""
+def supervise(spawner: Spawner, line: StartLine, control_fd: int) -> NoReturn:
+    """Be the supervisor of a tree, in a process just forked, to its end."""
     try:
-        wakeup_fd = _detach(keep={*spawner.kept_fds(), program.output_fd, start_fd, control_fd})
+        wakeup_fd = _detach(keep={*spawner.kept_fds(), line.child_fd(), control_fd})
         try:
-            main_pid = spawner.spawn(program, start_fd)
-            say_parent(start_fd, main_pid)
+            main_pid = spawner.spawn(line)
+            line.say_parent(main_pid)
         except OSError as error:
-            os.write(start_fd, f"E fork {error.errno} {error.strerror}\n".encode())
-            os._exit(0)
-        os.close(start_fd)
-        os.close(program.output_fd)
+            line.fail("fork", error.errno or 0, str(error))
+        line.close_child_end()  # and not ours: `_detach` closed it, its number may be another's by now
         _serve(main_pid, control_fd, wakeup_fd)
     finally:
         os._exit(1)
@@ -222,7 +254,7 @@ def _serve(main_pid: int, control_fd: int, wakeup_fd: int) -> NoReturn:
     while True:
         _reap(main_pid, control_fd)
         if kill_again_ms is not None:
-            signal_tree(_tree, signal.SIGKILL)
+            kill_tree(_tree)
         for fd, _ in poll.poll(kill_again_ms):
             if fd == wakeup_fd:
                 os.read(wakeup_fd, 4096)

@@ -10,7 +10,8 @@ Two ways to know a tree, whatever it forks and however it detaches itself:
 import errno
 import signal
 
-from scheduler.effects.job_spawn import Program, StartLine, signal_tree
+from scheduler.effects.job_signals import signal_tree
+from scheduler.effects.job_spawn import Program, StartLine
 from scheduler.effects.launcher_loop import Loop
 
 _STUCK_PIDS_MAX = 64
@@ -41,44 +42,34 @@ class Tree:
     """What both ways share: the start and the end of the first process."""
 
     __slots__ = (
+        "_line",
         "_listener",
         "_loop",
-        "_start",
         "is_over",
         "is_started",
         "main_pid",
         "main_status",
     )
 
-    def __init__(self, loop: Loop, listener: Listener) -> None:
+    def __init__(self, loop: Loop, listener: Listener, line: StartLine) -> None:
+        """Take the line to a process that waits."""
         self._loop = loop
         self._listener = listener
-        self._start: StartLine | None = None
+        self._line: StartLine | None = line
         self.is_over = False
         self.is_started = False
-        self.main_pid = 0
+        self.main_pid = line.pid
         self.main_status: int | None = None
+        loop.watch(line.fileno(), self._read_line)
 
-    def start(self, program: Program) -> None:
-        """Fork; the process makes ready and waits for `go`. The listener hears the rest.
+    def go(self, program: Program, output_fd: int) -> None:
+        """Let the process become the program; the listener hears the rest.
 
         Raises:
-            OSError: No process came to be, and nothing more will be heard of this tree.
+            OSError: It could not be told; it still waits.
         """
-        start = StartLine()
-        try:
-            self._fork(program, start)
-        except OSError:
-            start.close()
-            raise
-        start.close_child_end()
-        self._start = start
-        self._loop.watch(start.fd, self._read_start)
-
-    def go(self) -> None:
-        """Let the process exec."""
-        if self._start is not None:
-            self._start.say_go()
+        if self._line is not None:
+            self._line.send(program, output_fd)
 
     def pids(self) -> set[int]:
         """Return the processes that are in the tree now."""
@@ -89,38 +80,32 @@ class Tree:
         raise NotImplementedError
 
     def terminate(self) -> None:
-        """SIGTERM everything that is there, and wake what is stopped so that it can answer.
-
-        In one round: what a handler forks now (to save the work, to say so) must be left alone.
-        """
-        signal_tree(self.pids, signal.SIGTERM, signal.SIGCONT, rounds=1)
+        """SIGTERM everything that is there, and wake what is stopped so that it can answer."""
+        signal_tree(self.pids, signal.SIGTERM, signal.SIGCONT)
 
     def stuck_pids(self) -> list[int]:
         """Return the lowest of the pids that are left, a bounded number."""
         return sorted(self.pids())[:_STUCK_PIDS_MAX]
 
-    def _fork(self, program: Program, start: StartLine) -> None:
-        raise NotImplementedError
-
-    def _read_start(self) -> None:
-        start = self._start
-        if start is None or not start.is_decided():
+    def _read_line(self) -> None:
+        line = self._line
+        if line is None or not line.is_decided():
             return
-        self._start = None
-        self._loop.unwatch(start.fd)
-        start.close()
-        if start.failure is not None:
-            self._listener.has_failed_to_start(*start.failure)
-        elif start.pid:
-            self.main_pid = start.pid
+        self._line = None
+        self._loop.unwatch(line.fileno())
+        line.close()
+        if line.failure is not None:
+            self._listener.has_failed_to_start(*line.failure)
+        elif line.pid:
+            self.main_pid = line.pid
             self.is_started = True
-            self._listener.has_started(start.pid, start.start_ticks)
+            self._listener.has_started(line.pid, line.start_ticks)
         else:
             self._listener.has_failed_to_start("fork", errno.ESRCH, "the supervisor was killed")
 
     def _main_ended(self, status: int) -> None:
         self.main_status = status
-        self._read_start()  # its end decides the start, too, and was perhaps not read yet
+        self._read_line()  # its end decides the start, too, and was perhaps not read yet
         if self.is_started:
             self._listener.main_has_exited(status)
 
@@ -137,8 +122,16 @@ class Containment:
 
     kind: str
 
-    def tree(self, loop: Loop, listener: Listener, name: str) -> Tree:
-        """Return a tree to start; `name` is its alone."""
+    def tree(self, loop: Loop, listener: Listener) -> Tree:
+        """Return a tree whose first process waits for its program.
+
+        Raises:
+            OSError: No process came to be.
+        """
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Have a process wait for the next `tree`; at a quiet moment, since it takes a fork."""
         raise NotImplementedError
 
     def reaped(self, pid: int, status: int) -> None:

@@ -15,6 +15,7 @@ from scheduler.effects.linux import IN_Q_OVERFLOW
 
 IDLE_S = 2.0  # time for a restarting daemon to come back before a launcher without jobs ends
 TERM_GRACE_S = 5.0
+PREPARE_S = 0.002  # after a start, the fork for the next: when this one has reached its exec
 HELD_MAX = 10_000  # attempts; a daemon that never forgets one is broken
 GREETING_MAX = 4  # connections that have not said hello; the oldest gives way
 UNSENT_BYTES_MAX = 16 << 20  # reports for a daemon that doesn't read; it reconnects and gets what is held
@@ -118,6 +119,7 @@ class Server:
         self.loop.watch(shop.inotify.fd, self._files_changed)
         self.loop.watch(self._listener.fileno(), self._accept)
         self._look_for_work()
+        self._prepare()
         self.loop.run()
 
     # Connections -------------------------------------------------------------------------------
@@ -253,6 +255,15 @@ class Server:
             attempt.refuse(errno.EAGAIN, f"the launcher holds {HELD_MAX} attempts that are not forgotten")
         else:
             attempt.start()
+            self.loop.call_after(PREPARE_S, self._prepare)
+
+    def _prepare(self) -> None:
+        """Have the next start's process wait; with what is urgent done, so that nobody waits for the fork."""
+        if not self._is_ending and self._shop is not None:
+            try:
+                self._shop.containment.prepare()
+            except OSError as error:
+                log(f"no process could be forked ahead: {error}")
 
     # The world ---------------------------------------------------------------------------------
 

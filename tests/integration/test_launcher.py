@@ -277,7 +277,9 @@ async def test_after_the_signal_a_child_may_outlive_the_main_process_until_the_d
 async def test_what_a_handler_forks_to_save_the_work_gets_no_sigterm(bench: Bench) -> None:
     # It takes a while to signal so many; and they must have come as far as their exec, or they miss the signal.
     crowd = "for i in $(seq 150); do sleep 1000 & done; sleep 1"
-    program = f'trap "sh -c \'sleep 0.1; echo saved\'; exit" TERM; {crowd}; echo up; while :; do sleep 0.01; done'
+    program = (
+        f"trap \"sh -c 'sleep 0.1; echo saved'; exit\" TERM; {crowd}; echo up; while :; do sleep 0.01; done"
+    )
     key = bench.start("sh", "-c", program)
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=10.0)
