@@ -241,9 +241,8 @@ async def test_end_grace_kills_the_whole_tree_now(bench: Bench) -> None:
 
 
 async def test_a_stop_gives_notice_before_it_signals(bench: Bench) -> None:
-    key = bench.start(
-        "sh", "-c", 'trap "cat $WATTSHIFT_NOTICE_FILE; exit 5" TERM; echo up; sleep 1000 & wait'
-    )
+    program = 'trap "cat $WATTSHIFT_NOTICE_FILE; exit 5" TERM; echo up; while :; do sleep 0.01; done'
+    key = bench.start("sh", "-c", program)
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=30.0, reason="PREEMPTED", deadline_s=123.5, by="job-2")
     exited = await bench.report(key, Exited)
@@ -275,7 +274,8 @@ async def test_after_the_signal_a_child_may_outlive_the_main_process_until_the_d
 
 
 async def test_what_a_handler_forks_to_save_the_work_gets_no_sigterm(bench: Bench) -> None:
-    # It takes a while to signal so many; and they must have come as far as their exec, or they miss the signal.
+    # It takes a while to signal so many; and they must have come as far as their exec, or a shell's child
+    # loses the signal.
     crowd = "for i in $(seq 150); do sleep 1000 & done; sleep 1"
     program = (
         f"trap \"sh -c 'sleep 0.1; echo saved'; exit\" TERM; {crowd}; echo up; while :; do sleep 0.01; done"
