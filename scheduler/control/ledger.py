@@ -25,7 +25,7 @@ from scheduler.model.events import (
     submitted,
 )
 from scheduler.model.gpus import GpuMark, GpuState
-from scheduler.model.jobs import FINAL_STATES, Job, JobState, job_number
+from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy
 
 Observer = Callable[[Job | None, Job], None]  # before, after
@@ -38,6 +38,7 @@ class Leaving:
     gpus: tuple[str, ...]
     share_milli: int
     memory_mib: int
+    notice: Notice | None = None
 
 
 class Ledger:
@@ -49,6 +50,7 @@ class Ledger:
         self.table = JobTable(policy)
         self.pending = 0
         self.live: dict[int, Job] = {}
+        self.timed: set[int] = set()  # live jobs with a time limit or a deadline
         self.leaving: dict[tuple[str, int], Leaving] = {}  # by job id and attempt
         for job in self.jobs.values():
             self._index(None, job)
@@ -89,6 +91,11 @@ class Ledger:
     def request(self, request_id: str) -> tuple[int, str] | None:
         """Number of the job that a request_id made, and the digest of that request."""
         return self._requests.get(request_id) or self.journal.request(request_id)
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether a plan could say anything: somebody waits, must give way, or has a time of its own."""
+        return bool(self.pending or self.timed or self.drain)
 
     def live_jobs(self) -> Iterator[Job]:
         """Jobs that have a process or may have one."""
@@ -203,11 +210,15 @@ class Ledger:
             self.live[job.number] = job
         else:
             self.live.pop(job.number, None)
+        if job.holds and (job.spec.time_limit_s is not None or job.spec.deadline_s is not None):
+            self.timed.add(job.number)
+        else:
+            self.timed.discard(job.number)
         self.table.put(job)
         for attempt in job.attempts:
             if attempt.exited_s is not None and attempt.verified_s is None and attempt.gpus:
                 self.leaving[job.id, attempt.number] = Leaving(
-                    attempt.gpus, attempt.gpu_share_milli, job.spec.gpu_memory_mib
+                    attempt.gpus, attempt.gpu_share_milli, job.spec.gpu_memory_mib, attempt.notice
                 )
             else:
                 self.leaving.pop((job.id, attempt.number), None)
@@ -219,6 +230,7 @@ class Ledger:
             if earlier is None:
                 self.jobs.pop(number, None)
                 self.live.pop(number, None)
+                self.timed.discard(number)
                 self.table.drop(number)
                 self.pending -= now.state is JobState.PENDING
             else:

@@ -365,6 +365,9 @@ class Controller:
         """Plan and turn the plan into events; returns when time alone could change it."""
         if not self.launcher_id:
             return None
+        if not self.ledger.needs_plan:
+            self.last_plan = None
+            return None
         begun = time.perf_counter()
         try:
             snapshot = self.board.snapshot(now_s)

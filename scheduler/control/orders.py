@@ -109,7 +109,7 @@ class Orders:
             command=job.spec.command,
             environment={
                 **self._base_environment,
-                **self._journal.environment(job.number),
+                **(self._journal.environment(job.number) if job.spec.environment_digest else {}),
                 # One invalid entry would hide all behind it; an empty string hides every GPU.
                 "CUDA_VISIBLE_DEVICES": ",".join(attempt.gpus),
                 "NVIDIA_VISIBLE_DEVICES": ",".join(attempt.gpus) or "void",
