@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from scheduler.control.ledger import Ledger
+from scheduler.control.table import gave_way
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuSample, GpuState
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
@@ -227,19 +228,23 @@ class GpuBoard:
         )
 
     def _holding_columns(self) -> HoldingColumns:
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         table = self._ledger.table
         for job in self._ledger.live_jobs():
             row = table.row(job.number)
             for uuid in job.attempts[-1].gpus:
                 gpu = self.row.get(uuid)
                 if gpu is not None:  # an adopted job may hold a GPU that has not come back
-                    rows.append((row, gpu, job.spec.gpu_share_milli, job.spec.gpu_memory_mib))
+                    spec = job.spec
+                    rows.append((row, gpu, spec.gpu_share_milli, spec.gpu_memory_mib, UNKNOWN, UNKNOWN))
         for uuid, occupants in self.occupants().items():
             gpu = self.row.get(uuid)
             if gpu is not None:
-                rows += [(UNKNOWN, gpu, o.share_milli, o.memory_mib) for o in occupants]
-        columns: Any = np.array(rows, dtype=np.int64).reshape(len(rows), 4).T
+                for one in occupants:
+                    leaving = self._ledger.leaving.get((one.job_id, one.attempt))
+                    notice = gave_way(leaving.notice if leaving else None)
+                    rows.append((UNKNOWN, gpu, one.share_milli, one.memory_mib, *notice))
+        columns: Any = np.array(rows, dtype=np.int64).reshape(len(rows), 6).T
         return HoldingColumns(*columns)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from scheduler.model import snapshot as columns
 from scheduler.model.gpus import GpuIdentity, model_matches
-from scheduler.model.jobs import Job, JobState
+from scheduler.model.jobs import Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy, aged_priority
 from scheduler.model.snapshot import UNKNOWN, GpuColumns, HoldingColumns, JobColumns, NodeColumns, Snapshot
 
@@ -26,6 +26,14 @@ _ROWS_AT_FIRST = 256
 def microseconds(seconds: float | None) -> int:
     """Whole microseconds; UNKNOWN for None."""
     return UNKNOWN if seconds is None else round(seconds * 1e6)
+
+
+def gave_way(notice: Notice | None) -> tuple[int, int]:
+    """The number of the job that a stopping one gives way to, and when it was told; UNKNOWN."""
+    if notice is None:
+        return UNKNOWN, UNKNOWN
+    preemptor = job_number(notice.preempted_by)
+    return UNKNOWN if preemptor is None else preemptor, microseconds(notice.decided_s)
 
 
 class JobTable:
@@ -105,6 +113,7 @@ class JobTable:
     def _values(self, job: Job, code: int) -> tuple[int | bool, ...]:
         spec, last = job.spec, job.last
         live = code != columns.PENDING and last is not None
+        preemptor, stop_us = gave_way(last.notice if live and last else None)
         return (
             job.number,
             code,
@@ -128,6 +137,8 @@ class JobTable:
             microseconds(last.started_s) if live and last else UNKNOWN,
             microseconds(last.checkpoint_s) if live and last else UNKNOWN,
             0 if live else UNKNOWN,
+            preemptor,
+            stop_us,
         )
 
     def _model_set(self, models: tuple[str, ...]) -> int:

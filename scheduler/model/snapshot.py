@@ -51,6 +51,8 @@ class JobColumns:
     started_us: Any  # of the live attempt; UNKNOWN before it runs
     checkpoint_us: Any  # last one known of the live attempt; UNKNOWN
     node: Any  # where a live job is; UNKNOWN
+    preemptor: Any  # number of the job that a stopping one gives way to; UNKNOWN
+    stop_us: Any  # when the stop of a stopping job was decided; UNKNOWN
 
     def __len__(self) -> int:
         return len(self.number)
@@ -89,16 +91,16 @@ class NodeColumns:
 class HoldingColumns:
     """Shape (holdings,) each: job row `job` holds GPU row `gpu`.
 
-    `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified. The last two
-    columns say more of what is coming free; left out they are UNKNOWN for every row.
+    `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified; of those the last
+    two columns say what `JobColumns` says of a stopping job. Left out they are UNKNOWN for every row.
     """
 
     job: Any
     gpu: Any
     share_milli: Any
     memory_mib: Any
-    preemptor: Any = None  # number of the job that the holder gives, or gave, way to
-    stop_us: Any = None  # when the holder's stop was decided
+    preemptor: Any = None
+    stop_us: Any = None
 
     def __post_init__(self) -> None:
         for name in ("preemptor", "stop_us"):

@@ -18,6 +18,10 @@ from scheduler.model.snapshot import UNKNOWN
 
 WHOLE_MILLI = 1000
 
+NOT_SERVED = 1 << 62
+# When a hold's turn is: not its own victim, when its stop was decided, how its preemptor ranks, its number.
+Turn = tuple[bool, int, int, int]
+
 # GPU position -> how much placement would rather not use it; 0 where it is not named.
 Penalty = Mapping[int, int]
 NO_PENALTY: Penalty = MappingProxyType({})
@@ -61,6 +65,7 @@ class Hold:
     preemptor: int  # of a leaving job: the number of the job that it gives way to; else UNKNOWN
     stop_us: int  # of a leaving job: when its stop was decided
     ready_us: int  # of a leaving job: until when its grace runs, at most
+    served: int = NOT_SERVED  # of a leaving job: the how-manieth claim of this plan its preemptor's is
 
 
 @dataclass(slots=True)
@@ -266,7 +271,7 @@ def find_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY
 
 def find_leaving(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    best: tuple[tuple[bool, int], Found] | None = None
+    best: tuple[Turn, Found] | None = None
     for node in nodes:
         if node.drains or not node.leaving:
             continue
@@ -278,26 +283,31 @@ def find_leaving(request: Request, nodes: list[Node], penalty: Penalty = NO_PENA
 
 def find_leaving_on(
     request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Iterable[Hold] = ()
-) -> tuple[tuple[bool, int], Found] | None:
+) -> tuple[Turn, Found] | None:
     """Room in what is free and what leaves, as few stops in turn as will do, and the turn of the last.
 
-    `victims` leave too: holds of live jobs, with their stop and preemptor as if it were decided.
+    `victims` leave too: holds of live jobs, with their stop and preemptor as if it were decided. Of the GPUs
+    those come first that fit after fewer stops, as they look at that moment: so later stops change nothing.
     """
     holds = [*node.leaving, *victims]
     if not fits(request, node, node.spare_with(holds)):
         return None
-    spare, delays, ready_us = node.free.copy(), dict(penalty), 0
+    spare, ready_us = node.free.copy(), 0
+    order = {position: place for place, position in enumerate(node.suitable(request) if request.gpus else ())}
+    ready: list[tuple[int, int, int, int, int, int]] = []
     in_turn = sorted(holds, key=lambda hold: _turn(hold, request.number))
-    for turn, hold in enumerate(in_turn, start=1):
-        late = [position for position in hold.parts if not fits_at(request, spare, position)]
-        spare.add(hold)
-        ready_us = max(ready_us, hold.ready_us)
-        for position in late:
-            delays[position] = penalty.get(position, 0) + turn
-        positions = place(request, node, spare, delays)
-        if positions is not None:
-            return _turn(hold, request.number)[:2], Found(node, positions, ready_us=ready_us)
-    return None
+    for stops in range(len(in_turn) + 1):
+        if stops:
+            spare.add(in_turn[stops - 1])
+            ready_us = max(ready_us, in_turn[stops - 1].ready_us)
+        for position in [position for position in order if fits_at(request, spare, position)]:
+            best_fit = (spare.milli[position], spare.mib[position]) if request.is_share else (0, 0)
+            ready.append((penalty.get(position, 0), stops, *best_fit, order.pop(position), position))
+        if len(ready) >= request.gpus and host_fits(request, spare):
+            assert stops, "what fits without a stop was found before"
+            positions = tuple(entry[-1] for entry in sorted(ready)[: request.gpus])
+            return _turn(in_turn[stops - 1], request.number), Found(node, positions, ready_us=ready_us)
+    raise AssertionError("what fits after all stops fits after some")
 
 
 def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
@@ -332,8 +342,8 @@ def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
     )
 
 
-def _turn(hold: Hold, number: int) -> tuple[bool, int, int]:
-    return (hold.preemptor != number, hold.stop_us, hold.number)
+def _turn(hold: Hold, number: int) -> Turn:
+    return (hold.preemptor != number, hold.stop_us, hold.served, hold.number)
 
 
 def _draw(hold: Hold, lacking: dict[int, list[int]], host: list[int]) -> bool:

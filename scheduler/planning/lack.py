@@ -62,10 +62,10 @@ def _steps_down(request: Request, reason: Reason, spares: Spares) -> list[list[_
         shares = [{"share_milli": milli} for milli in (500, 250, 1) if milli < request.share_milli]
         return [[{"gpu_memory_mib": 0}], [{"models": UNKNOWN}], counts, shares]
     if reason is Reason.WAITING_FOR_CPUS:
-        cpus = 1 + max(spare.cpus for _, spare in spares)
+        cpus = 1 + max(0, *(spare.cpus for _, spare in spares))
         return [[{"memory_mib": 0}], [{"cpus": min(cpus, request.cpus)}]]
     if reason is Reason.WAITING_FOR_MEMORY:
-        memory_mib = 1 + max(spare.memory_mib for _, spare in spares)
+        memory_mib = 1 + max(0, *(spare.memory_mib for _, spare in spares))
         return [[{"cpus": 0}], [{"memory_mib": min(memory_mib, request.memory_mib)}]]
     if reason is Reason.WAITING_FOR_START_SLOT:
         return [[{"gpus": 0, "share_milli": 1, "gpu_memory_mib": 0, "cpus": 0, "memory_mib": 0}]]

@@ -184,6 +184,7 @@ class Planner:
             self._preempts.append(PreemptJob(number, request.number, Reason.PREEMPTED_BY_HIGHER_RANK, *lost))
         claim = take(request, node, found.positions)
         self.claims[request.number] = claim
+        self.world.serve(request.number, len(self.claims))
         if not claim.is_free:
             self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
             return

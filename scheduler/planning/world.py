@@ -27,7 +27,6 @@ _US_PER_MS = 1000
 _MS_PER_HOUR = 3_600_000
 _MICRO = 1_000_000
 _HOLDING_COLUMNS = ("job", "gpu", "share_milli", "memory_mib", "preemptor", "stop_us")
-_NO_NOTICE = (UNKNOWN, UNKNOWN)  # preemptor, moment
 
 
 class Layout:
@@ -90,6 +89,13 @@ class World:
         node.leaving.append(victim.hold)
         return victim
 
+    def serve(self, number: int, served: int) -> None:
+        """Remember when the job was served, on what leaves for it."""
+        for node in self.nodes:
+            for hold in node.leaving:
+                if hold.preemptor == number:
+                    hold.served = served
+
     def uuids(self, node: int, positions: tuple[int, ...]) -> tuple[str, ...]:
         """The UUIDs at these positions, by index."""
         return tuple(self.nodes[node].gpus[position].uuid for position in sorted(positions))
@@ -111,21 +117,19 @@ class World:
         """Take what live jobs and hand-overs hold out of what is free."""
         jobs, holdings = snapshot.jobs, snapshot.holdings
         live_rows = rows_where(jobs.state != PENDING)
-        held: dict[int, list[tuple[int, int, int]]] = {}
-        notices: dict[int, tuple[int, int]] = {}
+        held: dict[int, list[tuple[int, int, int]]] = {}  # by job row: GPU row, thousandths, MiB
         live = set(live_rows.tolist())
         for job, gpu, milli, mib, preemptor, stop_us in zip(
             *(getattr(holdings, name).tolist() for name in _HOLDING_COLUMNS), strict=True
         ):
             if job in live:
                 held.setdefault(job, []).append((gpu, milli, mib))
-                notices[job] = (preemptor, stop_us)
             else:
                 self._hand_over(gpu, milli, mib, preemptor, stop_us)
         columns = lists(tuple(getattr(jobs, name) for name in _Row._fields), live_rows)
         for row, values in zip(live_rows.tolist(), zip(*columns, strict=True), strict=True):
             job = _Row(*values)
-            self._settle(job, held.get(row, []), notices.get(row, _NO_NOTICE), job.number in stopping)
+            self._settle(job, held.get(row, []), job.number in stopping)
 
     def _hand_over(self, gpu: int, milli: int, mib: int, preemptor: int, stop_us: int) -> None:
         """What an ended job still occupies leaves; it is no live job and has no CPUs."""
@@ -136,9 +140,7 @@ class World:
         node.free.remove(hold)
         node.leaving.append(hold)
 
-    def _settle(
-        self, job: "_Row", held: list[tuple[int, int, int]], notice: tuple[int, int], stops: bool
-    ) -> None:
+    def _settle(self, job: "_Row", held: list[tuple[int, int, int]], stops: bool) -> None:
         """Give a live job its place: among what leaves, or among what stays."""
         node = self.nodes[job.node]
         parts: dict[int, list[int]] = {}
@@ -148,7 +150,7 @@ class World:
             part = parts.setdefault(self.layout.position[gpu][1], [0, 0])
             part[0] += milli
             part[1] += mib if milli < WHOLE_MILLI else 0
-        preemptor, stop_us = (UNKNOWN, self.now_us) if stops else notice
+        preemptor, stop_us = (UNKNOWN, self.now_us) if stops else (job.preemptor, job.stop_us)
         hold = Hold(job.number, parts, job.cpus, job.memory_mib, 1, preemptor, stop_us, 0)
         node.free.remove(hold)
         if stops or job.state not in (STARTING, RUNNING, SUSPENDED):
@@ -209,3 +211,5 @@ class _Row(NamedTuple):
     started_us: int
     checkpoint_us: int
     node: int
+    preemptor: int
+    stop_us: int

@@ -152,14 +152,7 @@ def snapshot(world: W) -> Snapshot:
     sets = list(dict.fromkeys([*world.model_sets, *(job.models for job in world.jobs)]))
     fits = [[not models or gpu.model in models for gpu in world.gpus] for models in sets]
     holdings = [
-        (
-            row,
-            world.gpus.index(world.gpu(uuid)),
-            job.share_milli,
-            job.gpu_memory_mib,
-            job.preemptor,
-            job.stop_us,
-        )
+        (row, world.gpus.index(world.gpu(uuid)), job.share_milli, job.gpu_memory_mib, UNKNOWN, UNKNOWN)
         for row, job in enumerate(world.jobs)
         for uuid in job.on
     ]

@@ -154,8 +154,8 @@ def _placed(draw: st.DrawFn, job: J, gpus: tuple[G, ...], nodes: int, spare: dic
         node=node,
         started_us=UNKNOWN if state == STARTING else NOW_US - ran_us,
         checkpoint_us=UNKNOWN if state == STARTING or saved_us is None else NOW_US - saved_us * SECOND_US,
-        preemptor=draw(st.sampled_from((UNKNOWN, 1, 2))) if state == PREEMPTING and on else UNKNOWN,
-        stop_us=NOW_US - draw(st.integers(1, 3)) * SECOND_US if leaving and on else UNKNOWN,
+        preemptor=draw(st.sampled_from((UNKNOWN, 1, 2))) if state == PREEMPTING else UNKNOWN,
+        stop_us=NOW_US - draw(st.integers(1, 3)) * SECOND_US if leaving else UNKNOWN,
     )
 
 

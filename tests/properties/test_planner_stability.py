@@ -105,4 +105,6 @@ def test_jobs_of_lower_rank_have_no_part_in_what_is_promised(world: W, policy: P
         return (klass, -priority, -value, number) if order == "class" else (-value, klass, -priority, number)
 
     above = tuple(job for job in world.jobs if job.is_live or rank(job) <= rank(top))
-    assert planned(replace(world, jobs=above), policy).promise == with_all.promise
+    # The sets of models that jobs name have a part in placement; they stay.
+    sets = tuple(dict.fromkeys([*world.model_sets, *(job.models for job in world.jobs)]))
+    assert planned(replace(world, jobs=above, model_sets=sets), policy).promise == with_all.promise

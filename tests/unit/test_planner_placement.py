@@ -1,5 +1,7 @@
 """Where jobs start, and why they wait where nobody may be displaced."""
 
+from dataclasses import replace
+
 from scheduler.model.actions import StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
@@ -172,6 +174,13 @@ def test_what_a_job_does_not_account_for_never_keeps_it_waiting() -> None:
         jobs=(held(1, cpus=8, memory_mib=80, gpus=0), J(2)), gpus=gpus(1), nodes=(N(cpus=4, memory_mib=40),)
     )
     assert planned(world) == Outcome(actions=(StartJob(2, ("GPU-0",), FREE),))
+    asks = J(2, INFERENCE, gpus=0, memory_mib=1, cpus=1)
+    assert planned(
+        world.with_jobs(replace(asks, number=3), replace(asks, number=4, memory_mib=0))
+    ) == Outcome(
+        actions=(StartJob(2, ("GPU-0",), Reason.BACKFILLED),),
+        waits={3: Reason.WAITING_FOR_CPUS, 4: Reason.WAITING_FOR_CPUS},
+    )
 
 
 def test_a_job_that_backs_off_waits_for_its_moment_and_the_plan_names_it() -> None:
