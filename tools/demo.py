@@ -323,7 +323,8 @@ def main() -> int:
     print(
         "\nShown: standing miners filled eight GPUs; a gang of four and an inference job preempted exactly\n"
         "what they needed, each hand-over verified; a kill -9 of the daemon cost no job; a trainer saved,\n"
-        "acknowledged and came back from its checkpoint; mining returned by itself; the journal's chain is whole."
+        "acknowledged and came back from its checkpoint; mining returned by itself; the journal's chain is\n"
+        "whole."
     )
     return 0
 

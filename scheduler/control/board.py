@@ -80,6 +80,7 @@ class GpuBoard:
         self.baseline_mib: dict[str, int] = {}
         self.released = False
         self._present: frozenset[str] = frozenset()
+        self._gpus: tuple[object, GpuColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
 
     def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
@@ -203,20 +204,27 @@ class GpuBoard:
         )
 
     def _gpu_columns(self) -> GpuColumns:
+        """The GPUs' columns; made again only when something in them changed."""
+        closed = {*self._ledger.marks, *self.foreign}
+        key = (
+            self.identities,
+            self.released,
+            frozenset(uuid for uuid in self.row if uuid in closed or not self.is_present(uuid)),
+            tuple(self.baseline_mib.items()),
+        )
+        if self._gpus is None or self._gpus[0] != key:
+            self._gpus = (key, self._made_gpu_columns(key[2]))
+        return self._gpus[1]
+
+    def _made_gpu_columns(self, closed: frozenset[str]) -> GpuColumns:
         gpus = self.identities
-        closed = [
-            self.released
-            or gpu.uuid in self._ledger.marks
-            or not self.is_present(gpu.uuid)
-            or bool(self.foreign.get(gpu.uuid))
-            for gpu in gpus
-        ]
+        states = [CLOSED if self.released or gpu.uuid in closed else OPEN for gpu in gpus]
         return GpuColumns(
             uuid=tuple(gpu.uuid for gpu in gpus),
             index=np.arange(len(gpus), dtype=np.int64),
             node=np.zeros(len(gpus), dtype=np.int64),
             memory_mib=np.array([self.bookable_mib(gpu) for gpu in gpus], dtype=np.int64),
-            state=np.where(np.array(closed, dtype=bool), CLOSED, OPEN).astype(np.int64),
+            state=np.array(states, dtype=np.int64),
         )
 
     def _node_columns(self) -> NodeColumns:

@@ -114,7 +114,9 @@ class LauncherGone:
     at_s: float
 
 
-Report = Started | StartFailed | Signalled | Acknowledged | CheckpointSaved | Exited | TreeStuck | LauncherGone
+Report = (
+    Started | StartFailed | Signalled | Acknowledged | CheckpointSaved | Exited | TreeStuck | LauncherGone
+)
 
 
 @dataclass(frozen=True, slots=True)
