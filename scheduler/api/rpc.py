@@ -1,5 +1,6 @@
 """What every RPC shares: errors as canonical statuses with details, and its two metrics."""
 
+import asyncio
 import functools
 import logging
 import time
@@ -65,6 +66,9 @@ def unary(method: _Unary[_S, _Q, _R]) -> _Unary[_S, _Q, _R]:
         try:
             _check_readable(request)
             answer = await method(self, request, context)
+        except asyncio.CancelledError:  # the client has gone
+            meter.done(grpc.StatusCode.CANCELLED)
+            raise
         except Exception as error:
             await refuse(context, error, meter)
         meter.done(grpc.StatusCode.OK)
@@ -83,7 +87,7 @@ def stream(method: _Stream[_S, _Q, _R]) -> _Stream[_S, _Q, _R]:
             _check_readable(request)
             async for answer in method(self, request, context):
                 yield answer
-        except GeneratorExit:
+        except (GeneratorExit, asyncio.CancelledError):  # the client has gone, or the daemon stops
             meter.done(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:

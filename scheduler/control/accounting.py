@@ -9,6 +9,7 @@ from collections import defaultdict
 from scheduler.control.board import GpuBoard
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
+from scheduler.effects.journal import UsageBooking
 from scheduler.model.events import UsageBooked, UsageEntry
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
 
@@ -93,6 +94,20 @@ class Accounts:
         self._jobs.clear()
         if entries:
             self._ledger.apply(UsageBooked(now_s, entries))
+
+    def count_preemption(self, job: Job, at_s: float) -> None:
+        """Book that a job gave way to another."""
+        gpus = job.attempts[-1].gpus
+        entry = UsageEntry(
+            job_id=job.id,
+            uuid=gpus[0] if gpus else "",
+            tenant=job.spec.tenant,
+            job_class=job.spec.job_class.name,
+            gpu_ms=0,
+            energy_mj=0,
+            value_microusd=0,
+        )
+        self._ledger.book(UsageBooking(at_s, entry, preemptions=1))
 
     def _add(self, job: Job, elapsed_s: float) -> None:
         self._jobs[job.number] = job

@@ -215,8 +215,9 @@ class CommandHandler:
                 raise IllegalMove(
                     f"jobs {', '.join(sorted(holding)[:8])} hold GPUs; drain with stop_jobs first"
                 )
-        change = NodeDrainChanged(now_s, draining=True, stop_jobs=command.stop_jobs, released=command.release)
         now = self._ledger.drain
+        released = command.release or (now is not None and now.released)  # until the drain is undone
+        change = NodeDrainChanged(now_s, draining=True, stop_jobs=command.stop_jobs, released=released)
         if now is None or (now.stop_jobs, now.released) != (change.stop_jobs, change.released):
             self._ledger.apply(change)
 

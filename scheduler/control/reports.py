@@ -192,7 +192,10 @@ class ReportHandler:
         self._end(job, Ending(report.at_s, code, reason, detail))
 
     def _end(self, job: Job, ending: Ending) -> None:
-        self._apply(ended(job, ending, self._control.config.policy))
+        event = ended(job, ending, self._control.config.policy)
+        self._apply(event)
+        if event.preemptions > job.preemptions:
+            self._control.accounts.count_preemption(job, event.at_s)
         if job.standing:
             self._control.standing.reload()
 

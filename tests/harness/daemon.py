@@ -36,6 +36,7 @@ WATTSHIFT = Path(sys.executable).with_name("wattshift")
 WAIT_S = 20.0
 CALL_S = 10.0
 POLL_S = 0.01
+LAUNCHERS_MAX = 2  # itself, and a process forked ahead for the next start
 CGROUPS = Path("/sys/fs/cgroup/unified")
 
 PENDING = job_pb2.JOB_STATE_PENDING
@@ -344,6 +345,10 @@ class Daemon:
                     found[int(entry.name)] = words.replace(b"\0", b" ").decode(errors="replace").strip()
         return found
 
+    def job_processes(self) -> set[int]:
+        """Processes of jobs, and of other daemons in this directory."""
+        return {pid for pid, words in self.processes().items() if "launcher_process" not in words}
+
     def launchers(self) -> list[int]:
         """Processes of the launcher: itself, and supervisors where there are no cgroups."""
         return [pid for pid, words in self.processes().items() if "launcher_process" in words]
@@ -369,7 +374,8 @@ class Daemon:
                 self.node.UncordonGpu(node_service_pb2.UncordonGpuRequest(gpu=gpu.uuid), timeout=CALL_S)
         self.cancel_all()
         if not self.all_jobs(active_only=True):
-            until("no process is left but the launcher's", lambda: len(self.processes()) <= 1)
+            until("no process is left but the launcher's", lambda: not self.job_processes())
+            until("no supervisor is left", lambda: len(self.launchers()) <= LAUNCHERS_MAX)
         self.check_chain()
 
     def cancel_all(self) -> None:
