@@ -28,6 +28,9 @@ from scheduler.model.snapshot import (
     Snapshot,
 )
 
+# What NVML answers for a GPU that is not there any more.
+_LOST_CODES = frozenset({"ERROR_GPU_IS_LOST", "ERROR_RESET_REQUIRED"})
+
 
 @dataclass(frozen=True, slots=True)
 class Occupant:
@@ -84,17 +87,22 @@ class GpuBoard:
         self._since: dict[str, tuple[GpuState, float]] = {}
 
     def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
-        """Take a round of readings; return the GPUs seen for the first time.
+        """Take a round of readings; return the GPUs that were not there in the round before.
 
-        A GPU that is not in the round any more is lost, not forgotten: jobs may still hold it.
+        A GPU that is not in the round any more is lost, not forgotten: jobs may still hold it. One that is
+        back must be looked at like a new one.
         """
-        present = frozenset(gpu.uuid for gpu in readings.identities)
-        fresh = tuple(gpu for gpu in readings.identities if gpu.uuid not in self.row)
+        present = frozenset(
+            gpu.uuid for gpu in readings.identities if readings.errors.get(gpu.uuid) not in _LOST_CODES
+        )
+        fresh = tuple(
+            gpu for gpu in readings.identities if gpu.uuid in present and gpu.uuid not in self._present
+        )
         self.errors = readings.errors
         self.samples.update((sample.uuid, sample) for sample in readings.samples)
         if readings.driver_version:
             self.driver_version = readings.driver_version
-        if fresh or present != self._present:
+        if present != self._present:
             known = {gpu.uuid: gpu for gpu in (*self.identities, *readings.identities)}
             self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
@@ -104,10 +112,11 @@ class GpuBoard:
 
     def is_present(self, uuid: str) -> bool:
         """Whether the last round of readings saw the GPU."""
-        return uuid in self._present and self.errors.get(uuid) not in (
-            "ERROR_GPU_IS_LOST",
-            "ERROR_RESET_REQUIRED",
-        )
+        return uuid in self._present
+
+    def learn_baseline(self, uuid: str, used_mib: int) -> None:
+        """Note what the empty GPU shows as used. Only ever less: a leak must not become normal bit by bit."""
+        self.baseline_mib[uuid] = min(used_mib, self.baseline_mib.get(uuid, used_mib))
 
     def occupants(self) -> dict[str, list[Occupant]]:
         """By GPU, what ended there and is not proved gone; or that nobody has looked yet."""

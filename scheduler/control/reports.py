@@ -219,7 +219,7 @@ class ReportHandler:
     # GPUs -------------------------------------------------------------------------------------
 
     def fresh_gpus(self, fresh: tuple[GpuIdentity, ...]) -> None:
-        """GPUs seen for the first time: nobody knows who is on them."""
+        """GPUs that are new, or back: nobody knows who is on them."""
         for gpu in fresh:
             self._control.board.doubt(gpu.uuid)
             self._control.orders.watch(gpu.uuid, once=True)
@@ -232,7 +232,7 @@ class ReportHandler:
         if look is not None and look.free:
             control.board.foreign.pop(uuid, None)
             if uuid not in control.board.holders() and look.memory_used_mib is not None:
-                control.board.baseline_mib[uuid] = look.memory_used_mib - look.ignored_mib
+                control.board.learn_baseline(uuid, look.memory_used_mib - look.ignored_mib)
             for victim_id, attempt in control.board.prove(uuid):
                 self._apply(AttemptVerified(now_s, victim_id, attempt))
             return

@@ -25,6 +25,8 @@ TAIL_CHECKED = 256
 # The write-ahead log is folded in quiet moments; at this many pages of 4 KiB at any moment.
 WAL_PAGES_MAX = 16_384
 GENESIS = bytes(32)
+# Cast: who meddles with a row may leave text where bytes were.
+SELECT_EVENTS = "SELECT seq, kind, CAST(body AS BLOB), CAST(hash AS BLOB) FROM events"
 _SEQ_BYTES = 8
 
 _SCHEMA = """
@@ -172,9 +174,7 @@ def encode_head(seq: int, last_hash: bytes) -> bytes:
 def check_tail(db: sqlite3.Connection, head: int, head_hash: bytes, path: Path) -> None:
     """Raise `JournalCorrupt` where the last events do not fit their hashes or the head."""
     try:
-        rows = db.execute(
-            "SELECT seq, kind, body, hash FROM events ORDER BY seq DESC LIMIT ?", (TAIL_CHECKED + 1,)
-        ).fetchall()[::-1]
+        rows = db.execute(f"{SELECT_EVENTS} ORDER BY seq DESC LIMIT ?", (TAIL_CHECKED + 1,)).fetchall()[::-1]
     except sqlite3.DatabaseError as error:
         raise translated(error, path) from error
     if not rows:

@@ -10,6 +10,7 @@ import msgspec
 from scheduler.effects.journal_file import (
     DATABASE_NAME,
     DECODERS,
+    SELECT_EVENTS,
     anchor,
     chained,
     check_format,
@@ -58,7 +59,7 @@ def _verified(db: sqlite3.Connection, path: Path) -> Verification:
     seq, running = anchor(db, path)
     first, count = seq + 1, 0
     jobs: dict[str, Job] = {}
-    for row_seq, kind, body, stored in db.execute("SELECT seq, kind, body, hash FROM events ORDER BY seq"):
+    for row_seq, kind, body, stored in db.execute(f"{SELECT_EVENTS} ORDER BY seq"):
         problem = ""
         running = chained(running, row_seq, kind, body)
         if row_seq != seq + 1:

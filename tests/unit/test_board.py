@@ -1,0 +1,88 @@
+"""The board: which GPUs are there, what they show when empty, and what a hand-over leaves."""
+
+from pathlib import Path
+
+import pytest
+
+from scheduler.control.board import GpuBoard, NodeSize, describe
+from scheduler.control.ledger import Ledger
+from scheduler.effects.gpus import GpuReadings
+from scheduler.effects.journal_sqlite import SqliteJournal
+from scheduler.model.events import GpuMarked
+from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuState
+from scheduler.model.policy import Policy
+from scheduler.model.reasons import Reason
+from scheduler.model.snapshot import CLOSED, OPEN, UNKNOWN
+from tests.harness.values import end, start, started, submission, verified
+
+A = GpuIdentity("GPU-a", 0, "NVIDIA H100 80GB HBM3", 81_559)
+B = GpuIdentity("GPU-b", 1, "NVIDIA H100 80GB HBM3", 81_559)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(SqliteJournal(tmp_path, now_s=0.0), Policy())
+
+
+@pytest.fixture
+def board(ledger: Ledger) -> GpuBoard:
+    board = GpuBoard(ledger, NodeSize(8, 1024, 16))
+    board.read(GpuReadings((A, B), (), {}))
+    return board
+
+
+def states(board: GpuBoard) -> dict[str, GpuState]:
+    return {view.identity.uuid: view.state for view in board.views(0.0)}
+
+
+def test_a_gpu_that_comes_back_is_new_again(board: GpuBoard) -> None:
+    assert board.read(GpuReadings((A,), (), {})) == ()
+    assert states(board) == {"GPU-a": GpuState.FREE, "GPU-b": GpuState.LOST}
+    assert board.read(GpuReadings((A, B), (), {})) == (B,)
+
+
+def test_a_gpu_that_says_it_is_lost_is_not_there(board: GpuBoard) -> None:
+    board.read(GpuReadings((A, B), (), {"GPU-a": "ERROR_GPU_IS_LOST"}))
+    assert states(board) == {"GPU-a": GpuState.LOST, "GPU-b": GpuState.FREE}
+    assert board.snapshot(0.0).gpus.state.tolist() == [CLOSED, OPEN]
+    assert board.read(GpuReadings((A, B), (), {})) == (A,)
+
+
+def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:
+    for used_mib in (512, 540, 570, 500):
+        board.learn_baseline("GPU-a", used_mib)
+    assert board.bookable_mib(A) == 81_559 - 500
+
+
+def test_a_mark_closes_a_gpu_at_once(board: GpuBoard, ledger: Ledger) -> None:
+    assert board.snapshot(0.0).gpus.state.tolist() == [OPEN, OPEN]
+    ledger.apply(GpuMarked(0.0, "GPU-b", "cordoned", Reason.CORDONED_BY_OPERATOR, "fan"))
+    assert board.snapshot(0.0).gpus.state.tolist() == [OPEN, CLOSED]
+
+
+def test_an_ended_gang_occupies_each_gpu_until_that_gpu_is_proved_free(
+    board: GpuBoard, ledger: Ledger
+) -> None:
+    for event in (submission(1, gpus=2), start(1, 1, 1.0, "GPU-a", "GPU-b"), started(1), end(1)):
+        ledger.apply(event)
+    assert states(board) == {"GPU-a": GpuState.HANDOVER, "GPU-b": GpuState.HANDOVER}
+    assert board.prove("GPU-a") == []
+    assert states(board) == {"GPU-a": GpuState.FREE, "GPU-b": GpuState.HANDOVER}
+    holdings = board.snapshot(0.0).holdings
+    assert (holdings.job.tolist(), holdings.gpu.tolist()) == ([UNKNOWN], [1])
+    assert board.prove("GPU-b") == [("j1", 1)]
+    ledger.apply(verified(1))
+    assert states(board) == {"GPU-a": GpuState.FREE, "GPU-b": GpuState.FREE}
+
+
+def test_a_gpu_that_nobody_has_looked_at_is_not_given_out(board: GpuBoard) -> None:
+    board.doubt("GPU-a")
+    assert states(board)["GPU-a"] is GpuState.HANDOVER
+    assert board.snapshot(0.0).holdings.share_milli.tolist() == [1000]
+    board.prove("GPU-a")
+    assert states(board)["GPU-a"] is GpuState.FREE
+
+
+def test_processes_are_named_as_far_as_they_are_known() -> None:
+    found = (GpuProcess(4711, 2048, user="ann", command="python3"), GpuProcess(12), GpuProcess(0))
+    assert describe(found) == "pid 4711 (ann, python3, 2048 MiB), pid 12, a process that can't be named"
