@@ -1,5 +1,6 @@
 """The board: which GPUs are there, what they show when empty, and what a hand-over leaves."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ B = GpuIdentity("GPU-b", 1, "NVIDIA H100 80GB HBM3", 81_559)
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(SqliteJournal(tmp_path, now_s=0.0), Policy())
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    journal = SqliteJournal(tmp_path, now_s=0.0)
+    yield Ledger(journal, Policy())
+    journal.close()
 
 
 @pytest.fixture
