@@ -30,9 +30,9 @@ from scheduler.planning.allocator import (
     share_fits,
 )
 
-# Cells of the covering table; beyond it the choice is greedy. A node of 16 GPUs without a lack of CPUs or
-# memory has at most 17, so only hosts with many differently sized CPU jobs come here.
-COVER_CELLS_MAX = 4096
+# Steps of filling the covering table (0.7 µs each); beyond it the choice is greedy. 16 GPUs without a lack of
+# CPUs or memory take at most 272, so only hosts with many differently sized CPU jobs come here.
+COVER_STEPS_MAX = 10_000
 # Share holders of one GPU whose every subset is tried when CPUs or memory of the host are lacking too.
 SUBSET_HOLDERS_MAX = 6
 _GPU_BITS, _JOB_BITS = 20, 20
@@ -137,7 +137,11 @@ def cover(lack: Gain, items: list[list[Option]]) -> int | None:
     needed = [i for i, amount in enumerate(lack) if amount]
     lack = tuple(lack[i] for i in needed)
     cells: dict[Gain, int] = {(0,) * len(lack): 0}
+    steps = 0
     for options in items:
+        steps += len(cells) * len(options)
+        if steps > COVER_STEPS_MAX:
+            return None
         grown = dict(cells)
         for gain, cost in options:
             for covered, spent in cells.items():
@@ -148,8 +152,6 @@ def cover(lack: Gain, items: list[list[Option]]) -> int | None:
                 known = grown.get(key)
                 if known is None or total < known:
                     grown[key] = total
-        if len(grown) > COVER_CELLS_MAX:
-            return None
         cells = grown
     return cells[lack]
 
