@@ -110,6 +110,7 @@ def open_database(path: Path, now_s: float, first_number: int = 1) -> sqlite3.Co
         path.chmod(0o600)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA secure_delete = ON")  # a deleted secret is overwritten
         db.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES_MAX}")
         db.execute("PRAGMA cache_size = -8192")
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:

@@ -24,6 +24,14 @@ CONFIG = "[server]\nmessage_bytes_max = 1048576\n"
 GIB = 1 << 30
 
 
+@pytest.fixture
+def daemon(shared_daemon: Daemon) -> Iterator[Daemon]:
+    """The module's daemon; what was accepted ends with the test."""
+    yield shared_daemon
+    if shared_daemon.all_jobs(active_only=True):
+        shared_daemon.settle()
+
+
 @pytest.fixture(autouse=True)
 def no_error_of_its_own(daemon: Daemon) -> Iterator[None]:
     """Whatever a test sends, the daemon lives on and logs no error of its own."""
