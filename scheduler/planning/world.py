@@ -75,10 +75,9 @@ class World:
         self.nodes = self._empty_nodes(snapshot)
         self.live: list[list[Live]] = [[] for _ in self.nodes]
         self._occupy(snapshot, stopping)
-        # In an order of their own, whatever that of the rows (R8).
-        for node, live in zip(self.nodes, self.live, strict=True):
+        # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
+        for node in self.nodes:
             node.leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
-            live.sort(key=lambda live: live.number)
 
     def leave(self, node: Node, number: int, preemptor: int) -> Live:
         """Let a live job leave for a preemptor; returns the victim."""
@@ -158,8 +157,7 @@ class World:
             node.leaving.append(hold)
             return
         hold.ready_us = self.now_us + job.grace_us  # were it told to stop now
-        began = job.state != STARTING and job.started_us != UNKNOWN
-        started_us = job.started_us if began else self.now_us
+        started_us = self.now_us if job.started_us == UNKNOWN else job.started_us
         yields_us = started_us + job.min_runtime_us if job.preemptible else NEVER
         lost_gpu_ms = self._lost_gpu_ms(job, started_us, milli_gpus)
         self.live[node.row].append(

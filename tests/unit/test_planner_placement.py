@@ -1,7 +1,5 @@
 """Where jobs start, and why they wait where nobody may be displaced."""
 
-from dataclasses import replace
-
 from scheduler.model.actions import StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
@@ -127,6 +125,14 @@ def test_a_job_starts_only_on_a_model_that_it_accepts() -> None:
     )
 
 
+def test_a_job_that_waits_for_one_model_does_not_stand_for_those_that_want_another() -> None:
+    mixed = (G("GPU-0", 0, model="A100"), G("GPU-1", 1, model="H100"))
+    world = W(jobs=(held(1, "GPU-1"), J(2, models=("H100",)), J(3, models=("A100",))), gpus=mixed)
+    assert planned(world) == Outcome(
+        actions=(StartJob(3, ("GPU-0",), Reason.BACKFILLED),), waits={2: Reason.WAITING_FOR_GPUS}
+    )
+
+
 def test_a_job_that_takes_any_model_leaves_the_wanted_one_to_others() -> None:
     mixed = (G("GPU-0", 0, model="H100"), G("GPU-1", 1, model="A100"))
     world = W(jobs=(J(1), J(2, models=("H100",))), gpus=mixed)
@@ -171,15 +177,19 @@ def test_a_job_without_gpus_starts_as_long_as_cpus_memory_and_slots_are_there() 
 def test_what_a_job_does_not_account_for_never_keeps_it_waiting() -> None:
     # More is in use than the node has, say after its size was configured down.
     world = W(
-        jobs=(held(1, cpus=8, memory_mib=80, gpus=0), J(2)), gpus=gpus(1), nodes=(N(cpus=4, memory_mib=40),)
+        jobs=(
+            held(1, cpus=8, memory_mib=80, gpus=0),
+            J(2, INFERENCE, gpus=0, cpus=1, memory_mib=1),
+            J(3, INFERENCE, gpus=0, cpus=1),
+            J(4, INFERENCE, gpus=0, memory_mib=1),
+            J(5),
+        ),
+        gpus=gpus(1),
+        nodes=(N(cpus=4, memory_mib=40),),
     )
-    assert planned(world) == Outcome(actions=(StartJob(2, ("GPU-0",), FREE),))
-    asks = J(2, INFERENCE, gpus=0, memory_mib=1, cpus=1)
-    assert planned(
-        world.with_jobs(replace(asks, number=3), replace(asks, number=4, memory_mib=0))
-    ) == Outcome(
-        actions=(StartJob(2, ("GPU-0",), Reason.BACKFILLED),),
-        waits={3: Reason.WAITING_FOR_CPUS, 4: Reason.WAITING_FOR_CPUS},
+    assert planned(world) == Outcome(
+        actions=(StartJob(5, ("GPU-0",), Reason.BACKFILLED),),
+        waits={2: Reason.WAITING_FOR_CPUS, 3: Reason.WAITING_FOR_CPUS, 4: Reason.WAITING_FOR_MEMORY},
     )
 
 

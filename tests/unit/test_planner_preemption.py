@@ -6,6 +6,7 @@ from scheduler.model.actions import PreemptJob, StartJob
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy, aged_priority
 from scheduler.model.reasons import Reason
+from scheduler.planning import preemption
 from scheduler.planning.planner import plan
 from tests.fakes.worlds import (
     BATCH,
@@ -229,6 +230,58 @@ def test_each_preemptor_keeps_its_own_victims_gpu() -> None:
     earlier = miner(2, "GPU-1", state=PREEMPTING, preemptor=3, stop_us=NOW_US - SECOND_US)
     world = W(jobs=(later, earlier, first, second), gpus=mixed)
     assert planned(world) == Outcome(waits={3: HANDOVER, 4: HANDOVER}, awaited={3: (2,), 4: (1,)})
+
+
+def test_a_job_waits_for_the_oldest_stop_and_leaves_later_ones_to_whom_they_were_made_for() -> None:
+    mixed = (G("GPU-0", 0, model="H100"), G("GPU-1", 1, model="A100"))
+    older = miner(2, "GPU-1", state=STOPPING, stop_us=NOW_US - 9 * SECOND_US)
+    newer = miner(1, "GPU-0", state=PREEMPTING, preemptor=4, stop_us=NOW_US - SECOND_US)
+    world = W(jobs=(older, newer, J(3, INFERENCE), J(4, models=("H100",))), gpus=mixed)
+    assert planned(world) == Outcome(waits={3: HANDOVER, 4: HANDOVER}, awaited={3: (2,), 4: (1,)})
+
+
+def test_of_stops_decided_at_once_those_for_higher_ranks_count_first() -> None:
+    """Job 4 claims what job 3's victims leave over, before job 5 has victims; and so in the next plan."""
+    mixed = (G("GPU-0", 0, model="A100"), G("GPU-1", 1, model="A100"), G("GPU-2", 2, model="H100"))
+    gang, single = miner(2, "GPU-0", "GPU-1"), miner(1, "GPU-2", checkpoint_us=NOW_US - HOUR_US)
+    first, second = J(3, INFERENCE, priority=900, models=("A100",)), J(4, INFERENCE)
+    world = W(jobs=(gang, single, first, second, J(5, models=("H100",))), gpus=mixed)
+    made = plan(snapshot(world), POLICY)
+    claims = {3: (2,), 4: (2,), 5: (1,)}
+    assert outcome(made).awaited == claims
+    assert planned(applied(world, made)) == Outcome(waits=dict.fromkeys(claims, HANDOVER), awaited=claims)
+
+
+def test_a_job_keeps_the_gpu_of_the_older_stop_though_it_needs_the_cpus_of_the_newer() -> None:
+    mixed = (G("GPU-0", 0, model="H100"), G("GPU-1", 1, model="A100"))
+    older = miner(2, "GPU-1", state=STOPPING, stop_us=NOW_US - 9 * SECOND_US)
+    newer = miner(1, "GPU-0", state=PREEMPTING, preemptor=4, stop_us=NOW_US - SECOND_US, cpus=4)
+    both = (J(3, INFERENCE, cpus=4), J(4, models=("H100",)))
+    world = W(jobs=(older, newer, *both), gpus=mixed, nodes=(N(cpus=4),))
+    assert planned(world) == Outcome(waits={3: HANDOVER, 4: HANDOVER}, awaited={3: (1, 2), 4: (1,)})
+
+
+def test_a_gang_goes_where_the_singles_together_would_lose_more() -> None:
+    gang = miner(1, "GPU-0", "GPU-1", checkpoint_us=NOW_US - 50 * SECOND_US)
+    singles = [miner(n, f"GPU-{n}", checkpoint_us=NOW_US - 60 * SECOND_US) for n in (2, 3)]
+    world = W(jobs=(gang, *singles, J(4, gpus=2)), gpus=gpus(4))
+    assert victims(planned(world)) == [1]
+
+
+def test_one_share_gives_way_for_its_cpus_and_its_neighbour_stays() -> None:
+    shares = [
+        miner(n, "GPU-1", share_milli=500, cpus=4, checkpoint_us=NOW_US - n * SECOND_US) for n in (1, 2)
+    ]
+    world = W(jobs=(*shares, J(3, cpus=4)), gpus=gpus(2), nodes=(N(cpus=8),))
+    assert victims(planned(world)) == [1]
+
+
+def test_a_greedy_choice_takes_back_the_dearest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption, "COVER_STEPS_MAX", 0)
+    lost = {1: 30, 2: 10, 3: 20}
+    jobs = [miner(n, f"GPU-{n}", checkpoint_us=NOW_US - s * SECOND_US) for n, s in lost.items()]
+    world = W(jobs=(*jobs, J(4)), gpus=gpus(4)[1:])
+    assert victims(planned(world)) == [2]
 
 
 def test_shares_give_way_on_the_gpu_where_the_loss_is_least() -> None:

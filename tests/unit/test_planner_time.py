@@ -6,6 +6,7 @@ from scheduler.model.actions import FailJob, PreemptJob, Promise, RequeueJob, St
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP
+from scheduler.planning.explain import preview
 from scheduler.planning.planner import Memo, digest, plan
 from tests.fakes.worlds import (
     BATCH,
@@ -18,6 +19,7 @@ from tests.fakes.worlds import (
     SUSPENDED,
     TRAINING,
     UNKNOWN,
+    HandOver,
     J,
     N,
     Outcome,
@@ -262,6 +264,27 @@ def test_a_plan_that_was_carried_out_is_followed_by_no_other() -> None:
     world = blocked_gang(J(3, BATCH), J(4, INFERENCE))
     settled = applied(world, plan(snapshot(world), POLICY))
     assert planned(settled).actions == ()
+
+
+def test_the_order_of_the_rows_has_no_part_in_a_plan() -> None:
+    world = W(
+        jobs=(
+            J(1, gpus=2),
+            J(2, INFERENCE, share_milli=500),
+            J(3, INFERENCE),
+            J(4, BATCH, eligible_us=NOW_US + 1),
+        ),
+        gpus=gpus(6),
+        handovers=tuple(HandOver(f"GPU-{n}", stop_us=NOW_US - S) for n in range(1, 6)),
+    )
+    turned = W(jobs=world.jobs[::-1], gpus=world.gpus[::-1], handovers=world.handovers[::-1])
+    plans = [plan(snapshot(each), POLICY) for each in (world, turned)]
+    assert outcome(plans[0]) == outcome(plans[1])
+    assert digest(plans[0]) == digest(plans[1])
+    claims = [preview(snapshot(each), POLICY, 3).gpus for each in (world, turned)]
+    assert claims == [("GPU-1",), ("GPU-1",)]
+    started = W(jobs=(J(1, gpus=3),), gpus=gpus(3)[::-1])
+    assert planned(started).actions == (StartJob(1, ("GPU-0", "GPU-1", "GPU-2"), FREE),)
 
 
 def test_a_digest_tells_plans_apart_and_equal_ones_not() -> None:
