@@ -1,7 +1,7 @@
 """One attempt in the launcher: what its tree, its files and its orders make of each other.
 
-Starting: the directories are made, the program is forked; the exec decides between `started` and
-`start_failed`. A stop that comes meanwhile waits for that (not its deadline).
+Starting: the directories are made, then a waiting process becomes the program. The exec decides between
+`started` and `start_failed`. A stop that comes meanwhile waits for that (not its deadline).
 
 Running: output is pumped into the log. When the first process ends by itself, what it leaves behind is killed
 at once; `exited` is said when nothing is left.
@@ -121,13 +121,16 @@ class Attempt(Listener):
         "_deadline_timer",
         "_environment",
         "_exit_status",
+        "_failure",
         "_files",
+        "_is_started",
         "_kill_timer",
         "_killed",
         "_log",
         "_notice",
         "_output_fd",
         "_output_write_fd",
+        "_over",
         "_report",
         "_said_stuck",
         "_shop",
@@ -142,8 +145,15 @@ class Attempt(Listener):
         "reports",
     )
 
-    def __init__(self, shop: Workshop, key: Key, order: Message, report: Callable[[Message], None]) -> None:
-        """Take the order, checked by the caller."""
+    def __init__(
+        self,
+        shop: Workshop,
+        key: Key,
+        order: Message,
+        report: Callable[[Message], None],
+        over: Callable[[], None],
+    ) -> None:
+        """Take the order, checked by the caller; `over` is called when there is nothing more to report."""
         self._shop = shop
         self._report = report
         self.key = key
@@ -157,8 +167,11 @@ class Attempt(Listener):
         self._log: JobLog | None = None
         self._tree: Tree | None = None
         self._stop_tree: Tree | None = None
+        self._is_started = False
+        self._over = over
         self._tree_is_gone = False
         self._exit_status: int | None = None
+        self._failure: Message | None = None
         self._output_fd = self._output_write_fd = -1
         self._deadline_s: float | None = None
         self._deadline_timer: Timer | None = None
@@ -216,7 +229,7 @@ class Attempt(Listener):
             return
         self._deadline_s = deadline_s
         self._notice = notice
-        if tree.is_started:
+        if self._is_started:
             self._give_notice(tree)
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
@@ -234,25 +247,27 @@ class Attempt(Listener):
 
     def has_started(self, pid: int, start_ticks: int) -> None:
         """The program runs; a stop that waited for it goes on."""
-        if self.reports:
-            return  # killed before it was let go: the failure was said
+        if self._failure is not None:
+            return  # it waited for a program that will not come
+        self._is_started = True
         self._say("started", pid=pid, pid_start_ticks=start_ticks)
         if self._deadline_s is not None and self._tree is not None:
             self._give_notice(self._tree)
 
     def has_failed_to_start(self, what: str, number: int, message: str) -> None:
-        """There is no process."""
-        if self.reports:
-            return  # the first failure counts
+        """There is no process, or there will be none in a moment: then it is said."""
+        if self._failure is not None:
+            return  # the first one counts
         if what == "command":
             message = f"{self._command[0]}: {message}"
         elif what == "working_directory":
             message = f"{self._working_directory or 'the job directory'}: {message}"
-        self._say("start_failed", what=what, errno=number, message=message)
+        self._failure = {"what": what, "errno": number, "message": message}
 
     def main_has_exited(self, status: int) -> None:
         """The first process ended; its exit is the attempt's."""
-        self._exit_status = status
+        if self._is_started:
+            self._exit_status = status
 
     def rest_remains(self) -> None:
         """The first process ended and others did not; without a stop they have no time of their own."""
@@ -479,6 +494,9 @@ class Attempt(Listener):
         self._environment = {}
         self._tree = None
         self._killed = []
-        if self._exit_status is not None:
+        if self._failure is not None:
+            self._say("start_failed", **self._failure)
+        elif self._exit_status is not None:
             code = os.waitstatus_to_exitcode(self._exit_status)
             self._say("exited", exit_code=code if code >= 0 else None, signal=-code if code < 0 else None)
+        self._over()

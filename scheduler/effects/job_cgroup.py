@@ -6,11 +6,12 @@ import select
 import signal
 
 from scheduler.effects.job_files import open_directory
-from scheduler.effects.job_signals import kill_tree, start_ticks
-from scheduler.effects.job_spawn import Spawner, StartLine, join_cgroup
+from scheduler.effects.job_forker import Forker
+from scheduler.effects.job_signals import kill_tree
+from scheduler.effects.job_spawn import ChildLine, Spawner, StartLine
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, log
-from scheduler.effects.linux import fork_into_cgroup
+from scheduler.effects.linux import fork_child, fork_sibling
 
 _TEXT_BYTES = 4096
 # What an earlier launcher left is killed before the first order; what is stuck in the kernel is let be.
@@ -25,7 +26,7 @@ class CgroupsUnusable(Exception):
 class CgroupTree(Tree):
     """A tree that is the content of a cgroup."""
 
-    __slots__ = ("_containment", "_events_fd", "_path")
+    __slots__ = ("_containment", "_events_fd", "_is_condemned", "_path")
 
     def __init__(
         self, containment: "CgroupContainment", loop: Loop, listener: Listener, line: StartLine, path: str
@@ -34,11 +35,12 @@ class CgroupTree(Tree):
         self._containment = containment
         self._path = path
         self._events_fd = -1
+        self._is_condemned = False  # killed before it was born
 
     def pids(self) -> set[int]:
         """Return what cgroup.procs lists, and the first process if it has not got there yet."""
         pids = cgroup_pids(self._path)
-        if self.main_status is None:
+        if self.main_pid and self.main_status is None:
             pids.add(self.main_pid)
         return pids
 
@@ -46,7 +48,9 @@ class CgroupTree(Tree):
         """SIGKILL the first process, which may still be on its way into the cgroup, and the cgroup."""
         if self.is_over:
             return
-        if self.main_status is None:
+        if not self.main_pid:
+            self._is_condemned = True
+        elif self.main_status is None:
             os.kill(self.main_pid, signal.SIGKILL)
         kill_cgroup(self._path)
 
@@ -77,6 +81,16 @@ class CgroupTree(Tree):
         self._containment.remove(self._path)
         self._ended()
 
+    def _was_born(self) -> None:
+        self._containment.was_born(self)
+        if self._is_condemned and self.main_pid != self._containment.reaped_pid:
+            self.kill()
+
+    def _was_never_born(self) -> None:
+        self._containment.was_born(self)
+        self._containment.remove(self._path)
+        self._ended()
+
     def _read_events(self) -> None:
         # The kernel reports the next change only to who has read the last one.
         os.pread(self._events_fd, _TEXT_BYTES, 0)
@@ -93,11 +107,14 @@ class CgroupContainment(Containment):
         "_base",
         "_by_main_pid",
         "_forked",
+        "_forker",
         "_joins",
         "_spare",
         "_spawner",
+        "_unborn",
         "_unremoved",
         "lingering",
+        "reaped_pid",
     )
 
     def __init__(self, jobs_fd: int, spawner: Spawner) -> None:
@@ -121,41 +138,67 @@ class CgroupContainment(Containment):
             self._joins = not _prove(f"{self._base}/probe")
         except OSError as error:
             raise CgroupsUnusable(f"{self._base}: {error.strerror}") from error
+        self._forker = Forker(self._bear, spawner.kept_fds())
         self._by_main_pid: dict[int, CgroupTree] = {}
+        self._unborn: list[CgroupTree] = []
+        self.reaped_pid = 0  # whose end is being told: it can't be signalled any more
         self._spare: tuple[StartLine, str] | None = None  # forked ahead: its line, its cgroup
         self._forked = 0
         self.lingering: list[CgroupTree] = []  # the first process is gone, others are not
         self._unremoved: list[str] = []
 
     def tree(self, loop: Loop, listener: Listener) -> Tree:
-        """Return a tree whose first process waits in a cgroup of its own.
+        """Return a tree whose first process waits, now or soon, in a cgroup of its own.
 
         Raises:
-            OSError: No process came to be.
+            OSError: No process could be asked for.
         """
+        if self._spare is not None and self._spare[0].read():
+            self._drop_spare()  # killed while it waited
         line, path = self._spare or self._fork()
         self._spare = None
-        tree = self._by_main_pid[line.pid] = CgroupTree(self, loop, listener, line, path)
+        tree = CgroupTree(self, loop, listener, line, path)
+        self._unborn.append(tree)
+        tree.read_line()
         return tree
 
+    def was_born(self, tree: CgroupTree) -> None:
+        """The tree's first process has a pid, or there will be none."""
+        self._unborn.remove(tree)
+        if tree.main_pid:
+            self._by_main_pid[tree.main_pid] = tree
+
     def prepare(self) -> None:
-        """Have a process wait for the next `tree`."""
+        """Have a process wait for the next `tree`.
+
+        Raises:
+            OSError: None could be asked for.
+        """
         if self._spare is None:
             self._spare = self._fork()
 
     def reaped(self, pid: int, status: int) -> None:
         """A child of the launcher ended: a first process, or an orphan of some tree."""
-        tree = self._by_main_pid.pop(pid, None)
-        if tree is not None:
-            tree.main_was_reaped(status)
-        elif self._spare is not None and pid == self._spare[0].pid:
-            self._drop_spare()
+        if pid == self._forker.pid:
+            log("the process that forks was killed")
+            self._forker.has_ended()
+            return
+        self.reaped_pid = pid
+        if pid not in self._by_main_pid:
+            # It was ready before it ended, and said so; we have perhaps not read it yet.
+            for tree in list(self._unborn):
+                tree.read_line()
+            if self._spare is not None and (self._spare[0].read() or self._spare[0].pid == pid):
+                self._drop_spare()
+        if (ended := self._by_main_pid.pop(pid, None)) is not None:
+            ended.main_was_reaped(status)
 
     def all_reaped(self) -> None:
         """Look after those whose last process may have been among the reaped.
 
         The kernel says so, too, but up to 10 ms late (CGROUP_FILE_NOTIFY_MIN_INTV).
         """
+        self.reaped_pid = 0
         for tree in list(self.lingering):
             tree.look()
         for path in list(self._unremoved):
@@ -164,10 +207,11 @@ class CgroupContainment(Containment):
 
     def close(self) -> None:
         """Leave no process and no cgroup behind."""
+        self._forker.close()  # first: what it was asked for is born now, or never
         if self._spare is not None:
-            pid = self._spare[0].pid
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            self._spare[0].close()
+            kill_cgroup(self._spare[1])
+            _await_empty(self._spare[1])
             self._drop_spare()
         self.all_reaped()
         self.remove(self._base)
@@ -186,24 +230,23 @@ class CgroupContainment(Containment):
         self._forked += 1
         # With our pid in it: what an earlier launcher could not kill may still be there.
         path = f"{self._base}/{os.getpid()}-{self._forked}"
-        line = StartLine()
+        os.mkdir(path, 0o755)
         try:
-            os.mkdir(path, 0o755)
+            fd = open_directory(path)
             try:
-                fd = open_directory(path)
-                try:
-                    line.pid = self._spawner.spawn(line, fd, joins=self._joins)
-                finally:
-                    os.close(fd)
-            except OSError:
-                os.rmdir(path)
-                raise
+                return self._forker.fork(fd), path
+            finally:
+                os.close(fd)
         except OSError:
-            line.close()
+            os.rmdir(path)
             raise
-        line.close_child_end()
-        line.start_ticks = start_ticks(line.pid)
-        return line, path
+
+    def _bear(self, line: ChildLine, cgroup_fd: int, launcher_pid: int) -> None:
+        """Fork a process in the cgroup; called in the forker."""
+        if fork_sibling(-1 if self._joins else cgroup_fd) == 0:
+            if self._joins:
+                join_cgroup(cgroup_fd)
+            self._spawner.become(line, launcher_pid)
 
     def _drop_spare(self) -> None:
         assert self._spare is not None
@@ -282,16 +325,28 @@ def _prove(path: str) -> bool:
     fd = open_directory(path)
     try:
         try:
-            if (pid := fork_into_cgroup(fd)) == 0:
-                os._exit(0)
+            pid = fork_child(fd)
         except OSError:
             _prove_joining(fd)
             return False
+        if pid == 0:
+            os._exit(0)
         os.waitpid(pid, 0)
         return True
     finally:
         os.close(fd)
         os.rmdir(path)
+
+
+def join_cgroup(cgroup_fd: int) -> None:
+    """Move this process into a cgroup.
+
+    Raises:
+        OSError: The cgroup is not ours to write.
+    """
+    fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup_fd)
+    os.write(fd, b"0")
+    os.close(fd)
 
 
 def _prove_joining(cgroup_fd: int) -> None:

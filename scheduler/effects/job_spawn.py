@@ -1,20 +1,18 @@
-"""From a fork to the job's first instruction.
+"""From a process just forked to the job's first instruction.
 
-The launcher has one thread, so the child may run Python between fork and exec. One child is forked ahead:
-when a start is ordered it has made itself ready and only waits for its program, which comes over a pair of
-sockets, the start line. What goes wrong comes back over it, line by line, and the exec closes it:
+Processes are forked ahead (`job_forker.py`): when a start is ordered one has made itself ready and only waits
+for its program, which comes over a pair of sockets, the start line. Back over it come, line by line,
 
-    P <pid> <start ticks>         written by a supervisor, of its child
-    E <what> <errno> <message>    written by the child: there was no exec
+    P <pid> <start ticks>         the process itself, when it is ready
+    E <what> <errno> <message>    why there was no exec, or not even a process
 
-Its end without an E line means that the exec succeeded (or that a SIGKILL came first; the launcher calls
-that started, too: a process was there).
+and the exec closes it. Its end after P without E means that the exec succeeded (or that a SIGKILL came in the
+moment before; the launcher calls that started, too: a process was there).
 """
 
 from __future__ import annotations
 
 import errno
-import gc
 import marshal
 import os
 import resource
@@ -23,30 +21,28 @@ import socket
 
 from scheduler.effects.job_files import JobUser, open_job_directory
 from scheduler.effects.job_signals import start_ticks
-from scheduler.effects.linux import fork_into_cgroup, set_parent_death_signal
+from scheduler.effects.linux import set_parent_death_signal
 
 TYPE_CHECKING = False  # as in `launcher_wire.py`
 if TYPE_CHECKING:
     from typing import NoReturn
 
-# Blocked around a fork: until the child has reset its handlers, a signal to it would wake the launcher.
-_SIGNALS_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _CHILD_FAILED = 127  # nobody reads it: the E line says more
 _MESSAGE_CHARACTERS_MAX = 500
 _TEXT_BYTES = 4096
 
 
 class Spawner:
-    """Forks processes that make themselves ready, wait for a program and become it."""
+    """Makes forked processes ready and turns them into programs."""
 
     __slots__ = ("_files_max", "_null_fd", "_oom_score", "jobs_fd", "user")
 
     def __init__(self, user: JobUser, jobs_fd: int, oom_score: bytes | None) -> None:
-        """Prepare what all have in common.
+        """Take what all programs have in common.
 
         Args:
             jobs_fd: The jobs directory, open.
-            oom_score: What to write to the child's oom_score_adj; None leaves it alone.
+            oom_score: What to write to the process's oom_score_adj; None leaves it alone.
         """
         self.user = user
         self.jobs_fd = jobs_fd
@@ -56,34 +52,24 @@ class Spawner:
         self._files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def kept_fds(self) -> set[int]:
-        """Return what a supervisor must not close."""
+        """Return what a process that is to use this must not close."""
         return {self._null_fd, self.jobs_fd}
 
-    def spawn(self, line: StartLine, cgroup_fd: int = -1, *, joins: bool = False) -> int:
-        """Fork a process that waits on this line for its program; return its pid.
+    def raise_open_files_limit(self) -> None:
+        """Let this process hold as many descriptors as it may; programs get the old limit back."""
+        hard = self._files_max[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
-        Args:
-            line: Its end is still to be closed here.
-            cgroup_fd: The cgroup that it is to be in, if any.
-            joins: It is born outside and joins: slow, but not every kernel and container can do better.
-
-        Raises:
-            OSError: The fork failed.
-        """
-        parent_pid = os.getpid()
-        pid = fork_blocked(-1 if joins else cgroup_fd)
-        if pid:
-            return pid
+    def become(self, line: ChildLine, parent_pid: int) -> NoReturn:
+        """Make this process ready, wait for the program that comes over the line, and become it."""
         what = "fork"
         try:
-            if joins:
-                join_cgroup(cgroup_fd)
-            self._make_ready(parent_pid, line)
+            self._make_ready(parent_pid)
+            line.say_ready()
             program, output_fd = line.wait_for_program()
             os.dup2(output_fd, 1)
             os.dup2(output_fd, 2)
-            os.close(output_fd)
-            self._become_user()
+            self._become_user(parent_pid)
             what = "working_directory"
             program.enter(self.jobs_fd)
             what = "command"
@@ -92,37 +78,25 @@ class Spawner:
             line.fail(what, error.errno or errno.EIO, error.strerror or str(error))
         except BaseException as error:
             line.fail(what, errno.EINVAL, str(error))
+        finally:
+            os._exit(_CHILD_FAILED)
 
-    def raise_open_files_limit(self) -> None:
-        """Let this process hold as many descriptors as it may; children get the old limit back."""
-        hard = self._files_max[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-    def _make_ready(self, parent_pid: int, line: StartLine) -> None:
-        # It may wait for hours: it must not keep the launcher's connection, lock and pipes open for so long.
-        close_descriptors({*self.kept_fds(), line.child_fd()})
+    def _make_ready(self, parent_pid: int) -> None:
         os.setsid()
         os.dup2(self._null_fd, 0)
-        # Handlers end with the exec; until then a signal must not wake the launcher through its descriptor.
-        signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if self._oom_score is not None:
             _write_oom_score(self._oom_score)
         resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
-        set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent_pid:
-            os._exit(_CHILD_FAILED)  # too late: the parent died before it was asked for
+        _die_with(parent_pid)
 
-    def _become_user(self) -> None:
+    def _become_user(self, parent_pid: int) -> None:
         """Become the job's user: only now, so that no other job of that user can touch who waits."""
         if self.user.name:
-            parent_pid = os.getppid()
             os.setgroups(self.user.groups)
             os.setresgid(self.user.gid, self.user.gid, self.user.gid)
             os.setresuid(self.user.uid, self.user.uid, self.user.uid)
-            set_parent_death_signal(signal.SIGKILL)  # the change of user cleared it
-            if os.getppid() != parent_pid:
-                os._exit(_CHILD_FAILED)
+            _die_with(parent_pid)  # the change of user cleared it
 
 
 class Program:
@@ -146,7 +120,7 @@ class Program:
 
     @classmethod
     def unpacked(cls, data: bytes) -> Program:
-        """Return what was packed by the same interpreter."""
+        """Return what the same interpreter packed."""
         return cls(*marshal.loads(data))
 
     def enter(self, jobs_fd: int) -> None:
@@ -179,7 +153,7 @@ class Program:
 
 
 class StartLine:
-    """The line between the launcher and a process that is to become a program."""
+    """The launcher's end of the line to a process that is to become a program."""
 
     __slots__ = ("_ours", "_text", "_theirs", "failure", "pid", "start_ticks")
 
@@ -192,15 +166,21 @@ class StartLine:
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
         self._text = b""
-        self.pid = 0
+        self.pid = 0  # known when it is ready
         self.start_ticks = 0
         self.failure: tuple[str, int, str] | None = None  # what, errno, message
 
-    # The launcher's end ------------------------------------------------------------------------
-
     def fileno(self) -> int:
-        """Return what becomes readable when something is decided."""
+        """Return what becomes readable when there is something to `read`."""
         return self._ours.fileno()
+
+    def child_fd(self) -> int:
+        """Return the process's end, to be given away."""
+        return self._theirs.fileno()
+
+    def close_child_end(self) -> None:
+        """After it was given away: only the process (and its supervisor) may hold the line open."""
+        self._theirs.close()
 
     def send(self, program: Program, output_fd: int) -> None:
         """Let the process become this program, with its output going there.
@@ -213,102 +193,86 @@ class StartLine:
             data = memoryview(program.packed())
             while data:
                 data = data[os.write(memory_fd, data) :]
-            socket.send_fds(self._ours, [b"g"], [memory_fd, output_fd])
+            socket.send_fds(self._ours, [b"p"], [memory_fd, output_fd])
         except (BrokenPipeError, ConnectionResetError):
-            pass
+            self._was_killed_waiting()
         finally:
             os.close(memory_fd)
 
-    def is_decided(self) -> bool:
-        """Read what has come; once True, the fields are set and the line may be closed."""
-        while True:
+    def read(self) -> bool:
+        """Read what has come into the fields; True once all is decided and the line may be closed."""
+        is_open = True
+        while is_open:
             try:
                 piece = self._ours.recv(_TEXT_BYTES)
             except BlockingIOError:
-                return False
-            except OSError:
-                break  # reset: the process died with our word unread
-            if not piece:
                 break
+            except ConnectionResetError:
+                piece = b""
+                self._was_killed_waiting()
             self._text += piece
-        for text in self._text.decode("utf-8", "replace").splitlines():
-            match text.split(" ", 3):
+            is_open = bool(piece)
+        *whole, self._text = self._text.split(b"\n")
+        for text in whole:
+            match text.decode("utf-8", "replace").split(" ", 3):
                 case ["P", pid, ticks]:
                     self.pid, self.start_ticks = int(pid), int(ticks)
                 case ["E", what, number, message]:
                     self.failure = (what, int(number), message)
-                case _:
-                    pass  # a line cut short by a SIGKILL
-        return True
+                case other:
+                    raise AssertionError(f"a start line that nobody writes: {other}")
+        return not is_open
 
     def close(self) -> None:
         """Let go of both ends; a second time is no error."""
         self._ours.close()
         self._theirs.close()
 
-    # The process's end -------------------------------------------------------------------------
+    def _was_killed_waiting(self) -> None:
+        """It never read its program: the kernel says so (ECONNRESET)."""
+        if self.failure is None:
+            self.failure = ("fork", errno.ESRCH, "the process was killed before it became the program")
 
-    def child_fd(self) -> int:
-        """Return the descriptor that a supervisor keeps."""
-        return self._theirs.fileno()
+
+class ChildLine:
+    """The process's end of a start line."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, fd: int) -> None:
+        """Take over the descriptor."""
+        self._socket = socket.socket(fileno=fd)
+
+    def say_ready(self) -> None:
+        """Say who waits here."""
+        pid = os.getpid()
+        self._socket.sendall(b"P %d %d\n" % (pid, start_ticks(pid)))
 
     def wait_for_program(self) -> tuple[Program, int]:
-        """Return the program, and where its output goes."""
-        word, fds, _, _ = socket.recv_fds(self._theirs, 1, 2)
-        if not word:
+        """Return the program, and where its output goes; ends this process if none will come."""
+        fds = receive_descriptors(self._socket)
+        if not fds:
             os._exit(_CHILD_FAILED)
         memory_fd, output_fd = fds
-        program = Program.unpacked(os.pread(memory_fd, os.fstat(memory_fd).st_size, 0))
-        os.close(memory_fd)  # these two are not closed by the exec: Python 3.11's recv_fds takes no flags
-        return program, output_fd
+        return Program.unpacked(os.pread(memory_fd, os.fstat(memory_fd).st_size, 0)), output_fd
 
-    def fail(self, what: str, number: int, message: str) -> NoReturn:
-        """Say why there is no exec, and end this process."""
-        try:
-            text = message[:_MESSAGE_CHARACTERS_MAX].replace("\n", " ")
-            self._theirs.sendall(f"E {what} {number} {text}\n".encode("utf-8", "replace"))
-        finally:
-            os._exit(_CHILD_FAILED)
+    def fail(self, what: str, number: int, message: str) -> None:
+        """Say why there is no exec."""
+        text = message[:_MESSAGE_CHARACTERS_MAX].replace("\n", " ")
+        self._socket.sendall(f"E {what} {number} {text}\n".encode("utf-8", "replace"))
 
-    def say_parent(self, pid: int) -> None:
-        """Say who the process is, which has not been reaped."""
-        self._theirs.sendall(b"P %d %d\n" % (pid, start_ticks(pid)))
-
-    def close_child_end(self) -> None:
-        """After the fork: only the process (and its supervisor) may hold the line open."""
-        self._theirs.close()
+    def close(self) -> None:
+        """Let go of it."""
+        self._socket.close()
 
 
-def fork_blocked(cgroup_fd: int = -1) -> int:
-    """Fork, into a cgroup if one is given, with the launcher's signals blocked.
-
-    The parent's are unblocked again, the child's are not.
-
-    Raises:
-        OSError: The fork failed.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_HANDLED)
-    try:
-        pid = os.fork() if cgroup_fd < 0 else fork_into_cgroup(cgroup_fd)
-    except OSError:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_HANDLED)
-        raise
-    if pid:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_HANDLED)
-    else:
-        gc.disable()
-    return pid
-
-
-def join_cgroup(cgroup_fd: int) -> None:
-    """Move this process into a cgroup.
-
-    Raises:
-        OSError: The cgroup is not ours to write.
-    """
-    fd = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=cgroup_fd)
-    os.write(fd, b"0")
-    os.close(fd)
+def receive_descriptors(connection: socket.socket) -> list[int]:
+    """Return the two descriptors that come with the next message; none at the end of the connection."""
+    word, fds, _, _ = socket.recv_fds(connection, 1, 2)
+    for fd in fds:
+        os.set_inheritable(fd, False)  # Python 3.11's recv_fds drops the flag that would do this
+    assert not word or len(fds) == 2
+    return fds
 
 
 def close_descriptors(keep: set[int]) -> None:
@@ -334,3 +298,10 @@ def _write_oom_score(score: bytes) -> None:
         os.write(fd, score)
     finally:
         os.close(fd)
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, or die now if that is done."""
+    set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(_CHILD_FAILED)

@@ -58,9 +58,9 @@ class Tree:
         self._line: StartLine | None = line
         self.is_over = False
         self.is_started = False
-        self.main_pid = line.pid
+        self.main_pid = 0  # not known before the process is ready
         self.main_status: int | None = None
-        loop.watch(line.fileno(), self._read_line)
+        loop.watch(line.fileno(), self.read_line)
 
     def go(self, program: Program, output_fd: int) -> None:
         """Let the process become the program; the listener hears the rest.
@@ -70,6 +70,31 @@ class Tree:
         """
         if self._line is not None:
             self._line.send(program, output_fd)
+
+    def read_line(self) -> None:
+        """Take in what the process said; called when there is something, or when it must be known."""
+        line = self._line
+        if line is None:
+            return
+        # Once the process has ended, its word is the last: the forker may still hold the line's other end.
+        is_decided = line.read() or self.main_status is not None
+        if line.pid and not self.main_pid:
+            self.main_pid = line.pid
+            self._was_born()
+        if not is_decided:
+            return
+        self._line = None
+        self._loop.unwatch(line.fileno())
+        line.close()
+        if line.failure is not None:
+            self._listener.has_failed_to_start(*line.failure)
+        elif line.pid:
+            self.is_started = True
+            self._listener.has_started(line.pid, line.start_ticks)
+        else:
+            self._listener.has_failed_to_start("fork", errno.ESRCH, "it was killed before it was ready")
+        if not line.pid:
+            self._was_never_born()
 
     def pids(self) -> set[int]:
         """Return the processes that are in the tree now."""
@@ -87,25 +112,15 @@ class Tree:
         """Return the lowest of the pids that are left, a bounded number."""
         return sorted(self.pids())[:_STUCK_PIDS_MAX]
 
-    def _read_line(self) -> None:
-        line = self._line
-        if line is None or not line.is_decided():
-            return
-        self._line = None
-        self._loop.unwatch(line.fileno())
-        line.close()
-        if line.failure is not None:
-            self._listener.has_failed_to_start(*line.failure)
-        elif line.pid:
-            self.main_pid = line.pid
-            self.is_started = True
-            self._listener.has_started(line.pid, line.start_ticks)
-        else:
-            self._listener.has_failed_to_start("fork", errno.ESRCH, "the supervisor was killed")
+    def _was_born(self) -> None:
+        """The first process is ready, and its pid is known."""
+
+    def _was_never_born(self) -> None:
+        """There is no first process and there will be none."""
 
     def _main_ended(self, status: int) -> None:
         self.main_status = status
-        self._read_line()  # its end decides the start, too, and was perhaps not read yet
+        self.read_line()
         if self.is_started:
             self._listener.main_has_exited(status)
 
@@ -123,15 +138,19 @@ class Containment:
     kind: str
 
     def tree(self, loop: Loop, listener: Listener) -> Tree:
-        """Return a tree whose first process waits for its program.
+        """Return a tree whose first process waits for its program, now or soon.
 
         Raises:
-            OSError: No process came to be.
+            OSError: No process could be asked for.
         """
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Have a process wait for the next `tree`; at a quiet moment, since it takes a fork."""
+        """Have a process wait for the next `tree`.
+
+        Raises:
+            OSError: None could be asked for.
+        """
         raise NotImplementedError
 
     def reaped(self, pid: int, status: int) -> None:

@@ -204,7 +204,11 @@ class LauncherClient:
         line = _Line(on_report)
         await asyncio.get_running_loop().create_unix_connection(lambda: line, sock=peer)
         line.send(hello())
-        await line.greeted.wait()
+        try:
+            await line.greeted.wait()
+        except asyncio.CancelledError:  # it did not answer in time
+            line.abort()
+            raise
         if line.failure:
             await line.close()
             raise LauncherError(f"the launcher on {self._socket_path}: {line.failure}")
@@ -315,6 +319,12 @@ class _Line(asyncio.Protocol):
     def deliver(self) -> None:
         """From the next turn on, deliver."""
         self._loop.call_soon(self._deliver_early)
+
+    def abort(self) -> None:
+        """Hang up now; nothing is delivered any more."""
+        self._is_let_go = True
+        if self._transport is not None:
+            self._transport.abort()
 
     async def close(self) -> None:
         """Hang up; nothing is delivered any more."""

@@ -110,10 +110,10 @@ class Loop:
                 guarded(callback)
 
 
-def guarded(callback: Callable[[], None]) -> None:
+def guarded(callback: Callable[..., None], *arguments: object) -> None:
     """Call; what it raises is printed and goes no further: one job's trouble is not another's."""
     try:
-        callback()
+        callback(*arguments)
     except Exception:
         # What `traceback` would print, without the megabyte that its import costs.
         sys.excepthook(*sys.exc_info())

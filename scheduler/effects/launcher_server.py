@@ -9,7 +9,7 @@ import struct
 import time
 
 from scheduler.effects.job_attempt import Attempt, Key, Workshop
-from scheduler.effects.launcher_loop import Loop, Timer, log
+from scheduler.effects.launcher_loop import Loop, Timer, guarded, log
 from scheduler.effects.launcher_wire import LineSplitter, Message, WireError, agreed_version, decode, encode
 from scheduler.effects.linux import IN_Q_OVERFLOW
 
@@ -208,8 +208,6 @@ class Server:
     def _report(self, message: Message) -> None:
         if self._daemon is not None:
             self._daemon.send(message)
-        if message["report"] == "exited":
-            self._look_for_work()
 
     def _flush(self) -> None:
         for connection in (self._daemon, *self._greeting):
@@ -248,7 +246,7 @@ class Server:
 
     def _start(self, key: Key, order: Message) -> None:
         assert self._shop is not None
-        attempt = self._attempts[key] = Attempt(self._shop, key, order, self._report)
+        attempt = self._attempts[key] = Attempt(self._shop, key, order, self._report, self._look_for_work)
         if self._is_ending:
             attempt.refuse(errno.ESHUTDOWN, "the launcher is ending")
         elif len(self._attempts) > HELD_MAX:
@@ -283,7 +281,7 @@ class Server:
                 break
             if pid == 0:
                 break
-            containment.reaped(pid, status)
+            guarded(containment.reaped, pid, status)
         containment.all_reaped()
 
     def _files_changed(self) -> None:

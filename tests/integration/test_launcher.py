@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.effects.job_signals import children
 from scheduler.effects.launcher import (
     Acknowledged,
     CheckpointSaved,
@@ -421,6 +422,16 @@ async def test_directories_are_private(bench: Bench) -> None:
     await bench.report(key, Exited)
     for directory in (bench.jobs_dir / key.job_id, bench.attempt_dir(key), bench.checkpoint_dir(key)):
         assert directory.stat().st_mode & 0o777 == 0o700
+
+
+async def test_processes_that_wait_for_a_start_may_be_killed(bench: Bench) -> None:
+    for number in range(3):
+        assert await bench.run("true", job=f"job-{number}") == (0, None)
+        waiting = children(bench.pid)  # the one that forks, and the one that was forked ahead
+        for pid in waiting:
+            os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: not set(children(bench.pid)) & set(waiting), "end of both")  # noqa: B023
+    assert await bench.run("true", job="last") == (0, None)
 
 
 async def test_a_killed_supervisor_takes_its_whole_tree_along(bench: Bench) -> None:

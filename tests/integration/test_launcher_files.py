@@ -250,6 +250,7 @@ async def test_a_directory_put_elsewhere_by_an_earlier_attempt_fails_the_next(
     failed = await bench.report(key, StartFailed)
     assert failed.what == "files"
     assert name in failed.message
+    assert [report for report in bench.reports if report.key == key] == [failed]  # type: ignore[union-attr]
     assert list(elsewhere.iterdir()) == []
 
 
