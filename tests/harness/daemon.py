@@ -37,7 +37,7 @@ WAIT_S = 20.0
 CALL_S = 10.0
 POLL_S = 0.01
 LAUNCHERS_MAX = 2  # itself, and a process forked ahead for the next start
-CGROUPS = Path("/sys/fs/cgroup/unified")
+CGROUPS = Path("/sys/fs/cgroup")
 
 PENDING = job_pb2.JOB_STATE_PENDING
 STARTING = job_pb2.JOB_STATE_STARTING
@@ -360,7 +360,8 @@ class Daemon:
         except OSError:
             return []
         name = f"wattshift-{status.st_dev:x}-{status.st_ino:x}"
-        return [found for base in CGROUPS.rglob(name) for found in (base, *base.glob("*/"))]
+        # Not by glob: others' cgroups come and go while we look.
+        return [Path(path) for path, _, _ in os.walk(CGROUPS) if name in Path(path).parts]
 
     # The end ----------------------------------------------------------------------------------
 
