@@ -191,6 +191,13 @@ def test_a_gang_goes_whole_and_what_is_left_of_it_serves_the_next() -> None:
     )
 
 
+def test_the_node_where_the_victims_lose_least_is_chosen() -> None:
+    two = (G("GPU-0", 0), G("GPU-1", 1, node=1))
+    dear = miner(1, "GPU-0", checkpoint_us=NOW_US - 90 * SECOND_US)
+    cheap = miner(2, "GPU-1", checkpoint_us=NOW_US - 60 * SECOND_US, node=1)
+    assert victims(planned(W(jobs=(dear, cheap, J(3)), gpus=two, nodes=(N(), N())))) == [2]
+
+
 def test_no_victim_is_taken_where_all_of_them_would_not_be_enough() -> None:
     stays = running(1, "GPU-0", job_class=INFERENCE, preemptible=False)
     world = W(jobs=(stays, miner(2, "GPU-1"), J(3, gpus=2)), gpus=gpus(2))

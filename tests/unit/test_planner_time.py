@@ -19,6 +19,7 @@ from tests.fakes.worlds import (
     SUSPENDED,
     TRAINING,
     UNKNOWN,
+    G,
     HandOver,
     J,
     N,
@@ -222,6 +223,12 @@ def test_a_minimum_runtime_that_ends_earlier_than_the_job_is_promised() -> None:
     )
 
 
+def test_the_plan_wakes_at_the_end_of_a_minimum_runtime_though_nothing_is_promised() -> None:
+    young = running(2, "GPU-1", job_class=MINING, ran_s=10, min_runtime_us=60 * S)
+    world = W(jobs=(stays(1, "GPU-0"), young, J(3, gpus=2), J(4)), gpus=gpus(2))
+    assert planned(world) == Outcome(waits={3: GPUS, 4: GPUS}, wake_us=NOW_US + 50 * S)
+
+
 def test_only_the_highest_blocked_job_is_promised_anything() -> None:
     world = blocked_gang(J(3, gpus=2, expected_us=S), J(4, BATCH, expected_us=100 * S, preemptible=False))
     assert planned(world) == Outcome(
@@ -255,6 +262,118 @@ def test_without_backfill_only_who_gives_way_passes_a_blocked_job_of_its_kind() 
 def test_without_backfill_nobody_passes_where_nothing_can_be_promised_either() -> None:
     world = W(jobs=(stays(1, "GPU-0"), J(2, gpus=2), J(3, BATCH, preemptible=False)), gpus=gpus(2))
     assert planned(world, Policy(backfill=False)) == Outcome(waits={2: GPUS, 3: PROMISED})
+
+
+def test_without_backfill_a_job_held_back_is_passed_by_nobody_of_its_kind() -> None:
+    def world() -> W:
+        cpu_only = {"gpus": 0, "preemptible": False}
+        jobs = (stays(1, "GPU-0", left_s=100, cpus=1), J(2, gpus=2, cpus=6))
+        return W(
+            jobs=(*jobs, J(3, BATCH, cpus=3, **cpu_only), J(4, BATCH, cpus=1, **cpu_only)),
+            gpus=gpus(2),
+            nodes=(N(cpus=8),),
+        )
+
+    assert planned(world()).waits == {2: GPUS, 3: PROMISED}
+    assert planned(world(), Policy(backfill=False)).waits == {2: GPUS, 3: PROMISED, 4: PROMISED}
+
+
+def test_without_backfill_each_kind_has_a_blocked_job_of_its_own() -> None:
+    world = W(
+        jobs=(J(2, INFERENCE, gpus=0, cpus=10), J(3, cpus=10), J(4, BATCH, preemptible=False)),
+        gpus=gpus(1),
+        nodes=(N(cpus=8),),
+    )
+    cpus = Reason.WAITING_FOR_CPUS
+    assert planned(world, Policy(backfill=False)).waits == {2: cpus, 3: cpus, 4: PROMISED}
+    assert planned(world).waits == {2: cpus, 3: cpus}
+
+
+def test_the_blocked_job_also_needs_its_cpus_at_the_promised_moment() -> None:
+    world = W(
+        jobs=(
+            stays(1, gpus=0, cpus=4, left_s=100),
+            J(2, gpus=0, cpus=6),
+            J(3, BATCH, gpus=0, cpus=3, preemptible=False),
+            J(4, BATCH, gpus=0, cpus=2, preemptible=False),
+        ),
+        nodes=(N(cpus=8),),
+    )
+    assert planned(world) == Outcome(
+        actions=(StartJob(4, (), PASSED),),
+        waits={2: Reason.WAITING_FOR_CPUS, 3: PROMISED},
+        promise=Promise(2, NOW_US + 100 * S),
+        wake_us=NOW_US + 100 * S,
+    )
+
+
+def test_a_gang_passes_with_what_can_be_spared_and_what_the_blocked_job_does_not_want() -> None:
+    models = ("H100", "H100", "H100", "A100")
+    mixed = tuple(G(f"GPU-{n}", n, model=model) for n, model in enumerate(models))
+    world = W(
+        jobs=(
+            stays(1, "GPU-0", left_s=100),
+            stays(2, "GPU-2", left_s=100),
+            J(3, gpus=2, models=("H100",)),
+            J(4, BATCH, gpus=2, preemptible=False),
+            J(5, BATCH, preemptible=False),
+        ),
+        gpus=mixed,
+    )
+    assert planned(world) == Outcome(
+        actions=(StartJob(4, ("GPU-1", "GPU-3"), PASSED),),
+        waits={3: GPUS, 5: GPUS},
+        promise=Promise(3, NOW_US + 100 * S),
+        wake_us=NOW_US + 100 * S,
+    )
+
+
+def test_a_share_passes_where_the_blocked_share_still_fits_on_the_same_gpu() -> None:
+    world = W(
+        jobs=(
+            stays(1, "GPU-0", share_milli=500, left_s=100),
+            J(2, share_milli=600),
+            J(3, BATCH, share_milli=450, preemptible=False),
+            J(4, BATCH, share_milli=400, preemptible=False),
+        ),
+        gpus=gpus(1),
+    )
+    assert planned(world) == Outcome(
+        actions=(StartJob(4, ("GPU-0",), PASSED),),
+        waits={2: GPUS, 3: PROMISED},
+        promise=Promise(2, NOW_US + 100 * S),
+        wake_us=NOW_US + 100 * S,
+    )
+
+
+def test_a_promise_on_one_node_holds_nobody_back_on_another() -> None:
+    """Both nodes are promised now, by an overrun: the first counts."""
+    two = tuple(G(f"GPU-{n}", n, node=n // 2) for n in range(4))
+    world = W(
+        jobs=(
+            stays(1, "GPU-0", left_s=-5),
+            stays(2, "GPU-2", left_s=-5, node=1),
+            J(3, gpus=2),
+            J(4, BATCH, preemptible=False),
+            J(5, BATCH, preemptible=False),
+        ),
+        gpus=two,
+        nodes=(N(), N()),
+    )
+    assert planned(world) == Outcome(
+        actions=(StartJob(4, ("GPU-3",), PASSED, node=1),),
+        waits={3: GPUS, 5: PROMISED},
+        promise=Promise(3, NOW_US),
+    )
+
+
+def test_a_second_blocked_job_of_another_kind_changes_no_promise() -> None:
+    world = blocked_gang(J(3, gpus=0, cpus=1000))
+    assert planned(world) == Outcome(
+        waits={2: GPUS, 3: Reason.WAITING_FOR_CPUS},
+        promise=Promise(2, NOW_US + 100 * S),
+        wake_us=NOW_US + 100 * S,
+    )
 
 
 # Sameness -------------------------------------------------------------------------------------------
