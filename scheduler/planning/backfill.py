@@ -71,7 +71,7 @@ def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim
                 break
             moment = at_us
             spare.add(hold)
-        if moment < best.start_us and fits(request, node, spare):
+        if fits(request, node, spare):
             best = Blocked(request, node, moment, spare)
     return best
 

@@ -1,7 +1,18 @@
 """The planner: a snapshot and a policy in, a plan out; pure, and it never fails on a snapshot that was built.
 
-Stages, least disruptive first: jobs that are over are stopped or failed; then the pending jobs are served in
-the order of rank, each from what is free, else from what is coming free, else by displacing.
+Jobs that are over are stopped, or fail. Then the pending jobs are served in the order of rank, each in the
+least disruptive way that there is:
+
+1. All it needs is free: it starts.
+2. What is free and what is coming free will do: it waits for the hand-over, and what it claims is kept from
+   all that rank lower. That is the reservation for a preemptor; nothing of it is remembered between plans.
+3. Victims are told to go, and it claims what they leave. A victim goes whole; what the claim does not need
+   of it counts as coming free for the next.
+4. It can't be served. The highest such job is promised a start (`backfill.py`), and who ranks lower may not
+   delay it.
+
+Nothing starts on a draining node. Jobs that back off, and those that no open GPU could ever serve, are no part
+of this: they block nobody.
 """
 
 import json
@@ -104,6 +115,29 @@ class Planner:
             wake_us=self._wake_us(),
             awaited={number: claim.awaited for number, claim in self.claims.items() if not claim.is_free},
         )
+
+    def candidates(self, request: Request, node: Node) -> list[Live]:
+        """The live jobs of a node that the request may displace."""
+        order = self._policy.order
+        return [
+            live for live in self.world.live[node.row] if live.may_yield and outranks(request, live, order)
+        ]
+
+    def refuse(self, request: Request) -> None:
+        """Let a request that can't be served wait, and with it all that would fail for the same lack."""
+        spares = self.spares(request)
+        reason = lack(request, spares)
+        among = None if self._policy.backfill else self._kind(request)
+        self.queue.refuse(least_lacking(request, reason, spares), reason, among)
+
+    def spares(self, request: Request) -> list[tuple[Node, Spare]]:
+        """The nodes that take jobs, and what each could give to the request, victims and all."""
+        found = []
+        for node in self.world.nodes:
+            if not node.drains:
+                holds = (live.hold for live in self.candidates(request, node))
+                found.append((node, node.spare_with((*node.leaving, *holds))))
+        return found
 
     def _stop_what_is_over(self) -> frozenset[int]:
         """Order the stops that are due; the numbers of the jobs that they stop."""
@@ -210,7 +244,7 @@ class Planner:
         if strict is not None and not gives_way(request, strict, self._policy, start_us):
             return strict
         first = self._first_blocked
-        if first is None or first.node is None or found.node.row != first.node.row:
+        if first is None or not first.is_promised:
             return None
         harmless = gives_way(request, first, self._policy, start_us) or ends_in_time(request, first, start_us)
         return None if harmless else first
@@ -236,29 +270,6 @@ class Planner:
         """The pending jobs that want GPUs like this one, or none like this one."""
         wants = self.queue.jobs.gpus > 0
         return wants if request.gpus else ~wants
-
-    def candidates(self, request: Request, node: Node) -> list[Live]:
-        """The live jobs of a node that the request may displace."""
-        order = self._policy.order
-        return [
-            live for live in self.world.live[node.row] if live.may_yield and outranks(request, live, order)
-        ]
-
-    def refuse(self, request: Request) -> None:
-        """Let a request that can't be served wait, and with it all that would fail for the same lack."""
-        spares = self.spares(request)
-        reason = lack(request, spares)
-        among = None if self._policy.backfill else self._kind(request)
-        self.queue.refuse(least_lacking(request, reason, spares), reason, among)
-
-    def spares(self, request: Request) -> list[tuple[Node, Spare]]:
-        """The nodes that take jobs, and what each could give to the request, victims and all."""
-        found = []
-        for node in self.world.nodes:
-            if not node.drains:
-                holds = (live.hold for live in self.candidates(request, node))
-                found.append((node, node.spare_with((*node.leaving, *holds))))
-        return found
 
     def _waits(self) -> Wait:
         codes = self.queue.codes

@@ -7,6 +7,7 @@ from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy, aged_priority
 from scheduler.model.reasons import Reason
 from scheduler.planning import preemption
+from scheduler.planning.explain import preview
 from scheduler.planning.planner import plan
 from tests.fakes.worlds import (
     BATCH,
@@ -260,12 +261,11 @@ def test_of_stops_decided_at_once_those_for_higher_ranks_count_first() -> None:
 
 
 def test_a_job_keeps_the_gpu_of_the_older_stop_though_it_needs_the_cpus_of_the_newer() -> None:
-    mixed = (G("GPU-0", 0, model="H100"), G("GPU-1", 1, model="A100"))
     older = miner(2, "GPU-1", state=STOPPING, stop_us=NOW_US - 9 * SECOND_US)
     newer = miner(1, "GPU-0", state=PREEMPTING, preemptor=4, stop_us=NOW_US - SECOND_US, cpus=4)
-    both = (J(3, INFERENCE, cpus=4), J(4, models=("H100",)))
-    world = W(jobs=(older, newer, *both), gpus=mixed, nodes=(N(cpus=4),))
+    world = W(jobs=(older, newer, J(3, INFERENCE, cpus=4), J(4)), gpus=gpus(2), nodes=(N(cpus=4),))
     assert planned(world) == Outcome(waits={3: HANDOVER, 4: HANDOVER}, awaited={3: (1, 2), 4: (1,)})
+    assert preview(snapshot(world), POLICY, 3).gpus == ("GPU-1",)
 
 
 def test_a_gang_goes_where_the_singles_together_would_lose_more() -> None:
