@@ -11,8 +11,8 @@ least disruptive way that there is:
 4. It can't be served. The highest such job is promised a start (`backfill.py`), and who ranks lower may not
    delay it.
 
-Nothing starts on a draining node. Jobs that back off, and those that no open GPU could ever serve, are no part
-of this: they block nobody.
+Nothing starts on a draining node. Jobs that back off, and those that no open GPU could ever serve, are no
+part of this: they block nobody.
 """
 
 import json
