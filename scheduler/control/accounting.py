@@ -5,6 +5,7 @@ nobody held is idle's. Where a GPU has no counter its power reading is integrate
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 from scheduler.control.board import GpuBoard
 from scheduler.control.ledger import Ledger
@@ -20,6 +21,18 @@ _MS_PER_HOUR = 3_600_000
 _IDLE_UTILIZATION = 0.005
 
 
+_Key = tuple[str, int]  # a GPU's UUID and a job's number, 0 = idle
+
+
+@dataclass(frozen=True, slots=True)
+class _Booking:
+    """What was staged as event `seq`; it counts once that is durable."""
+
+    seq: int
+    entries: tuple[UsageEntry, ...]
+    sums: list[tuple[_Key, float, float]]  # GPU-ms and mJ, to be taken back if it is not
+
+
 class Accounts:
     """Usage since the last booking, in memory; `book` puts it into the ledger's transaction."""
 
@@ -31,7 +44,9 @@ class Accounts:
         self._gpu_ms: defaultdict[tuple[str, int], float] = defaultdict(float)
         self._energy_mj: defaultdict[tuple[str, int], float] = defaultdict(float)
         self._counters: dict[str, tuple[float, int | None]] = {}
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[int, Job] = {}  # that the sums name
+        self._ended: set[int] = set()
+        self._unsettled: list[_Booking] = []
 
     def resume(self, now_s: float) -> None:
         """Start counting; what ran while no daemon looked is booked on those who still hold."""
@@ -44,6 +59,8 @@ class Accounts:
 
     def advance(self, now_s: float) -> None:
         """Count the time since the last call for those who hold GPUs now; call before that changes."""
+        if self._unsettled:
+            self._settle()
         elapsed_s = max(0.0, now_s - self._at_s)
         self._at_s = now_s
         if not elapsed_s:
@@ -85,15 +102,48 @@ class Accounts:
         """Whether a booking is due."""
         return now_s - self._ledger.booked_s >= BOOKING_PERIOD_S
 
+    def ended(self, job: Job) -> None:
+        """The job's attempt ended: what it used is booked with this tick."""
+        self._ended.add(job.number)
+
+    def book_ended(self, now_s: float) -> None:
+        """Book those that ended, so that no crash can lose what they used."""
+        self._settle()
+        if self._ended:
+            self._book(now_s, {key for key in self._used() if key[1] in self._ended}, whole=False)
+        self._ended.clear()
+
     def book(self, now_s: float) -> None:
-        """Put what was used into the ledger's transaction."""
-        keys = {key for key, value in (*self._gpu_ms.items(), *self._energy_mj.items()) if value}
+        """Put all that was used into the ledger's transaction."""
+        self._settle()
+        self._book(now_s, self._used(), whole=True)
+
+    def _used(self) -> set[_Key]:
+        return {key for key, value in (*self._gpu_ms.items(), *self._energy_mj.items()) if value}
+
+    def _book(self, now_s: float, keys: set[_Key], *, whole: bool) -> None:
+        if not keys:
+            return
         entries = tuple(self._entry(uuid, number) for uuid, number in sorted(keys))
-        self._gpu_ms.clear()
-        self._energy_mj.clear()
-        self._jobs.clear()
-        if entries:
-            self._ledger.apply(UsageBooked(now_s, entries))
+        self._ledger.apply(UsageBooked(now_s, entries, whole))
+        sums = [(key, self._gpu_ms.pop(key, 0.0), self._energy_mj.pop(key, 0.0)) for key in keys]
+        self._unsettled.append(_Booking(self._ledger.journal.head, entries, sums))
+
+    def _settle(self) -> None:
+        """Count what was booked, or take back what could not be kept: a full disk must not lose it."""
+        unsettled, self._unsettled = self._unsettled, []
+        head = self._ledger.journal.head
+        for booking in unsettled:
+            if booking.seq <= head:
+                for entry in booking.entries:
+                    label = (entry.job_class,)
+                    self._meters.class_gpu_s[label] += entry.gpu_ms / 1000.0
+                    self._meters.class_energy_j[label] += entry.energy_mj / 1000.0
+                    self._meters.class_value_usd[label] += entry.value_microusd / 1e6
+            else:
+                for key, gpu_ms, energy_mj in booking.sums:
+                    self._gpu_ms[key] += gpu_ms
+                    self._energy_mj[key] += energy_mj
 
     def count_preemption(self, job: Job, at_s: float) -> None:
         """Book that a job gave way to another."""
@@ -120,9 +170,6 @@ class Accounts:
         job = self._jobs.get(number)
         label = job.spec.job_class.name if job else IDLE
         value = gpu_ms * job.spec.value_microusd_per_gpu_hour // _MS_PER_HOUR if job else 0
-        self._meters.class_gpu_s[(label,)] += gpu_ms / 1000.0
-        self._meters.class_energy_j[(label,)] += energy_mj / 1000.0
-        self._meters.class_value_usd[(label,)] += value / 1e6
         return UsageEntry(
             job_id=job.id if job else "",
             uuid=uuid,

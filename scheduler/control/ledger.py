@@ -122,7 +122,8 @@ class Ledger:
             case NodeDrainChanged():
                 self.drain = event if event.draining else None
             case UsageBooked():
-                self.booked_s = event.at_s
+                if event.whole:
+                    self.booked_s = event.at_s
                 self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
             case PlanDecided() | PolicyChanged() | LauncherConnected():
                 pass

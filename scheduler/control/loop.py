@@ -309,6 +309,7 @@ class Controller:
         answers = [answer for item in items if (answer := self._take(item, now_s)) is not None]
         self.standing.reconcile(now_s)
         wake_s = self._plan(now_s)
+        self.accounts.book_ended(now_s)
         if self.accounts.due(now_s):
             self.accounts.book(now_s)
         try:

@@ -192,6 +192,7 @@ class ReportHandler:
         self._end(job, Ending(report.at_s, code, reason, detail))
 
     def _end(self, job: Job, ending: Ending) -> None:
+        self._control.accounts.ended(job)
         event = ended(job, ending, self._control.config.policy)
         self._apply(event)
         if event.preemptions > job.preemptions:

@@ -283,10 +283,11 @@ class UsageEntry:
 
 @dataclass(frozen=True, slots=True)
 class UsageBooked:
-    """Usage since the last booking, integers only."""
+    """Usage since the last booking, integers only. `whole`: of everybody, not just of some."""
 
     at_s: float
     entries: tuple[UsageEntry, ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -302,7 +302,6 @@ def test_usage_of_a_job_is_the_time_that_it_held_its_gpus(make_daemon: Make) -> 
     assert {row.key for row in daemon.usage.ListUsage(by_tenant).usage} >= {"amber", "blue"}
 
 
-@pytest.mark.xfail(strict=True, reason="what ended since the last booking is booked on nobody")
 def test_usage_of_a_job_that_ended_survives_a_crash(make_daemon: Make) -> None:
     daemon = make_daemon(gpus="1xT4").start()
     job = daemon.finish("sleep", "0.3")

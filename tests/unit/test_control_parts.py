@@ -320,7 +320,6 @@ def test_a_booking_is_due_once_a_period(books: Books) -> None:
     assert books.accounts.due(books.at_s + BOOKING_PERIOD_S)
 
 
-@pytest.mark.xfail(strict=True, reason="book() empties its sums before the commit: a failed one loses them")
 def test_what_could_not_be_booked_is_booked_later(books: Books) -> None:
     books.tick(10.0)
     books.accounts.book(books.at_s)
