@@ -252,3 +252,10 @@ def test_a_preview_of_a_job_that_waits_or_fails_says_why() -> None:
     waits, fails = (preview(snapshot(world), POLICY, 9) for world in (full, late))
     assert waits == Preview(9, False, (), (), Reason.WAITING_FOR_GPUS, None, None)
     assert fails == Preview(9, False, (), (), Reason.DEADLINE_UNREACHABLE, None, None)
+
+
+def test_no_shorter_duration_helps_where_the_promised_moment_is_now() -> None:
+    overrun = running(1, "GPU-0", job_class=INFERENCE, preemptible=False, expected_us=S)
+    world = W(jobs=(overrun, J(2, gpus=2), J(9, BATCH, preemptible=False)), gpus=gpus(2))
+    kinds = [remedy.kind for remedy in explained(world, 9).remedies]
+    assert kinds == [RemedyKind.BE_PREEMPTIBLE, RemedyKind.HIGHER_CLASS]
