@@ -315,10 +315,17 @@ def _serve(main_pid: int, control_fd: int, wakeup_fd: int) -> NoReturn:
                 os.read(wakeup_fd, 4096)
                 continue
             kill_again_ms = _KILL_AGAIN_MS_FIRST
-            if not os.read(control_fd, 64):
+            if not _read(control_fd):
                 poll.unregister(control_fd)  # the launcher is gone; nobody will ask again
         if kill_again_ms is not None:
             kill_again_ms = min(2 * kill_again_ms, _KILL_AGAIN_MS_MAX)
+
+
+def _read(control_fd: int) -> bytes:
+    try:
+        return os.read(control_fd, _CONTROL_BYTES)
+    except ConnectionResetError:  # it died with our last word unread
+        return b""
 
 
 def _reap(main_pid: int, control_fd: int) -> None:

@@ -55,7 +55,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """No process came to be. `what` is "command", "working_directory", "files" or "fork"."""
+    """No process came to be, and none is left. `what` is "command", "working_directory", "files" or "fork".
+
+    "fork" is also said where a stop came before the exec.
+    """
 
     key: AttemptKey
     at_s: float
@@ -66,7 +69,7 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Signalled:
-    """SIGTERM went to the whole tree."""
+    """SIGTERM went to the whole tree as it was; what handlers fork from now on is left alone till the end."""
 
     key: AttemptKey
     at_s: float
@@ -90,7 +93,11 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The main process ended and the whole tree is gone. One of code and signal is not None."""
+    """The main process ended and the whole tree is gone. One of code and signal is not None.
+
+    Without a stop the rest of the tree is killed as soon as the main process ends; after a stop it may take
+    until the deadline, and so may the stop command.
+    """
 
     key: AttemptKey
     at_s: float
@@ -109,7 +116,11 @@ class TreeStuck:
 
 @dataclass(frozen=True, slots=True)
 class LauncherGone:
-    """The connection broke: the launcher died, and with it every tree that it held."""
+    """The connection broke: the launcher died, and with it every tree that it held.
+
+    (Or another daemon connected: the next hello's `launcher_id` tells.) Orders go nowhere until `connect`,
+    which returns when what a dead launcher left has been killed.
+    """
 
     at_s: float
 

@@ -43,6 +43,7 @@ from scheduler.effects.launcher_wire import (
 from scheduler.errors import LauncherError
 
 CONNECT_S_MAX = 10.0  # for a launcher to start, clear what an earlier one left (5 s at most), and say hello
+CLOSE_S_MAX = 2.0  # for the last orders to be taken
 # Orders for a launcher that doesn't read. It always reads, so it is stopped or stuck in the kernel.
 UNSENT_BYTES_MAX = 64 << 20
 LAUNCHER_LOG_NAME = "launcher.log"
@@ -329,9 +330,14 @@ class _Line(asyncio.Protocol):
     async def close(self) -> None:
         """Hang up; nothing is delivered any more."""
         self._is_let_go = True
-        if self._transport is not None:
-            self._transport.close()
-            await self._closed.wait()
+        if self._transport is None:
+            return
+        self._transport.close()
+        try:
+            async with asyncio.timeout(CLOSE_S_MAX):
+                await self._closed.wait()
+        except TimeoutError:
+            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio's: the transport is there."""

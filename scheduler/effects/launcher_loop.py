@@ -4,6 +4,8 @@ asyncio would do, but it costs 9 MiB and 40 ms at start; the launcher lives on e
 supervisors are copies of it.
 """
 
+from __future__ import annotations
+
 import heapq
 import select
 import sys
@@ -11,19 +13,23 @@ import time
 from collections.abc import Callable
 
 EVENTS_MAX = 256  # taken in one turn; the rest wait for the next
+_CANCELLED_MAX = 100  # timers
 
 
 class Timer:
     """A call to come; `cancel` makes it nothing."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("_loop", "callback")
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, callback: Callable[[], None]) -> None:
+        self._loop = loop
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
         """Never call; a second time is no error."""
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._loop.timer_was_cancelled()
 
 
 class Loop:
@@ -33,13 +39,23 @@ class Loop:
     (jobs' output), one bounded piece each: a chatty job can't delay a kill by more than that.
     """
 
-    __slots__ = ("_before_bulk", "_bulk", "_epoll", "_stopping", "_timers", "_timers_made", "_urgent")
+    __slots__ = (
+        "_before_bulk",
+        "_bulk",
+        "_epoll",
+        "_stopping",
+        "_timers",
+        "_timers_cancelled",
+        "_timers_made",
+        "_urgent",
+    )
 
     def __init__(self, before_bulk: Callable[[], None]) -> None:
         self._epoll = select.epoll()
         self._urgent: dict[int, Callable[[], None]] = {}
         self._bulk: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
+        self._timers_cancelled = 0  # and still in the heap
         self._timers_made = 0
         self._before_bulk = before_bulk
         self._stopping = False
@@ -66,10 +82,18 @@ class Loop:
 
     def call_after(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """Call back once, `delay_s` from now on the monotonic clock."""
-        timer = Timer(callback)
+        timer = Timer(self, callback)
         self._timers_made += 1
         heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timers_made, timer))
         return timer
+
+    def timer_was_cancelled(self) -> None:
+        """Forget cancelled timers when they are most of all: a deadline can be days off."""
+        self._timers_cancelled += 1
+        if self._timers_cancelled > _CANCELLED_MAX and 2 * self._timers_cancelled > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._timers_cancelled = 0
 
     def stop(self) -> None:
         """Return from `run` at the end of this turn."""
@@ -95,6 +119,7 @@ class Loop:
     def _timeout_s(self) -> float:
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
+            self._timers_cancelled -= 1
         if not self._timers:
             return -1.0
         return max(0.0, self._timers[0][0] - time.monotonic())
@@ -108,6 +133,8 @@ class Loop:
             if (callback := timer.callback) is not None:
                 timer.callback = None
                 guarded(callback)
+            else:
+                self._timers_cancelled -= 1
 
 
 def guarded(callback: Callable[..., None], *arguments: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import gc
 import os
@@ -122,8 +121,7 @@ def _set_up(options: Options, inherited: socket.socket | None) -> tuple[Server, 
     user = JobUser(options.user_name)
     if options.user_name:
         os.setgroups([])  # acting as the job's user must not bring root's groups along
-    os.makedirs(options.jobs_dir, 0o711, exist_ok=True)
-    jobs_fd = open_directory(options.jobs_dir)
+    jobs_fd = _open_jobs_directory(options.jobs_dir)
     set_child_subreaper()
     _check_reach(options.jobs_dir, user)
     spawner = Spawner(user, jobs_fd, _lower_oom_score())
@@ -165,6 +163,16 @@ def _watch_socket(path: str, server: Server, workshop: Workshop) -> None:
     directory_fd = open_directory(os.path.dirname(path))
     workshop.watches[workshop.inotify.add(directory_fd, IN_DELETE | IN_MOVED_FROM)] = removed
     os.close(directory_fd)
+
+
+def _open_jobs_directory(path: str) -> int:
+    """Make it if it is missing, for all to pass through: what is below is each job's own."""
+    try:
+        return open_directory(path)
+    except FileNotFoundError:
+        os.makedirs(path)
+        os.chmod(path, 0o711)
+        return open_directory(path)
 
 
 def _check_reach(jobs_dir: str, user: JobUser) -> None:
@@ -231,19 +239,19 @@ def _inherited_listener() -> socket.socket | None:
 
 
 def _lower_oom_score() -> bytes | None:
-    """Make the kernel spare this process; return what its children are to have, None if nothing changed."""
-    try:
-        with open(_OOM_SCORE_PATH, "rb", buffering=0) as own:
-            before = own.read(32).strip()
-        if int(before) <= _OOM_SCORE:
-            return None
-        with open(_OOM_SCORE_PATH, "wb", buffering=0) as own:
-            own.write(b"%d" % _OOM_SCORE)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT):
-            raise
-        return None
-    return before
+    """Make the kernel spare this process; return what jobs are to have, None if that is what we have."""
+    with open(_OOM_SCORE_PATH, "rb", buffering=0) as own:
+        before = int(own.read(32))
+    now = before
+    if before > _OOM_SCORE:
+        try:
+            with open(_OOM_SCORE_PATH, "wb", buffering=0) as own:
+                own.write(b"%d" % _OOM_SCORE)
+            now = _OOM_SCORE
+        except PermissionError:
+            pass  # only root may; systemd does it for others (OOMScoreAdjust=)
+    jobs = max(before, 0)
+    return b"%d" % jobs if jobs != now else None
 
 
 def _boot_id() -> str:

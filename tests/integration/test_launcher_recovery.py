@@ -214,6 +214,26 @@ async def test_a_killed_launcher_takes_all_jobs_along(bench: Bench) -> None:
     assert await bench.run("true", job="next") == (0, None)
 
 
+async def test_a_launcher_killed_with_reports_unread_takes_all_jobs_along(bench: Bench) -> None:
+    end = bench.directory / "end"
+    os.mkfifo(end)
+    leaves = DETACHES.replace("time.sleep(1000)\n", f"open({str(end)!r}).read()\n")
+    assert leaves != DETACHES
+    key = bench.start(sys.executable, "-c", leaves)
+    await bench.wrote(key, "grandchild")
+    grandchild = int(bench.output(key).split()[1])
+    main = (await bench.started(key)).pid
+    os.kill(bench.pid, signal.SIGSTOP)
+    await asyncio.to_thread(end.write_text, "go on")
+    await eventually(lambda: not is_alive(main), "end of the main process")
+    os.kill(bench.pid, signal.SIGKILL)
+    await bench.until(lambda: isinstance(bench.reports[-1], LauncherGone), "LauncherGone")
+    if bench.containment == "supervisor":
+        await eventually(lambda: not is_alive(grandchild), "end of the grandchild")
+    await bench.connect()
+    assert not is_alive(grandchild)
+
+
 async def test_sigterm_stops_the_jobs_with_notice_and_ends_the_launcher(bench: Bench) -> None:
     program = 'trap "cat $WATTSHIFT_NOTICE_FILE; exit 5" TERM; echo up; while :; do sleep 0.01; done'
     key = bench.start("sh", "-c", program)
