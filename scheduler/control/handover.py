@@ -58,11 +58,13 @@ class HandoverVerifier:
         self._on_result = on_result
         self._timeout_s = timeout_s
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._again: set[str] = set()
 
     def watch(self, uuid: str, *, once: bool = False) -> None:
         """Look at the GPU from now on, from the first delay; `once`: the first look decides."""
         if uuid in self._watches:
-            return  # who looks already will see it
+            self._again.add(uuid)  # a look that is under way began before what we are to see
+            return
         self._watches[uuid] = asyncio.get_running_loop().create_task(self._watch(uuid, once))
 
     def forget(self, uuid: str) -> None:
@@ -88,10 +90,14 @@ class HandoverVerifier:
             if delay_s:
                 await asyncio.sleep(delay_s)
             look, error = None, ""
+            self._again.discard(uuid)
             try:
                 look = self.judge(uuid, await self._gpus.holders(uuid))
             except GpuReadError as failure:
                 error = failure.code
+            if uuid in self._again:
+                tries = 0
+                continue
             late = loop.time() - begun_s >= self._timeout_s()
             if late or (look is not None and (look.free or once)):
                 self._watches.pop(uuid, None)

@@ -42,7 +42,7 @@ class Orders:
         if now.exited_s is not None:
             if was is None or was.exited_s is None:
                 self.forget(AttemptKey(job.id, now.number))
-                for uuid in now.gpus:
+                for uuid in now.gpus if now.verified_s is None else ():
                     self.watch(uuid)
             return
         if was is None:

@@ -196,6 +196,23 @@ async def test_one_look_decides_where_that_is_wanted() -> None:
     assert (look.free, gpus.count) == (False, 1)
 
 
+async def test_a_look_that_began_before_the_last_exit_proves_nothing() -> None:
+    made, gpus, results = verifier(holders())
+    first = gpus.holders
+
+    async def slow(uuid: str) -> GpuHolders:
+        found = await first(uuid)
+        if gpus.count == 1:
+            made.watch(uuid)  # another share ended while the driver was answering
+        return found
+
+    gpus.holders = slow  # type: ignore[method-assign]
+    made.watch(UUID)
+    look, _ = await results.get()
+    assert look is not None
+    assert (look.free, gpus.count) == (True, 2)
+
+
 async def test_nobody_hears_of_a_gpu_after_the_end() -> None:
     made, gpus, results = verifier(holders(process(7)))
     made.watch(UUID)
