@@ -230,7 +230,10 @@ class CgroupContainment(Containment):
         self._forked += 1
         # With our pid in it: what an earlier launcher could not kill may still be there.
         path = f"{self._base}/{os.getpid()}-{self._forked}"
-        os.mkdir(path, 0o755)
+        try:
+            os.mkdir(path, 0o755)
+        except FileNotFoundError:  # somebody tidied up, and ours was empty
+            os.makedirs(path, 0o755)
         try:
             fd = open_directory(path)
             try:
@@ -244,9 +247,14 @@ class CgroupContainment(Containment):
     def _bear(self, line: ChildLine, cgroup_fd: int, launcher_pid: int) -> None:
         """Fork a process in the cgroup; called in the forker."""
         if fork_sibling(-1 if self._joins else cgroup_fd) == 0:
-            if self._joins:
-                join_cgroup(cgroup_fd)
-            self._spawner.become(line, launcher_pid)
+            try:
+                if self._joins:
+                    join_cgroup(cgroup_fd)
+                self._spawner.become(line, launcher_pid)
+            except OSError as error:
+                line.fail("fork", error.errno or errno.EIO, error.strerror or str(error))
+            finally:
+                os._exit(1)  # whatever happens: there must be one forker only
 
     def _drop_spare(self) -> None:
         assert self._spare is not None

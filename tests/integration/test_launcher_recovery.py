@@ -358,6 +358,28 @@ async def test_a_socket_from_systemd_is_served(tmp_path: Path, containment: str)
         assert path.is_socket()  # systemd's, not the launcher's to remove
 
 
+async def test_where_processes_cannot_be_born_in_a_cgroup_they_join_it(tmp_path: Path) -> None:
+    if not cgroups_are_writable(tmp_path):
+        pytest.skip("no cgroup v2 is writable here")
+    # Linux before 5.7, or a container whose filter knows no clone3.
+    program = (
+        "from scheduler.effects import job_cgroup, launcher_setup\n"
+        "job_cgroup._prove = lambda path: False\n"
+        "launcher_setup.run()\n"
+    )
+    options = ["--socket", str(tmp_path / "launcher.sock"), "--jobs-dir", str(tmp_path / "jobs")]
+    launcher = await asyncio.create_subprocess_exec(sys.executable, "-c", program, *options)
+    await eventually((tmp_path / "launcher.sock").is_socket, "launcher")
+    bench = Bench(tmp_path, "auto", spawn=False)
+    await bench.connect()
+    key = bench.start("sh", "-c", "cat /proc/self/cgroup; setsid sleep 1000 & exit 3")
+    assert (await bench.report(key, Exited)).exit_code == 3
+    assert f"/{launcher.pid}-" in bench.output(key)
+    bench.client.forget(key)
+    await bench.client.close()
+    assert await asyncio.wait_for(launcher.wait(), PATIENCE_S) == 0
+
+
 # Nonsense on the line ----------------------------------------------------------------------------
 
 
