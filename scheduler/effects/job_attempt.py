@@ -197,6 +197,8 @@ class Attempt(Listener):
         except OSError as error:
             self.refuse(error.errno or 0, str(error))
             return
+        if self.is_over:
+            return  # the fork failed while we looked, and that was said
         self._tree = tree
         shop.loop.watch_bulk(self._output_fd, self._pump)
         what = "files"
@@ -322,8 +324,10 @@ class Attempt(Listener):
     def _run_stop_command(self) -> None:
         shop = self._shop
         try:
-            self._stop_tree = shop.containment.tree(shop.loop, StopTree(self))
-            self._stop_tree.go(self._program(self._stop_command), self._output_write_fd)
+            tree = shop.containment.tree(shop.loop, StopTree(self))
+            if not tree.is_over:
+                self._stop_tree = tree
+                tree.go(self._program(self._stop_command), self._output_write_fd)
         except OSError as error:
             self.write_log_line(f"the stop command did not start: {error}")
             self.kill_stop_command()

@@ -57,10 +57,16 @@ class FakeContainment(Containment):
     def __init__(self, survives: int) -> None:
         self.survives = survives
         self.trees: list[FakeTree] = []
+        self.forks_fail = False
 
     def tree(self, loop: Loop, listener: Listener) -> Tree:
-        self.trees.append(FakeTree(loop, listener, self.survives))
-        return self.trees[-1]
+        tree = FakeTree(loop, listener, self.survives)
+        self.trees.append(tree)
+        if self.forks_fail:
+            listener.has_failed_to_start("fork", 11, "Resource temporarily unavailable")
+            tree.is_over = True
+            listener.is_empty()
+        return tree
 
 
 class World:
@@ -188,6 +194,25 @@ def test_without_a_process_a_start_fails_and_says_so(world: World, monkeypatch: 
     (report,) = world.reports
     assert (report["report"], report["what"], report["errno"]) == ("start_failed", "fork", 11)
     assert world.attempt.is_over
+
+
+def test_a_fork_that_fails_at_once_fails_the_start(world: World) -> None:
+    before = open_files()
+    world.containment.forks_fail = True
+    world.attempt.start()
+    (report,) = world.reports
+    assert (report["report"], report["what"], report["errno"]) == ("start_failed", "fork", 11)
+    assert open_files() == before
+
+
+def test_a_stop_command_whose_fork_fails_at_once_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    world = World(tmp_path, order={**ORDER, "stop_command": ["stop-it"]})
+    world.attempt.start()
+    world.containment.forks_fail = True
+    world.loop.call_after(0.02, lambda: world.attempt.stop(0.0, {}))
+    world.run()
+    assert world.kinds() == ["started", "signalled", "exited"]
+    world.close()
 
 
 def test_a_stop_command_that_cannot_be_forked_does_not_hold_up_the_end(
