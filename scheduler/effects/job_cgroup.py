@@ -138,7 +138,7 @@ class CgroupContainment(Containment):
             self._joins = not _prove(f"{self._base}/probe")
         except OSError as error:
             raise CgroupsUnusable(f"{self._base}: {error.strerror}") from error
-        self._forker = Forker(self._bear, spawner.kept_fds())
+        self._forker = Forker(spawner, self._bear)
         self._by_main_pid: dict[int, CgroupTree] = {}
         self._unborn: list[CgroupTree] = []
         self.reaped_pid = 0  # whose end is being told: it can't be signalled any more

@@ -19,7 +19,13 @@ import socket
 import sys
 from collections.abc import Callable
 
-from scheduler.effects.job_spawn import ChildLine, StartLine, close_descriptors, receive_descriptors
+from scheduler.effects.job_spawn import (
+    ChildLine,
+    Spawner,
+    StartLine,
+    close_descriptors,
+    receive_descriptors,
+)
 
 TYPE_CHECKING = False  # as in `launcher_wire.py`
 if TYPE_CHECKING:
@@ -32,12 +38,12 @@ Bear = Callable[[ChildLine, int, int], None]
 class Forker:
     """The launcher's side."""
 
-    __slots__ = ("_bear", "_kept_fds", "_requests", "pid")
+    __slots__ = ("_bear", "_requests", "_spawner", "pid")
 
-    def __init__(self, bear: Bear, kept_fds: set[int]) -> None:
+    def __init__(self, spawner: Spawner, bear: Bear) -> None:
         """Say how processes are born; nothing is forked before the first request."""
+        self._spawner = spawner
         self._bear = bear
-        self._kept_fds = kept_fds
         self._requests: socket.socket | None = None
         self.pid = 0
 
@@ -95,10 +101,9 @@ class Forker:
     def _serve(self, requests: socket.socket, launcher_pid: int) -> NoReturn:
         try:
             gc.disable()
-            close_descriptors({*self._kept_fds, requests.fileno()})
-            # The launcher's handlers do nothing, and stay: jobs are stopped by the launcher, never by us.
-            signal.set_wakeup_fd(-1)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            close_descriptors({*self._spawner.kept_fds(), requests.fileno()})
+            # The launcher's signal handlers do nothing, and stay: it stops the jobs, never we.
+            self._spawner.settle()
             while fds := receive_descriptors(requests):
                 line = ChildLine(fds[0])
                 try:

@@ -33,7 +33,7 @@ _TEXT_BYTES = 4096
 
 
 class Spawner:
-    """Makes forked processes ready and turns them into programs."""
+    """Turns forked processes into programs."""
 
     __slots__ = ("_files_max", "_null_fd", "_oom_score", "jobs_fd", "user")
 
@@ -42,7 +42,7 @@ class Spawner:
 
         Args:
             jobs_fd: The jobs directory, open.
-            oom_score: What to write to the process's oom_score_adj; None leaves it alone.
+            oom_score: What programs are to have as oom_score_adj; None leaves it alone.
         """
         self.user = user
         self.jobs_fd = jobs_fd
@@ -52,7 +52,7 @@ class Spawner:
         self._files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def kept_fds(self) -> set[int]:
-        """Return what a process that is to use this must not close."""
+        """Return what a process that is to settle must not close."""
         return {self._null_fd, self.jobs_fd}
 
     def raise_open_files_limit(self) -> None:
@@ -60,11 +60,21 @@ class Spawner:
         hard = self._files_max[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+    def settle(self) -> None:
+        """Make this process, which forks the others, what they are to inherit."""
+        os.dup2(self._null_fd, 0)
+        signal.set_wakeup_fd(-1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
+        if self._oom_score is not None:
+            _write_oom_score(self._oom_score)
+
     def become(self, line: ChildLine, parent_pid: int) -> NoReturn:
-        """Make this process ready, wait for the program that comes over the line, and become it."""
+        """Wait, in a process forked by one that is settled, for the program on the line, and become it."""
         what = "fork"
         try:
-            self._make_ready(parent_pid)
+            os.setsid()
+            _die_with(parent_pid)
             line.say_ready()
             program, output_fd = line.wait_for_program()
             os.dup2(output_fd, 1)
@@ -80,15 +90,6 @@ class Spawner:
             line.fail(what, errno.EINVAL, str(error))
         finally:
             os._exit(_CHILD_FAILED)
-
-    def _make_ready(self, parent_pid: int) -> None:
-        os.setsid()
-        os.dup2(self._null_fd, 0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if self._oom_score is not None:
-            _write_oom_score(self._oom_score)
-        resource.setrlimit(resource.RLIMIT_NOFILE, self._files_max)
-        _die_with(parent_pid)
 
     def _become_user(self, parent_pid: int) -> None:
         """Become the job's user: only now, so that no other job of that user can touch who waits."""

@@ -132,7 +132,7 @@ class SupervisorContainment(Containment):
 
     def __init__(self, spawner: Spawner) -> None:
         self._spawner = spawner
-        self._forker = Forker(self._bear, spawner.kept_fds())
+        self._forker = Forker(spawner, self._bear)
         self._by_supervisor_pid: dict[int, SupervisedTree] = {}
         self._unborn: list[SupervisedTree] = []
         self._adopted: list[SupervisedTree] = []  # their supervisors were killed
