@@ -143,6 +143,11 @@ class Ledger:
         """Store a job's environment with the transaction."""
         self._environments[number] = environment
 
+    def environment(self, number: int) -> dict[str, str]:
+        """What the job's owner set, stored or about to be."""
+        staged = self._environments.get(number)
+        return self.journal.environment(number) if staged is None else staged
+
     def book(self, booking: UsageBooking) -> None:
         """Store a usage row that no event carries (a preemption count) with the transaction."""
         self._usage.append(booking)

@@ -109,7 +109,7 @@ class Controller:
             on_result=self._handover_ended,
             timeout_s=lambda: self.config.policy.handover_timeout_s,
         )
-        self.orders = Orders(effects.launcher, effects.journal, self.verifier, site.base_environment)
+        self.orders = Orders(effects.launcher, self.ledger.environment, self.verifier, site.base_environment)
         self.reports = ReportHandler(self)
         self.standing = StandingJobs(self)
         self.observer = Observer(self.ledger, self.meters)

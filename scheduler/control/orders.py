@@ -1,13 +1,15 @@
 """Orders that follow from what a tick made durable, sent in the order of safety.
 
-They are derived from each job's change, so that none can be forgotten: a new notice is a stop, a new
+One thing is asked for earlier: while the journal syncs, the launcher prepares the starts that the tick has
+decided. It shows nowhere, and is taken back if the tick is not kept.
+
+The orders are derived from each job's change, so that none can be forgotten: a new notice is a stop, a new
 attempt is a start, an end is a hand-over to watch and an attempt that the launcher may forget.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from scheduler.control.handover import HandoverVerifier
-from scheduler.effects.journal import Journal
 from scheduler.effects.launcher import AttemptKey, Launcher, StartOrder, StopOrder
 from scheduler.model.jobs import Attempt, Job
 
@@ -18,12 +20,13 @@ class Orders:
     def __init__(
         self,
         launcher: Launcher,
-        journal: Journal,
+        environment: Callable[[int], dict[str, str]],
         verifier: HandoverVerifier,
         base_environment: Mapping[str, str],
     ) -> None:
+        """Take the effects, how to look up a job's own environment, and that of every job."""
         self._launcher = launcher
-        self._journal = journal
+        self._environment = environment
         self._verifier = verifier
         self._base_environment = base_environment
         self._kills: list[AttemptKey] = []
@@ -31,6 +34,7 @@ class Orders:
         self._forgets: list[AttemptKey] = []
         self._watches: dict[str, bool] = {}
         self._starts: list[Job] = []
+        self._prepared: dict[AttemptKey, StartOrder] = {}
 
     def follow(self, before: Job | None, after: Job) -> None:
         """Note the orders that follow from a job's change."""
@@ -51,6 +55,12 @@ class Orders:
             self.stop(job, now)
         if now.notice is not None and now.acknowledged_s and (was is None or not was.acknowledged_s):
             self.kill(AttemptKey(job.id, now.number))
+
+    def prepare(self, job: Job) -> None:
+        """Have the job's newest attempt ready to start; before the tick is durable."""
+        order = self._start_order(job)
+        self._prepared[order.key] = order
+        self._launcher.prepare(order)
 
     def start(self, job: Job) -> None:
         """Start the job's newest attempt (again: the launcher does it once)."""
@@ -87,6 +97,9 @@ class Orders:
         for orders in (self._kills, self._stops, self._forgets, self._starts):
             orders.clear()
         self._watches.clear()
+        for key in self._prepared:
+            self._launcher.forget(key)
+        self._prepared.clear()
 
     def send(self) -> None:
         """Send everything: stops before starts."""
@@ -99,7 +112,8 @@ class Orders:
         for uuid, once in self._watches.items():
             self._verifier.watch(uuid, once=once)
         for job in self._starts:
-            self._launcher.start(self._start_order(job))
+            prepared = self._prepared.pop(AttemptKey(job.id, job.attempt), None)
+            self._launcher.start(self._start_order(job) if prepared is None else prepared)
         self.clear()
 
     def _start_order(self, job: Job) -> StartOrder:
@@ -109,7 +123,7 @@ class Orders:
             command=job.spec.command,
             environment={
                 **self._base_environment,
-                **(self._journal.environment(job.number) if job.spec.environment_digest else {}),
+                **(self._environment(job.number) if job.spec.environment_digest else {}),
                 # One invalid entry would hide all behind it; an empty string hides every GPU.
                 "CUDA_VISIBLE_DEVICES": ",".join(attempt.gpus),
                 "NVIDIA_VISIBLE_DEVICES": ",".join(attempt.gpus) or "void",

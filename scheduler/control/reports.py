@@ -309,11 +309,12 @@ class ReportHandler:
     def _start(self, job: Job, action: StartJob, now_s: float) -> None:
         victims = tuple(victim_id for victim_id, _ in self._victims.get(job.number, ()))
         reason = Reason.STARTED_AFTER_PREEMPTION if victims else action.reason
-        self._apply(
-            StartDecided(
-                now_s, job.id, job.attempt + 1, action.gpus, self._control.launcher_id, reason, victims
-            )
+        launcher_id = self._control.launcher_id
+        started = self._control.ledger.apply(
+            StartDecided(now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims)
         )
+        assert started is not None
+        self._control.orders.prepare(started)
 
     # Answers ----------------------------------------------------------------------------------
 

@@ -1,7 +1,10 @@
 """One attempt in the launcher: what its tree, its files and its orders make of each other.
 
-Starting: the directories are made, then a waiting process becomes the program. The exec decides between
-`started` and `start_failed`. A stop that comes meanwhile waits for that (not its deadline).
+Preparing: the directories are made, and a waiting process gets its program. Nothing is reported, and all of
+it can be discarded: whether the attempt begins at all is being decided elsewhere.
+
+Starting: the waiting process becomes the program. The exec decides between `started` and `start_failed`. A
+stop that comes meanwhile waits for that (not its deadline).
 
 Running: output is pumped into the log. When the first process ends by itself, what it leaves behind is killed
 at once; `exited` is said when nothing is left.
@@ -18,7 +21,13 @@ import os
 import time
 from collections.abc import Callable
 
-from scheduler.effects.job_files import AttemptFiles, JobLog, JobUser, attempt_environment
+from scheduler.effects.job_files import (
+    AttemptFiles,
+    JobLog,
+    JobUser,
+    attempt_environment,
+    remove_unused_attempt,
+)
 from scheduler.effects.job_spawn import Program
 from scheduler.effects.job_tree import Containment, Listener, Tree
 from scheduler.effects.launcher_loop import Loop, Timer, log
@@ -140,6 +149,7 @@ class Attempt(Listener):
         "_tree",
         "_tree_is_gone",
         "_working_directory",
+        "is_ordered",
         "is_over",
         "key",
         "reports",
@@ -158,6 +168,7 @@ class Attempt(Listener):
         self._report = report
         self.key = key
         self.reports: list[Message] = []
+        self.is_ordered = False  # to start; before that nothing is reported
         self.is_over = False
         self._command: list[str] = order["command"]
         self._environment: dict[str, str] = order["environment"]
@@ -186,8 +197,8 @@ class Attempt(Listener):
 
     # Orders ------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Make the files, then let a waiting process become the program."""
+    def prepare(self) -> None:
+        """Make the files and tell a waiting process its program."""
         shop = self._shop
         self._environment.update(attempt_environment(shop.jobs_dir, *self.key))
         try:
@@ -208,15 +219,30 @@ class Attempt(Listener):
             self._log = JobLog(files.attempt_fd, shop.user, shop.log_bytes_max, shop.log_files_max)
             self._watch_checkpoints(files)
             what = "fork"
-            tree.go(self._program(self._command), self._output_write_fd)
+            tree.load(self._program(self._command), self._output_write_fd)
         except OSError as error:
             self.has_failed_to_start(what, error.errno or 0, str(error))
             self._kill(tree)
         if not self._stop_command:
             self._close_output_writer()
 
+    def start(self) -> None:
+        """Let the process become the program; a second order only repeats the reports."""
+        if not self.is_ordered:
+            self.is_ordered = True
+            if self._tree is not None and self._failure is None:
+                self._tree.go()
+        for report in self.reports:
+            self._report(report)
+
+    def discard(self) -> None:
+        """Take back what was prepared: nobody is ever to know that it was."""
+        remove_unused_attempt(self._shop.jobs_fd, *self.key, self._shop.user)
+        if self._tree is not None and not self._tree_is_gone:
+            self._kill(self._tree)
+
     def refuse(self, number: int, message: str) -> None:
-        """Say why the attempt is not even tried."""
+        """Say, once it is asked for, why the attempt is not even tried."""
         self.has_failed_to_start("fork", number, message)
         self.is_empty()
 
@@ -327,7 +353,8 @@ class Attempt(Listener):
             tree = shop.containment.tree(shop.loop, StopTree(self))
             if not tree.is_over:
                 self._stop_tree = tree
-                tree.go(self._program(self._stop_command), self._output_write_fd)
+                tree.load(self._program(self._stop_command), self._output_write_fd)
+                tree.go()
         except OSError as error:
             self.write_log_line(f"the stop command did not start: {error}")
             self.kill_stop_command()
@@ -465,7 +492,8 @@ class Attempt(Listener):
             **fields,
         }
         self.reports.append(report)
-        self._report(report)
+        if self.is_ordered:
+            self._report(report)
 
     def _finish(self) -> None:
         """Nothing is left: let go of everything but what a daemon may ask for, then say so."""

@@ -168,7 +168,7 @@ class CgroupContainment(Containment):
         if tree.main_pid:
             self._by_main_pid[tree.main_pid] = tree
 
-    def prepare(self) -> None:
+    def fork_ahead(self) -> None:
         """Have a process wait for the next `tree`.
 
         Raises:

@@ -220,6 +220,21 @@ class JobLog:
             self._written = 0
 
 
+def remove_unused_attempt(jobs_fd: int, job_id: str, attempt: int, user: JobUser) -> None:
+    """Remove the directory of an attempt that was never begun: who looks later must not think that it was."""
+    try:
+        job_fd = open_job_directory(jobs_fd, job_id)
+    except OSError:
+        return  # not even that was made
+    try:
+        with user:
+            os.rmdir(str(attempt), dir_fd=job_fd)
+    except OSError:
+        pass  # the job's user took it, or put something there
+    finally:
+        os.close(job_fd)
+
+
 def remove_job(jobs_dir: str | os.PathLike[str], job_id: str) -> None:
     """Remove all that a finished job left; nothing there is no error. May take long: not for an event loop.
 

@@ -1,7 +1,8 @@
 """From a process just forked to the job's first instruction.
 
-Processes are forked ahead (`job_forker.py`): when a start is ordered one has made itself ready and only waits
-for its program, which comes over a pair of sockets, the start line. Back over it come, line by line,
+Processes are forked ahead (`job_forker.py`): when a start is prepared one has made itself ready and only
+waits for its program, which comes over a pair of sockets, the start line; a word lets it become that
+program. Back over the line come, one below the other,
 
     P <pid> <start ticks>         the process itself, when it is ready
     E <what> <errno> <message>    why there was no exec, or not even a process
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _CHILD_FAILED = 127  # nobody reads it: the E line says more
 _MESSAGE_CHARACTERS_MAX = 500
 _TEXT_BYTES = 4096
+_GO = b"g"
 
 
 class Spawner:
@@ -79,6 +81,7 @@ class Spawner:
             program, output_fd = line.wait_for_program()
             os.dup2(output_fd, 1)
             os.dup2(output_fd, 2)
+            line.wait_for_word()
             self._become_user(parent_pid)
             what = "working_directory"
             program.enter(self.jobs_fd)
@@ -156,7 +159,7 @@ class Program:
 class StartLine:
     """The launcher's end of the line to a process that is to become a program."""
 
-    __slots__ = ("_ours", "_text", "_theirs", "failure", "pid", "start_ticks")
+    __slots__ = ("_may_go", "_ours", "_text", "_theirs", "failure", "pid", "start_ticks")
 
     def __init__(self) -> None:
         """Make both ends.
@@ -167,6 +170,7 @@ class StartLine:
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
         self._text = b""
+        self._may_go = False
         self.pid = 0  # known when it is ready
         self.start_ticks = 0
         self.failure: tuple[str, int, str] | None = None  # what, errno, message
@@ -200,6 +204,14 @@ class StartLine:
         finally:
             os.close(memory_fd)
 
+    def go(self) -> None:
+        """Let the process become the program that it was sent."""
+        self._may_go = True
+        try:
+            self._ours.send(_GO)
+        except (BrokenPipeError, ConnectionResetError):
+            self._was_killed_waiting()
+
     def read(self) -> bool:
         """Read what has come into the fields; True once all is decided and the line may be closed."""
         is_open = True
@@ -213,6 +225,8 @@ class StartLine:
                 self._was_killed_waiting()
             self._text += piece
             is_open = bool(piece)
+            if not is_open and not self._may_go:
+                self._was_killed_waiting()
         *whole, self._text = self._text.split(b"\n")
         for text in whole:
             match text.decode("utf-8", "replace").split(" ", 3):
@@ -230,7 +244,7 @@ class StartLine:
         self._theirs.close()
 
     def _was_killed_waiting(self) -> None:
-        """It never read its program: the kernel says so (ECONNRESET)."""
+        """It never read what it was sent (the kernel says so: ECONNRESET), or it ended before it might go."""
         if self.failure is None:
             self.failure = ("fork", errno.ESRCH, "the process was killed before it became the program")
 
@@ -256,6 +270,11 @@ class ChildLine:
             os._exit(_CHILD_FAILED)
         memory_fd, output_fd = fds
         return Program.unpacked(os.pread(memory_fd, os.fstat(memory_fd).st_size, 0)), output_fd
+
+    def wait_for_word(self) -> None:
+        """Return when the launcher says so; ends this process if it never will."""
+        if self._socket.recv(len(_GO)) != _GO:
+            os._exit(_CHILD_FAILED)
 
     def fail(self, what: str, number: int, message: str) -> None:
         """Say why there is no exec."""

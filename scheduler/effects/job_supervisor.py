@@ -161,7 +161,7 @@ class SupervisorContainment(Containment):
             self._by_supervisor_pid[tree.supervisor_pid] = tree
         self.all_reaped()
 
-    def prepare(self) -> None:
+    def fork_ahead(self) -> None:
         """Have a supervisor and its child wait for the next `tree`.
 
         Raises:

@@ -62,14 +62,19 @@ class Tree:
         self.main_status: int | None = None
         loop.watch(line.fileno(), self.read_line)
 
-    def go(self, program: Program, output_fd: int) -> None:
-        """Let the process become the program; the listener hears the rest.
+    def load(self, program: Program, output_fd: int) -> None:
+        """Tell the process what program it is to become, and where that one's output goes.
 
         Raises:
             OSError: It could not be told; it still waits.
         """
         if self._line is not None:
             self._line.send(program, output_fd)
+
+    def go(self) -> None:
+        """Let the process become the program; the listener hears the rest."""
+        if self._line is not None:
+            self._line.go()
 
     def read_line(self) -> None:
         """Take in what the process said; called when there is something, or when it must be known."""
@@ -145,7 +150,7 @@ class Containment:
         """
         raise NotImplementedError
 
-    def prepare(self) -> None:
+    def fork_ahead(self) -> None:
         """Have a process wait for the next `tree`.
 
         Raises:

@@ -22,7 +22,7 @@ class AttemptKey:
 
 @dataclass(frozen=True, slots=True)
 class StartOrder:
-    """Start the attempt's process. Paths are absolute; the launcher makes what is missing."""
+    """The attempt's process. Paths are absolute; the launcher makes what is missing."""
 
     key: AttemptKey
     command: tuple[str, ...]
@@ -159,8 +159,14 @@ class Launcher(Protocol):
             LauncherError: None could be reached or started, or it speaks another protocol.
         """
 
+    def prepare(self, order: StartOrder) -> None:
+        """Have everything ready for a start that is about to be decided, and report nothing yet.
+
+        Nothing of the job runs before `start`; `forget`, or the end of the connection, takes it all back.
+        """
+
     def start(self, order: StartOrder) -> None:
-        """Order a start; answered by Started or StartFailed."""
+        """Order a start, prepared or not; answered by Started or StartFailed."""
 
     def stop(self, order: StopOrder) -> None:
         """Order a stop; answered by Signalled and Exited. A later order may only shorten the grace."""
@@ -169,7 +175,7 @@ class Launcher(Protocol):
         """SIGKILL the whole tree now."""
 
     def forget(self, key: AttemptKey) -> None:
-        """The exit is in the journal: the launcher may drop the attempt and its notice."""
+        """The exit is in the journal, or the start will not come: the launcher may drop the attempt."""
 
     async def close(self) -> None:
         """Let go of the launcher; it lives on while it has a job."""

@@ -104,6 +104,7 @@ class LauncherClient:
         }
         self._spawn_wanted = spawn
         self._line: _Line | None = None
+        self._prepared: dict[AttemptKey, StartFailed | None] = {}  # and not started; why it never can be
         self._children: dict[int, int] = {}  # pidfd -> pid of launchers that we started and have not reaped
 
     async def connect(self, on_report: Callable[[Report], None]) -> LauncherHello:
@@ -126,6 +127,7 @@ class LauncherClient:
                 f"no launcher answered on {self._socket_path} within {CONNECT_S_MAX:g} s"
             ) from error
         self._line = line
+        self._prepared.clear()
         said = line.hello()
         ours = str(self._jobs_dir.resolve())
         if line.jobs_dir != ours:
@@ -137,23 +139,36 @@ class LauncherClient:
         line.deliver()
         return said
 
-    def start(self, order: StartOrder) -> None:
-        """Order a start; answered by Started or StartFailed."""
+    def prepare(self, order: StartOrder) -> None:
+        """Have everything ready for a start that is about to be decided, and report nothing yet.
+
+        Nothing of the job runs before `start`; `forget`, or the end of the connection, takes it all back.
+        """
         message = {
-            "order": "start",
+            "order": "prepare",
             **asdict(order.key),
             "command": order.command,
             "environment": order.environment,
             "working_directory": order.working_directory,
             "stop_command": order.stop_command,
         }
-        line = self._line
-        assert line is not None, "not connected"
+        self._prepared[order.key] = None
         try:
-            line.send(message)
+            self._send(message)
         except WireError as error:
             # What is too long for the line is too long for exec, and fails as it would fail there.
-            line.pretend(StartFailed(order.key, time.time(), "command", errno.E2BIG, str(error)))
+            failure = StartFailed(order.key, time.time(), "command", errno.E2BIG, str(error))
+            self._prepared[order.key] = failure
+
+    def start(self, order: StartOrder) -> None:
+        """Order a start, prepared or not; answered by Started or StartFailed."""
+        if order.key not in self._prepared:
+            self.prepare(order)
+        failure = self._prepared.pop(order.key)
+        if failure is None:
+            self._send({"order": "start", **asdict(order.key)})
+        elif self._line is not None:
+            self._line.pretend(failure)
 
     def stop(self, order: StopOrder) -> None:
         """Order a stop; answered by Signalled and Exited. A later order may only shorten the grace."""
@@ -171,7 +186,8 @@ class LauncherClient:
         self._send({"order": "end_grace", **asdict(key)})
 
     def forget(self, key: AttemptKey) -> None:
-        """The exit is in the journal: the launcher may drop the attempt and its notice."""
+        """The exit is in the journal, or the start will not come: the launcher may drop the attempt."""
+        self._prepared.pop(key, None)
         self._send({"order": "forget", **asdict(key)})
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from scheduler.effects.linux import IN_Q_OVERFLOW
 
 IDLE_S = 2.0  # time for a restarting daemon to come back before a launcher without jobs ends
 TERM_GRACE_S = 5.0
-PREPARE_S = 0.002  # after a start, the fork for the next: when this one has reached its exec
+FORK_AHEAD_S = 0.002  # after a start, the fork for the next: when this one has reached its exec
 HELD_MAX = 10_000  # attempts; a daemon that never forgets one is broken
 GREETING_MAX = 4  # connections that have not said hello; the oldest gives way
 UNSENT_BYTES_MAX = 16 << 20  # reports for a daemon that doesn't read; it reconnects and gets what is held
@@ -97,6 +97,7 @@ class Server:
         self._identity = identity
         self._shop: Workshop | None = None
         self._attempts: dict[Key, Attempt] = {}
+        self._discarded: list[Attempt] = []  # prepared for nothing; their processes are about to be gone
         self._daemon: Connection | None = None
         self._greeting: list[Connection] = []
         self._idle_timer: Timer | None = None
@@ -119,7 +120,7 @@ class Server:
         self.loop.watch(shop.inotify.fd, self._files_changed)
         self.loop.watch(self._listener.fileno(), self._accept)
         self._look_for_work()
-        self._prepare()
+        self._fork_ahead()
         self.loop.run()
 
     # Connections -------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class Server:
             self._refuse(connection, error)
 
     def _work(self, connection: Connection) -> None:
-        """Obey up to the first start; then exits, deadlines and reports have their turn."""
+        """Obey up to the first that takes long; then exits, deadlines and reports have their turn."""
         while connection.lines and connection.fileno() >= 0:
             message = decode(connection.lines.pop())
             if not connection.is_greeted:
@@ -181,7 +182,7 @@ class Server:
         version = agreed_version(message)
         if self._daemon is not None:
             log("another daemon took over")
-            self._hang_up(self._daemon)
+            self._hang_up(self._daemon)  # which discards what it had prepared: the new one hears of none
         self._greeting.remove(connection)
         self._daemon = connection
         connection.is_greeted = True
@@ -201,6 +202,7 @@ class Server:
         connection.close()
         if connection is self._daemon:
             self._daemon = None
+            self._discard_prepared()
             self._look_for_work()
         else:
             self._greeting.remove(connection)
@@ -218,24 +220,28 @@ class Server:
     # Orders ------------------------------------------------------------------------------------
 
     def _obey(self, message: Message) -> bool:
-        """Do as ordered; True if that took as long as a start takes."""
+        """Do as ordered; True if that took as long as a preparation takes."""
         order = message.get("order")
         key = checked_key(message)
         attempt = self._attempts.get(key)
-        if order == "start":
+        if order == "prepare":
             if attempt is None:
-                self._start(key, checked_start(message))
+                self._prepare(key, checked_preparation(message))
                 return True
-            for report in attempt.reports:
-                self._report(report)
         elif attempt is None:
+            if order == "start":
+                raise WireError(f"an order to start what was not prepared: {key}")
             log(f"{key}: an order to {order} what is not held")
+        elif order == "start":
+            self._start(attempt)
         elif order == "stop":
             attempt.stop(*checked_stop(message))
         elif order == "end_grace":
             attempt.end_grace()
         elif order == "forget":
-            if attempt.is_over:
+            if not attempt.is_ordered:
+                self._discard(key)
+            elif attempt.is_over:
                 del self._attempts[key]
                 self._look_for_work()
             else:
@@ -244,7 +250,7 @@ class Server:
             raise WireError(f"an order that version 1 does not know: {order!r}")
         return False
 
-    def _start(self, key: Key, order: Message) -> None:
+    def _prepare(self, key: Key, order: Message) -> None:
         assert self._shop is not None
         attempt = self._attempts[key] = Attempt(self._shop, key, order, self._report, self._look_for_work)
         if self._is_ending:
@@ -252,14 +258,27 @@ class Server:
         elif len(self._attempts) > HELD_MAX:
             attempt.refuse(errno.EAGAIN, f"the launcher holds {HELD_MAX} attempts that are not forgotten")
         else:
-            attempt.start()
-            self.loop.call_after(PREPARE_S, self._prepare)
+            attempt.prepare()
 
-    def _prepare(self) -> None:
+    def _start(self, attempt: Attempt) -> None:
+        attempt.start()
+        self.loop.call_after(FORK_AHEAD_S, self._fork_ahead)
+
+    def _discard(self, key: Key) -> None:
+        attempt = self._attempts.pop(key)
+        self._discarded.append(attempt)
+        attempt.discard()
+        self._look_for_work()
+
+    def _discard_prepared(self) -> None:
+        for key in [key for key, attempt in self._attempts.items() if not attempt.is_ordered]:
+            self._discard(key)
+
+    def _fork_ahead(self) -> None:
         """Have the next start's process wait; with what is urgent done, so that nobody waits for the fork."""
         if not self._is_ending and self._shop is not None:
             try:
-                self._shop.containment.prepare()
+                self._shop.containment.fork_ahead()
             except OSError as error:
                 log(f"no process could be forked ahead: {error}")
 
@@ -298,9 +317,10 @@ class Server:
 
     def _look_for_work(self) -> None:
         """End now, in a while, or not yet."""
-        is_idle = self._daemon is None and not self._attempts
+        self._discarded = [attempt for attempt in self._discarded if not attempt.is_over]
+        is_idle = self._daemon is None and not self._attempts and not self._discarded
         if self._is_ending or not self._is_reachable:
-            is_all_over = all(attempt.is_over for attempt in self._attempts.values())
+            is_all_over = not self._discarded and all(attempt.is_over for attempt in self._attempts.values())
             if self._is_ending and is_all_over:
                 self._flush()
                 self.loop.stop()
@@ -315,6 +335,7 @@ class Server:
         grace_s = 0.0 if self._is_ending else TERM_GRACE_S
         log(f"stopping all jobs with a grace of {grace_s:g} s, then ending")
         self._is_ending = True
+        self._discard_prepared()
         deadline_s = time.time() + grace_s
         for attempt in list(self._attempts.values()):
             attempt.stop(deadline_s, {"reason": "launcher_stopped", "deadline_s": deadline_s})
@@ -356,7 +377,7 @@ def checked_key(message: Message) -> Key:
     return job_id, attempt
 
 
-def checked_start(message: Message) -> Message:
+def checked_preparation(message: Message) -> Message:
     """Return the order if its fields have the types that it needs.
 
     Raises:
@@ -372,7 +393,7 @@ def checked_start(message: Message) -> Message:
         or not _are_strings(list(environment.values()))
         or not isinstance(working_directory, str)
     ):
-        raise WireError("a start order whose fields have the wrong types")
+        raise WireError("an order to prepare whose fields have the wrong types")
     return message
 
 

@@ -223,6 +223,9 @@ class ObservingLauncher:
                 self._observe(report)
         return hello
 
+    def prepare(self, order: StartOrder) -> None:
+        self._launcher.prepare(order)
+
     def start(self, order: StartOrder) -> None:
         self._orders[order.key] = order.environment["CUDA_VISIBLE_DEVICES"].split(",")
         self._launcher.start(order)

@@ -4,8 +4,9 @@
 
 Each figure starts real daemons of its own on simulated GPUs, with real processes, in a temporary directory,
 and reaches them over a Unix socket. Times don't fail a run; what does not work does. Times depend on what
-else the machine does: each figure carries the load, and processor time beside wall time. On a machine that
-others use, `chrt -r 1` before the command (as root) gives nearly the figures of a quiet one.
+else the machine does: each figure carries the load, and processor time beside wall time. Virtual processors
+that others share change their speed by half from one second to the next: around each round of a latency a
+loop that is always the same is timed, and targets are judged by the rounds in which it ran at its best.
 """
 
 import argparse
@@ -50,6 +51,7 @@ class Bench:
         self.quick = quick
         self.crash_instants = crash_instants
         self.line = StartLine(directory)
+        self.yardstick = measure.Yardstick()
         self._nodes = 0
         self._begun_s = time.perf_counter()
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from measure import MS_PER_S, NS_PER_MS, DidNotWork, Figure, at_most, latency_targets, spread
+from measure import MS_PER_S, NS_PER_MS, DidNotWork, Figure, Rounds, at_most, latency_targets, spread
 from node import GPUS, WATTSHIFT, Node, job
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def start(bench: "Bench") -> Figure:
     """Submit, acknowledged, in the job's main: on a free GPU of an idle node, one at a time."""
     rounds = 50 if bench.quick else 200
     pauses = random.Random(1)
-    acknowledged, started, stages = [], [], _Stages()
+    acknowledged, stages = [], _Stages()
     with bench.node() as node:
+        started = Rounds(bench.yardstick)
         before, own = node.spent(), time.process_time()
         for number in range(rounds):
             tag = f"start{number}"
@@ -35,16 +36,16 @@ def start(bench: "Bench") -> Figure:
             wall_s, begun_ns = time.time(), time.monotonic_ns()
             submitted = node.submit(spec)
             acknowledged.append((time.monotonic_ns() - begun_ns) / NS_PER_MS)
-            started.append((bench.line.wait(tag) - begun_ns) / NS_PER_MS)
+            started.add((bench.line.wait(tag) - begun_ns) / NS_PER_MS)
             time.sleep(pauses.uniform(PAUSE_S_MIN, PAUSE_S_MAX))
             done = node.wait_until_final(submitted.id)
             stages.add("sent to accepted", wall_s, _s(done.submitted_at))
             stages.add("accepted to start reported", _s(done.submitted_at), _s(done.attempts[0].started_at))
         own = time.process_time() - own
         per_job = node.spent().per_operation(before, rounds)
-    acknowledged_ms, started_ms = spread(acknowledged), spread(started)
+    started_ms = started.spread()
     return {
-        "submit_to_acknowledged_ms": acknowledged_ms,
+        "submit_to_acknowledged_ms": spread(acknowledged),
         "submit_to_main_ms": started_ms,
         "stages_ms": stages.spreads(),
         "per_job": {**per_job, "client_cpu_ms": round(MS_PER_S * own / rounds, 3)},
@@ -63,8 +64,9 @@ def preempt_eight(bench: "Bench") -> Figure:
 
 
 def _preempt(bench: "Bench", job_class: str, gpus: int, target_ms: float, rounds: int) -> Figure:
-    started, stages = [], _Stages()
+    stages = _Stages()
     with bench.node() as node:
+        started = Rounds(bench.yardstick)
         before = node.spent()
         for number in range(rounds):
             victims = set(node.fill(bench.line, "BATCH"))
@@ -72,14 +74,14 @@ def _preempt(bench: "Bench", job_class: str, gpus: int, target_ms: float, rounds
             spec = job(bench.line.command(tag, stay=True), job_class, gpus)
             begun_ns = time.monotonic_ns()
             preemptor = node.submit(spec)
-            started.append((bench.line.wait(tag) - begun_ns) / NS_PER_MS)
+            started.add((bench.line.wait(tag) - begun_ns) / NS_PER_MS)
             stopped = _stages_of(node, preemptor.id, stages)
             if len(stopped) != gpus or not stopped <= victims:
                 raise DidNotWork(f"{gpus} jobs had to give way, not {sorted(stopped)}")
             for job_id in (*stopped, preemptor.id):  # victims first: they would start again
                 node.cancel(job_id)
         per_round = node.spent().per_operation(before, rounds)
-    started_ms = spread(started)
+    started_ms = started.spread()
     return {
         "submit_to_main_ms": started_ms,
         "stages_ms": stages.spreads(),

@@ -92,6 +92,11 @@ class Bench:
         self.client.start(order)
         return key
 
+    def prepare(self, *command: str) -> AttemptKey:
+        key = AttemptKey("job-1", 1)
+        self.client.prepare(StartOrder(key, command, ENVIRONMENT, "", ()))
+        return key
+
     def stop(self, key: AttemptKey, grace_s: float, **notice: str | float) -> None:
         self.client.stop(StopOrder(key, time.time() + grace_s, notice))
 

@@ -1,5 +1,6 @@
 """The launcher starts and ends real processes, as ordered, and says what became of them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.effects.job_signals import children
+from scheduler.effects.job_signals import children, descendants
 from scheduler.effects.launcher import (
     Acknowledged,
     CheckpointSaved,
@@ -167,6 +168,50 @@ async def test_an_order_too_long_for_the_line_fails_as_exec_would(bench: Bench) 
     key = bench.start("echo", *["x" * 100_000] * 50)
     failed = await bench.report(key, StartFailed)
     assert (failed.what, os.strerror(failed.errno)) == ("command", "Argument list too long")
+
+
+async def test_what_is_prepared_neither_runs_nor_shows_until_it_is_started(
+    bench: Bench, tmp_path: Path
+) -> None:
+    began = tmp_path / "began"
+    key = bench.prepare("touch", str(began))
+    assert await bench.run("true", job="job-2") == (0, None)  # by then the preparation is done
+    await eventually(bench.attempt_dir(key).exists, "preparation")
+    assert not began.exists()
+    assert not [report for report in bench.reports if report.key == key]
+    bench.start("touch", str(began))
+    assert (await bench.report(key, Exited)).exit_code == 0
+    assert began.exists()
+    assert [type(report) for report in bench.reports if report.key == key] == [Started, Exited]
+
+
+async def test_what_was_prepared_can_be_taken_back(bench: Bench, tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    key = bench.prepare("touch", str(began))
+    await eventually(bench.attempt_dir(key).exists, "preparation")
+    bench.client.forget(key)
+    await eventually(lambda: not bench.attempt_dir(key).exists(), "end of the preparation")
+    assert await bench.run("true", job="job-2") == (0, None)
+    assert not began.exists()
+    assert not [report for report in bench.reports if report.key == key]
+    # It can be wanted after all.
+    assert await bench.run("touch", str(began)) == (0, None)
+    assert began.exists()
+
+
+async def test_a_prepared_process_that_was_killed_is_a_start_that_failed(bench: Bench) -> None:
+    key = bench.prepare("true")
+    await eventually(bench.attempt_dir(key).exists, "preparation")
+    waiting = [pid for pid in descendants(bench.pid) if not children(pid)]
+    for pid in waiting:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: not any(is_alive(pid) for pid in waiting), "end of what waited")
+    bench.start("true")
+    failed = await bench.report(key, StartFailed)
+    assert failed.what == "fork"
+    bench.client.forget(key)
+    assert await bench.run("true", job="job-2") == (0, None)
 
 
 async def test_a_start_said_twice_happens_once_and_is_answered_twice(bench: Bench) -> None:

@@ -401,8 +401,8 @@ async def talk(path: Path, *lines: bytes) -> list[dict[str, Any]]:
 
 
 HELLO = launcher_wire.encode(launcher_wire.hello())
-START = {
-    "order": "start",
+PREPARE = {
+    "order": "prepare",
     "job_id": "bad",
     "attempt": 1,
     "command": ["true"],
@@ -421,16 +421,17 @@ START = {
         [b"[" * 100_000 + b"\n"],
         [b'{"order": "hello", "oldest": 7, "newest": 9}\n'],
         [b"x" * 1000 for _ in range(launcher_wire.LINE_BYTES_MAX // 1000 + 1)],
+        [HELLO, b'{"order": "start", "job_id": "never-prepared", "attempt": 1}\n'],
         [HELLO, b'{"order": "dance", "job_id": "held", "attempt": 1}\n'],
-        [HELLO, launcher_wire.encode({**START, "job_id": "../../etc"})],
-        [HELLO, launcher_wire.encode({**START, "job_id": ".."})],
-        [HELLO, launcher_wire.encode({**START, "job_id": ""})],
-        [HELLO, launcher_wire.encode({**START, "attempt": -1})],
-        [HELLO, launcher_wire.encode({**START, "attempt": True})],
-        [HELLO, launcher_wire.encode({**START, "command": []})],
-        [HELLO, launcher_wire.encode({**START, "command": "true"})],
-        [HELLO, launcher_wire.encode({**START, "environment": {"A": 1}})],
-        [HELLO, launcher_wire.encode({**START, "working_directory": None})],
+        [HELLO, launcher_wire.encode({**PREPARE, "job_id": "../../etc"})],
+        [HELLO, launcher_wire.encode({**PREPARE, "job_id": ".."})],
+        [HELLO, launcher_wire.encode({**PREPARE, "job_id": ""})],
+        [HELLO, launcher_wire.encode({**PREPARE, "attempt": -1})],
+        [HELLO, launcher_wire.encode({**PREPARE, "attempt": True})],
+        [HELLO, launcher_wire.encode({**PREPARE, "command": []})],
+        [HELLO, launcher_wire.encode({**PREPARE, "command": "true"})],
+        [HELLO, launcher_wire.encode({**PREPARE, "environment": {"A": 1}})],
+        [HELLO, launcher_wire.encode({**PREPARE, "working_directory": None})],
         [HELLO, b'{"order": "stop", "job_id": "held", "attempt": 1, "deadline_s": "soon", "notice": {}}\n'],
         [HELLO, b'{"order": "stop", "job_id": "held", "attempt": 1, "deadline_s": NaN, "notice": {}}\n'],
     ],
@@ -476,17 +477,30 @@ async def test_silent_connections_do_not_add_up(tmp_path: Path) -> None:
             writer.close()
 
 
-async def test_a_daemon_that_read_nothing_finds_everything_when_it_comes_back(bench: Bench) -> None:
+async def test_what_was_prepared_ends_with_the_daemon_that_wanted_it(bench: Bench) -> None:
+    key = bench.prepare("true")
+    await eventually(bench.attempt_dir(key).exists, "preparation")
+    await bench.client.close()
+    hello = await bench.connect()
+    assert hello.attempts == ()
+    assert not bench.attempt_dir(key).exists()
+    assert await bench.run("true") == (0, None)  # the same attempt, for the new daemon
+
+
+async def test_a_daemon_that_read_nothing_finds_everything_when_it_comes_back(
+    bench: Bench, tmp_path: Path
+) -> None:
     peer = socket.socket(socket.AF_UNIX)
     peer.connect(str(bench.socket_path))
     with peer:
         peer.sendall(HELLO)
         for number in range(50):
-            peer.sendall(launcher_wire.encode({**START, "job_id": f"unread-{number}"}))
+            which = {"job_id": f"unread-{number}", "attempt": 1}
+            command = ["touch", str(tmp_path / f"began-{number}")]
+            peer.sendall(launcher_wire.encode({**PREPARE, **which, "command": command}))
+            peer.sendall(launcher_wire.encode({"order": "start", **which}))
         keys = {AttemptKey(f"unread-{number}", 1) for number in range(50)}
-        await eventually(
-            lambda: all(bench.attempt_dir(key).exists() for key in keys), "start of every attempt"
-        )
+        await eventually(lambda: len(list(tmp_path.glob("began-*"))) == 50, "start of every attempt")
     await bench.client.close()
     hello = await bench.connect()
     assert {held.key for held in hello.attempts} == keys

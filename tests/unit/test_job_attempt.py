@@ -30,7 +30,10 @@ class FakeTree(Tree):
         self.kills = 0
         self.survives = survives
 
-    def go(self, program: Program, output_fd: int) -> None:
+    def load(self, program: Program, output_fd: int) -> None:
+        pass
+
+    def go(self) -> None:
         self._loop.call_after(0.0, lambda: self.listener.has_started(77, 1234))
 
     def pids(self) -> set[int]:
@@ -86,6 +89,11 @@ class World:
     def kinds(self) -> list[str]:
         return [report["report"] for report in self.reports]
 
+    def start(self) -> None:
+        self.attempt.prepare()
+        assert not self.reports, "nothing is said before the start is ordered"
+        self.attempt.start()
+
     def run(self) -> None:
         """Run until the attempt is over."""
         self.loop.run()
@@ -118,7 +126,7 @@ def test_a_tree_that_survives_sigkill_is_told_once_and_killed_again(
 ) -> None:
     monkeypatch.setattr(job_attempt, "STUCK_S", 0.01)
     world = World(tmp_path, survives=3)
-    world.attempt.start()
+    world.start()
     world.attempt.end_grace()
     world.run()
     assert world.kinds() == ["started", "tree_stuck", "exited"]
@@ -132,7 +140,7 @@ def test_a_step_of_the_clock_does_not_stretch_a_deadline(
 ) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(job_attempt.time, "time", lambda: now_s[0])
-    world.attempt.start()
+    world.start()
     world.attempt.stop(1000.05, {})
     now_s[0] = 0.0
     world.run()
@@ -141,14 +149,14 @@ def test_a_step_of_the_clock_does_not_stretch_a_deadline(
 
 def test_a_deadline_too_far_off_is_cut(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_attempt, "GRACE_S_MAX", 0.02)
-    world.attempt.start()
+    world.start()
     world.attempt.stop(1e11, {})
     world.run()
     assert world.kinds()[-1] == "exited"
 
 
 def test_a_kill_before_the_exec_is_known_is_said_in_order(world: World) -> None:
-    world.attempt.start()
+    world.start()
     world.attempt.stop(0.0, {"reason": "now"})
     world.run()
     assert world.kinds() == ["started", "signalled", "exited"]
@@ -158,7 +166,7 @@ def test_without_directories_nothing_starts_and_nothing_is_left_open(tmp_path: P
     (tmp_path / "job-1").write_text("in the way")
     world = World(tmp_path)
     before = open_files()
-    world.attempt.start()
+    world.start()
     world.run()
     (report,) = world.reports
     assert (report["report"], report["what"]) == ("start_failed", "files")
@@ -169,14 +177,14 @@ def test_without_directories_nothing_starts_and_nothing_is_left_open(tmp_path: P
 
 def test_nothing_is_left_open_after_the_exit(world: World) -> None:
     before = open_files()
-    world.attempt.start()
+    world.start()
     world.attempt.stop(0.0, {})
     world.run()
     assert open_files() == before
 
 
 def test_orders_after_the_exit_change_nothing(world: World) -> None:
-    world.attempt.start()
+    world.start()
     world.attempt.end_grace()
     world.run()
     said = list(world.reports)
@@ -190,7 +198,7 @@ def test_without_a_process_a_start_fails_and_says_so(world: World, monkeypatch: 
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(world.containment, "tree", no_tree)
-    world.attempt.start()
+    world.start()
     (report,) = world.reports
     assert (report["report"], report["what"], report["errno"]) == ("start_failed", "fork", 11)
     assert world.attempt.is_over
@@ -199,7 +207,7 @@ def test_without_a_process_a_start_fails_and_says_so(world: World, monkeypatch: 
 def test_a_fork_that_fails_at_once_fails_the_start(world: World) -> None:
     before = open_files()
     world.containment.forks_fail = True
-    world.attempt.start()
+    world.start()
     (report,) = world.reports
     assert (report["report"], report["what"], report["errno"]) == ("start_failed", "fork", 11)
     assert open_files() == before
@@ -207,7 +215,7 @@ def test_a_fork_that_fails_at_once_fails_the_start(world: World) -> None:
 
 def test_a_stop_command_whose_fork_fails_at_once_does_not_hold_up_the_end(tmp_path: Path) -> None:
     world = World(tmp_path, order={**ORDER, "stop_command": ["stop-it"]})
-    world.attempt.start()
+    world.start()
     world.containment.forks_fail = True
     world.loop.call_after(0.02, lambda: world.attempt.stop(0.0, {}))
     world.run()
@@ -219,7 +227,7 @@ def test_a_stop_command_that_cannot_be_forked_does_not_hold_up_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(tmp_path, order={**ORDER, "stop_command": ["stop-it"]})
-    world.attempt.start()
+    world.start()
     real = world.containment.tree
 
     def no_tree(loop: Loop, listener: Listener) -> Tree:
@@ -236,7 +244,7 @@ def test_a_stop_command_that_cannot_be_forked_does_not_hold_up_the_end(
 
 def test_the_exit_waits_for_the_stop_command_but_its_time_ends_with_the_deadline(tmp_path: Path) -> None:
     world = World(tmp_path, order={**ORDER, "stop_command": ["stop-it"]})
-    world.attempt.start()
+    world.start()
     world.loop.call_after(0.01, lambda: world.attempt.stop(job_attempt.time.time() + 0.05, {}))
     world.loop.call_after(0.03, lambda: world.containment.trees[0].end(0))
     world.run()

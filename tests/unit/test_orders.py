@@ -37,6 +37,9 @@ class World:
 
     said: list[Any] = field(default_factory=list)
 
+    def prepare(self, order: StartOrder) -> None:
+        self.said.append(("prepare", order.key, order.environment["CUDA_VISIBLE_DEVICES"]))
+
     def start(self, order: StartOrder) -> None:
         self.said.append(("start", order.key, order.environment["CUDA_VISIBLE_DEVICES"]))
 
@@ -58,7 +61,7 @@ class World:
 
 def orders_of(before: Job | None, after: Job) -> list[Any]:
     world: Any = World()
-    orders = Orders(world, world, world, {})
+    orders = Orders(world, world.environment, world, {})
     orders.follow(before, after)
     orders.send()
     said = list(world.said)
@@ -117,3 +120,23 @@ def test_an_end_is_followed_even_where_the_next_attempt_begins_in_the_same_tick(
 def test_a_verified_hand_over_orders_nothing() -> None:
     verified = replace(ENDED, verified_s=5.0)
     assert orders_of(job(JobState.PENDING, ENDED), job(JobState.PENDING, verified)) == []
+
+
+def test_a_start_is_prepared_before_it_is_durable_and_is_the_same() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    fresh = job(JobState.STARTING, replace(RUNS, started_s=None))
+    orders.prepare(fresh)
+    assert world.said == [("prepare", FIRST_KEY, "GPU-a")]
+    orders.follow(job(JobState.PENDING), fresh)
+    orders.send()
+    assert world.said == [("prepare", FIRST_KEY, "GPU-a"), ("start", FIRST_KEY, "GPU-a")]
+
+
+def test_what_was_prepared_in_a_tick_that_is_not_kept_is_taken_back() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    orders.prepare(job(JobState.STARTING, replace(RUNS, started_s=None)))
+    orders.clear()
+    orders.send()
+    assert world.said == [("prepare", FIRST_KEY, "GPU-a"), ("forget", FIRST_KEY)]
