@@ -4,7 +4,7 @@
 everything back as it was, so that a full disk loses nothing that was acknowledged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from scheduler.control.table import JobTable
@@ -28,7 +28,15 @@ from scheduler.model.gpus import GpuMark, GpuState
 from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy
 
-Observer = Callable[[Job | None, Job], None]  # before, after
+Change = tuple[Job | None, Job]  # before, after
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a tick made durable."""
+
+    changes: list[Change]  # one for each job that changed
+    steps: list[Change]  # one for each event of a job, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +67,14 @@ class Ledger:
         self.drain: NodeDrainChanged | None = node.drain
         self.next_number = node.next_number
         self._undo: dict[int, Job | None] = {}
-        self._steps: list[tuple[Job | None, Job]] = []
+        self._steps: list[Change] = []
         self.booked_s = node.booked_s
         self.boot_id = node.boot_id  # of the last daemon; empty before the first
         self._node_before = self._node()
         self._environments: dict[int, dict[str, str]] = {}
         self._usage: list[UsageBooking] = []
         self._requests: dict[str, tuple[int, str]] = {}
-        self._observer: Observer | None = None
         self._finals: dict[int, Job] = {}
-
-    def observe(self, observer: Observer) -> None:
-        """After a commit call `observer` for each step that a job made, with the job before and after it."""
-        self._observer = observer
 
     def job(self, number: int) -> Job | None:
         """A job by number, finished ones too."""
@@ -157,14 +160,14 @@ class Ledger:
         """Whether anything is waiting for a commit."""
         return self.journal.staged
 
-    def commit(self) -> list[tuple[Job | None, Job]]:
-        """Make the tick durable, then tell the observer; returns each changed job before and after.
+    def commit(self) -> Committed:
+        """Make the tick durable.
 
         Raises:
             JournalError: Nothing was kept; jobs and node are as they were before the tick.
         """
         if not self.touched:
-            return []
+            return Committed([], [])
         changed = [self._current(number) for number in self._undo]
         try:
             node = self._node()
@@ -181,10 +184,7 @@ class Ledger:
             raise
         before, steps = self._undo, self._steps
         self._begin()
-        if self._observer is not None:
-            for earlier, later in steps:
-                self._observer(earlier, later)
-        return [(before[job.number], job) for job in changed]
+        return Committed([(before[job.number], job) for job in changed], steps)
 
     def abandon(self) -> None:
         """Drop what was staged: jobs and node are as they were before the tick."""

@@ -113,7 +113,6 @@ class Controller:
         self.reports = ReportHandler(self)
         self.standing = StandingJobs(self)
         self.observer = Observer(self.ledger, self.meters)
-        self.ledger.observe(self.observer.see)
         # Another boot than the last daemon's: every process of before is gone.
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.launcher_id = ""  # empty while none answers
@@ -320,7 +319,6 @@ class Controller:
         for future, result in answers:
             if not future.done():
                 future.set_result(self._newest(result))
-        self.orders.send()
         self.watchers.publish_node()
         self._wake_at(wake_s, now_s)
 
@@ -398,13 +396,20 @@ class Controller:
         return changed
 
     def _commit(self) -> None:
+        """Make the tick durable, send the orders that follow, then tell those who look."""
         if not self.ledger.touched:
+            self.orders.send()
             return
         begun = time.perf_counter()
-        changed = self.ledger.commit()
-        self.meters.journal_append_s.observe(time.perf_counter() - begun)
-        for before, after in changed:
+        committed = self.ledger.commit()
+        took_s = time.perf_counter() - begun
+        for before, after in committed.changes:
             self.orders.follow(before, after)
+        self.orders.send()  # somebody waits for these; whoever only looks comes after
+        self.meters.journal_append_s.observe(took_s)
+        for before, after in committed.steps:
+            self.observer.see(before, after)
+        for _, after in committed.changes:
             self.watchers.publish(after)
             if after.state in FINAL_STATES:
                 self.reports.forget(after.number)

@@ -107,9 +107,12 @@ class AttemptFiles:
             OSError: The job took its own notice file's place, or the disk is full.
         """
         with self._user:
-            _unlink(_NOTICE_NEW_NAME, self.attempt_fd)
             flags = _OPEN_FOR_WRITING | os.O_CREAT | os.O_EXCL
-            fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
+            try:
+                fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
+            except FileExistsError:  # ours, from a full disk, or the job's
+                _unlink(_NOTICE_NEW_NAME, self.attempt_fd)
+                fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
             try:
                 text = json.dumps(notice).encode() + b"\n"
                 if os.write(fd, text) < len(text):

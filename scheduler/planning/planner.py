@@ -16,7 +16,7 @@ part of this: they block nobody.
 """
 
 import json
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -72,14 +72,18 @@ def plan(snapshot: Snapshot, policy: Policy, memo: Memo | None = None) -> Plan:
 
 def digest(plan: Plan) -> str:
     """A hash that equal plans share, on every machine: 32 hexadecimal digits."""
-    actions = [(type(action).__name__, *astuple(action)) for action in plan.actions]
+    actions = [(type(action).__name__, *_fields(action)) for action in plan.actions]
     awaited = sorted(plan.awaited.items())
-    promise = None if plan.promise is None else astuple(plan.promise)
+    promise = None if plan.promise is None else _fields(plan.promise)
     text = json.dumps([actions, promise, plan.wake_us, awaited], separators=(",", ":"))
     hashed = blake2b(text.encode(), digest_size=16)
     for column in (plan.waits.numbers, plan.waits.reasons):
         hashed.update(column.astype("<i8").tobytes())
     return hashed.hexdigest()
+
+
+def _fields(record: Action | Promise) -> list[Any]:
+    return [getattr(record, name) for name in record.__slots__]
 
 
 class Planner:

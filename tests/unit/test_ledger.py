@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.control.ledger import Ledger
+from scheduler.control.ledger import Committed, Ledger
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.errors import JournalFull
 from scheduler.model.events import Event, GpuMarked, NodeDrainChanged
@@ -43,10 +43,10 @@ def state_of(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def commit(ledger: Ledger, *events: Event) -> None:
+def commit(ledger: Ledger, *events: Event) -> Committed:
     for event in events:
         ledger.apply(event)
-    ledger.commit()
+    return ledger.commit()
 
 
 LIFE = (
@@ -66,10 +66,7 @@ LIFE = (
 
 
 def test_each_commit_is_seen_once_with_the_job_as_it_was_before(ledger: Ledger) -> None:
-    seen: list[tuple[Job | None, Job]] = []
-    ledger.observe(lambda before, after: seen.append((before, after)))
-    for tick in LIFE:
-        commit(ledger, *tick)
+    seen = [step for tick in LIFE for step in commit(ledger, *tick).steps]
     newest: dict[int, Job] = {}
     for before, after in seen:
         assert before == newest.get(after.number), "also where the job was final already"
