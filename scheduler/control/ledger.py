@@ -58,6 +58,7 @@ class Ledger:
         self.table = JobTable(policy)
         self.pending = 0
         self.live: dict[int, Job] = {}
+        self.stopping: set[int] = set()  # jobs told to go
         self.timed: set[int] = set()  # live jobs with a time limit or a deadline
         self.leaving: dict[tuple[str, int], Leaving] = {}  # by job id and attempt
         for job in self.jobs.values():
@@ -220,6 +221,10 @@ class Ledger:
             self.timed.add(job.number)
         else:
             self.timed.discard(job.number)
+        if job.state in (JobState.PREEMPTING, JobState.STOPPING):
+            self.stopping.add(job.number)
+        else:
+            self.stopping.discard(job.number)
         self.table.put(job)
         for attempt in job.attempts:
             if attempt.exited_s is not None and attempt.verified_s is None and attempt.gpus:
@@ -236,6 +241,7 @@ class Ledger:
             if earlier is None:
                 self.jobs.pop(number, None)
                 self.live.pop(number, None)
+                self.stopping.discard(number)
                 self.timed.discard(number)
                 self.table.drop(number)
                 self.pending -= now.state is JobState.PENDING

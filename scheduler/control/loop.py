@@ -124,6 +124,7 @@ class Controller:
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._running = False
+        self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
         self._expired_s = 0.0
@@ -161,8 +162,10 @@ class Controller:
         """Take a report; of an end, look at its GPUs at once, so that one tick knows both."""
         if isinstance(report, Exited):
             job = self.ledger.by_key(report.key.job_id, report.key.attempt)
-            for uuid in job.attempts[-1].gpus if job is not None else ():
-                self.verifier.watch(uuid)
+            if job is not None:
+                self._gone.add(job.number)
+                for uuid in job.attempts[-1].gpus:
+                    self.verifier.watch(uuid)
         self.inbox.put(report)
 
     async def _reconnect(self) -> None:
@@ -255,7 +258,9 @@ class Controller:
         if not self._running or self._scheduled is not None:
             return
         loop = asyncio.get_running_loop()
-        linger_s = self.pace.linger_s(item)
+        stopping = self.ledger.stopping
+        awaits_exits = not stopping.isdisjoint(self._gone) and not stopping <= self._gone
+        linger_s = self.pace.linger_s(item, awaits_exits=awaits_exits)
         if not linger_s:
             self._schedule()
         elif self._lingering is None or loop.time() + linger_s < self._lingering.when():
@@ -279,6 +284,7 @@ class Controller:
         begun = time.perf_counter()
         items = self.inbox.drain()
         self.pace.took(items)
+        self._gone.clear()
         try:
             self._turn(items)
         except Exception:  # the loop is the one place that catches everything: it logs, counts, goes on

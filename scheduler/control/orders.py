@@ -1,17 +1,21 @@
 """Orders that follow from what a tick made durable, sent in the order of safety.
 
-One thing is asked for earlier: while the journal syncs, the launcher prepares the starts that the tick has
-decided. It shows nowhere, and is taken back if the tick is not kept.
+One thing is asked for earlier: the launcher prepares starts while the journal syncs, and those of preemptors
+while their victims end. It shows nowhere, and is taken back if nothing comes of it.
 
 The orders are derived from each job's change, so that none can be forgotten: a new notice is a stop, a new
 attempt is a start, an end is a hand-over to watch and an attempt that the launcher may forget.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from scheduler.control.handover import HandoverVerifier
 from scheduler.effects.launcher import AttemptKey, Launcher, StartOrder, StopOrder
-from scheduler.model.jobs import Attempt, Job
+from scheduler.model.jobs import FINAL_STATES, Attempt, Job
+
+# Each waits in a process of its own, perhaps through a long grace.
+PREPARED_AHEAD_MAX = 16
 
 
 class Orders:
@@ -34,10 +38,13 @@ class Orders:
         self._forgets: list[AttemptKey] = []
         self._watches: dict[str, bool] = {}
         self._starts: list[Job] = []
-        self._prepared: dict[AttemptKey, StartOrder] = {}
+        self._prepared: dict[int, StartOrder] = {}  # by job number; not started yet
+        self._unkept: list[int] = []  # of these, those of a tick that is not durable yet
 
     def follow(self, before: Job | None, after: Job) -> None:
         """Note the orders that follow from a job's change."""
+        if after.state in FINAL_STATES:
+            self._take_back(after.number)
         earlier = {attempt.number: attempt for attempt in before.attempts} if before is not None else {}
         for attempt in after.attempts:  # one may end and the next begin in one tick
             self._follow_attempt(after, earlier.get(attempt.number), attempt)
@@ -58,9 +65,31 @@ class Orders:
 
     def prepare(self, job: Job) -> None:
         """Have the job's newest attempt ready to start; before the tick is durable."""
-        order = self._start_order(job)
-        self._prepared[order.key] = order
-        self._launcher.prepare(order)
+        last = job.attempts[-1]
+        self._prepare(job, last.number, last.gpus)
+
+    def prepare_ahead(self, job: Job) -> None:
+        """Have a pending job's next attempt ready, on whatever GPUs, for a start that is soon to come."""
+        if len(self._prepared) < PREPARED_AHEAD_MAX:
+            self._prepare(job, job.attempt + 1, ())
+
+    def launcher_is_new(self) -> None:
+        """Another launcher, or another connection: nothing is prepared any more."""
+        self._prepared.clear()
+
+    def _prepare(self, job: Job, attempt: int, gpus: tuple[str, ...]) -> None:
+        key = AttemptKey(job.id, attempt)
+        prepared = self._prepared.get(job.number)
+        if prepared is None or prepared.key != key:
+            self._take_back(job.number)
+            order = self._prepared[job.number] = self._start_order(job, key, gpus)
+            self._unkept.append(job.number)
+            self._launcher.prepare(order)
+
+    def _take_back(self, number: int) -> None:
+        order = self._prepared.pop(number, None)
+        if order is not None:
+            self._launcher.forget(order.key)
 
     def start(self, job: Job) -> None:
         """Start the job's newest attempt (again: the launcher does it once)."""
@@ -94,12 +123,14 @@ class Orders:
 
     def clear(self) -> None:
         """The tick was not kept: nothing follows from it."""
-        for orders in (self._kills, self._stops, self._forgets, self._starts):
+        for number in self._unkept:
+            self._take_back(number)
+        self._begin()
+
+    def _begin(self) -> None:
+        for orders in (self._kills, self._stops, self._forgets, self._starts, self._unkept):
             orders.clear()
         self._watches.clear()
-        for key in self._prepared:
-            self._launcher.forget(key)
-        self._prepared.clear()
 
     def send(self) -> None:
         """Send everything: stops before starts."""
@@ -112,25 +143,34 @@ class Orders:
         for uuid, once in self._watches.items():
             self._verifier.watch(uuid, once=once)
         for job in self._starts:
-            prepared = self._prepared.pop(AttemptKey(job.id, job.attempt), None)
-            self._launcher.start(self._start_order(job) if prepared is None else prepared)
-        self.clear()
+            last = job.attempts[-1]
+            key = AttemptKey(job.id, last.number)
+            order = self._prepared.pop(job.number, None)
+            if order is not None and order.key == key:
+                order = replace(order, environment={**order.environment, **_devices(last.gpus)})
+            else:
+                order = self._start_order(job, key, last.gpus)
+            self._launcher.start(order)
+        self._begin()
 
-    def _start_order(self, job: Job) -> StartOrder:
-        attempt = job.attempts[-1]
+    def _start_order(self, job: Job, key: AttemptKey, gpus: tuple[str, ...]) -> StartOrder:
         return StartOrder(
-            key=AttemptKey(job.id, attempt.number),
+            key=key,
             command=job.spec.command,
             environment={
                 **self._base_environment,
                 **(self._environment(job.number) if job.spec.environment_digest else {}),
-                # One invalid entry would hide all behind it; an empty string hides every GPU.
-                "CUDA_VISIBLE_DEVICES": ",".join(attempt.gpus),
-                "NVIDIA_VISIBLE_DEVICES": ",".join(attempt.gpus) or "void",
+                **_devices(gpus),
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 "WATTSHIFT_JOB_ID": job.id,
-                "WATTSHIFT_ATTEMPT": str(attempt.number),
+                "WATTSHIFT_ATTEMPT": str(key.attempt),
             },
             working_directory=job.spec.working_directory,
             stop_command=job.spec.stop_command,
         )
+
+
+def _devices(gpus: tuple[str, ...]) -> dict[str, str]:
+    names = ",".join(gpus)
+    # One invalid entry would hide all behind it; an empty string hides every GPU.
+    return {"CUDA_VISIBLE_DEVICES": names, "NVIDIA_VISIBLE_DEVICES": names or "void"}

@@ -4,13 +4,15 @@ A lone client never waits. Where many submit one by one, gRPC hands their calls 
 without a moment's patience each would pay for a commit of its own (400 a second; with it 1,300).
 """
 
-from scheduler.control.inbox import Asked, Item, Submit
-from scheduler.effects.launcher import Acknowledged, CheckpointSaved, Signalled, Started
+from scheduler.control.inbox import Asked, HandoverResult, Item, Submit
+from scheduler.effects.launcher import Acknowledged, CheckpointSaved, Exited, Signalled, Started
 
 # As long as a few calls take to arrive; a submission's commit takes a quarter of it.
 SUBMIT_LINGER_S = 0.002
 # Nobody waits for these reports: the next tick takes them along, at the latest after this.
 REPORT_LINGER_S = 0.005
+# Of several that were told to go, the first to be gone wait this long for the others.
+EXIT_LINGER_S = 0.003
 # So often a submission is made to wait to see whether it has company: 2 ms in 64 calls.
 PROBE_EVERY_TICKS = 64
 
@@ -22,8 +24,13 @@ class Pace:
         self._in_company = False
         self._alone_ticks = 0
 
-    def linger_s(self, item: Item) -> float:
-        """How long the item may wait for others; 0 = not at all."""
+    def linger_s(self, item: Item, *, awaits_exits: bool = False) -> float:
+        """How long the item may wait for others; 0 = not at all.
+
+        `awaits_exits`: jobs that were told to go have gone, and others that were told so have not.
+        """
+        if awaits_exits and isinstance(item, Exited | HandoverResult):
+            return EXIT_LINGER_S
         if isinstance(item, Started | Signalled | Acknowledged | CheckpointSaved):
             return REPORT_LINGER_S
         if isinstance(item, Asked) and isinstance(item.command, Submit) and self._in_company:

@@ -89,6 +89,7 @@ class ReportHandler:
         """Adopt what the launcher holds, bury what nobody holds any more."""
         control = self._control
         control.launcher_id = hello.launcher_id
+        control.orders.launcher_is_new()
         control.problems.pop("launcher", None)
         self._apply(LauncherConnected(now_s, hello.launcher_id))
         held = {(one.key.job_id, one.key.attempt): one for one in hello.attempts}
@@ -297,6 +298,7 @@ class ReportHandler:
                     )
                     self._victims.setdefault(action.preemptor, []).append((job.id, job.attempt))
                     preemptor = self._control.ledger.jobs[action.preemptor]
+                    self._control.orders.prepare_ahead(preemptor)
                     labels = (job.spec.job_class.name, preemptor.spec.job_class.name, action.reason.value)
                     self._control.meters.preemption_lost_gpu_s[labels] += action.lost_gpu_ms / 1000.0
                 case StopJob():

@@ -226,12 +226,13 @@ class Attempt(Listener):
         if not self._stop_command:
             self._close_output_writer()
 
-    def start(self) -> None:
-        """Let the process become the program; a second order only repeats the reports."""
+    def start(self, environment: dict[str, str]) -> None:
+        """Let the process become the program, with this more in its environment; later only say all again."""
         if not self.is_ordered:
             self.is_ordered = True
+            self._environment.update(environment)
             if self._tree is not None and self._failure is None:
-                self._tree.go()
+                self._tree.go(environment)
         for report in self.reports:
             self._report(report)
 
@@ -354,7 +355,7 @@ class Attempt(Listener):
             if not tree.is_over:
                 self._stop_tree = tree
                 tree.load(self._program(self._stop_command), self._output_write_fd)
-                tree.go()
+                tree.go({})
         except OSError as error:
             self.write_log_line(f"the stop command did not start: {error}")
             self.kill_stop_command()

@@ -44,6 +44,15 @@ class CgroupTree(Tree):
             pids.add(self.main_pid)
         return pids
 
+    def terminate(self) -> None:
+        """SIGTERM everything that is there, and wake what is stopped so that it can answer."""
+        if self.main_status is not None or self.pids() != {self.main_pid}:
+            super().terminate()
+            return
+        # Alone, as most are; nobody else can have its number before we reap it.
+        os.kill(self.main_pid, signal.SIGTERM)
+        os.kill(self.main_pid, signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL the first process, which may still be on its way into the cgroup, and the cgroup."""
         if self.is_over:

@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 
 from scheduler.effects.job_files import JobUser, open_job_directory
 from scheduler.effects.job_signals import start_ticks
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _CHILD_FAILED = 127  # nobody reads it: the E line says more
 _MESSAGE_CHARACTERS_MAX = 500
 _TEXT_BYTES = 4096
-_GO = b"g"
+_LENGTH = struct.Struct("=I")
 
 
 class Spawner:
@@ -81,7 +82,7 @@ class Spawner:
             program, output_fd = line.wait_for_program()
             os.dup2(output_fd, 1)
             os.dup2(output_fd, 2)
-            line.wait_for_word()
+            program.environment.update(line.wait_for_word())
             self._become_user(parent_pid)
             what = "working_directory"
             program.enter(self.jobs_fd)
@@ -106,21 +107,20 @@ class Spawner:
 class Program:
     """What one process is to run."""
 
-    __slots__ = ("_arguments", "_environment", "_job_id", "_paths", "_working_directory")
+    __slots__ = ("_arguments", "_job_id", "_working_directory", "environment")
 
     def __init__(
         self, arguments: list[str], environment: dict[str, str], working_directory: str, job_id: str
     ) -> None:
         """Take the command; it is found on the job's own PATH. "" as directory is the job's own."""
         self._arguments = arguments
-        self._environment = environment
-        self._paths = _candidates(arguments[0], environment.get("PATH", os.defpath))
+        self.environment = environment
         self._working_directory = working_directory
         self._job_id = job_id
 
     def packed(self) -> bytes:
         """Return it as bytes."""
-        return marshal.dumps((self._arguments, self._environment, self._working_directory, self._job_id))
+        return marshal.dumps((self._arguments, self.environment, self._working_directory, self._job_id))
 
     @classmethod
     def unpacked(cls, data: bytes) -> Program:
@@ -146,9 +146,9 @@ class Program:
         """
         denied: OSError | None = None
         missing: OSError | None = None
-        for path in self._paths:
+        for path in _candidates(self._arguments[0], self.environment.get("PATH", os.defpath)):
             try:
-                os.execve(path, self._arguments, self._environment)
+                os.execve(path, self._arguments, self.environment)
             except (FileNotFoundError, NotADirectoryError) as error:
                 missing = error
             except PermissionError as error:
@@ -204,11 +204,12 @@ class StartLine:
         finally:
             os.close(memory_fd)
 
-    def go(self) -> None:
-        """Let the process become the program that it was sent."""
+    def go(self, environment: dict[str, str]) -> None:
+        """Let the process become the program that it was sent, with this more in its environment."""
         self._may_go = True
+        word = marshal.dumps(environment)
         try:
-            self._ours.send(_GO)
+            self._ours.send(_LENGTH.pack(len(word)) + word)
         except (BrokenPipeError, ConnectionResetError):
             self._was_killed_waiting()
 
@@ -271,10 +272,17 @@ class ChildLine:
         memory_fd, output_fd = fds
         return Program.unpacked(os.pread(memory_fd, os.fstat(memory_fd).st_size, 0)), output_fd
 
-    def wait_for_word(self) -> None:
-        """Return when the launcher says so; ends this process if it never will."""
-        if self._socket.recv(len(_GO)) != _GO:
+    def wait_for_word(self) -> dict[str, str]:
+        """Return, when the launcher says so, what is new in the environment; or end this process."""
+        (length,) = _LENGTH.unpack(self._receive(_LENGTH.size))
+        new: dict[str, str] = marshal.loads(self._receive(length))
+        return new
+
+    def _receive(self, size: int) -> bytes:
+        data = self._socket.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
             os._exit(_CHILD_FAILED)
+        return data
 
     def fail(self, what: str, number: int, message: str) -> None:
         """Say why there is no exec."""

@@ -71,10 +71,10 @@ class Tree:
         if self._line is not None:
             self._line.send(program, output_fd)
 
-    def go(self) -> None:
-        """Let the process become the program; the listener hears the rest."""
+    def go(self, environment: dict[str, str]) -> None:
+        """Let the process become the program, with this more in its environment; the rest is heard."""
         if self._line is not None:
-            self._line.go()
+            self._line.go(environment)
 
     def read_line(self) -> None:
         """Take in what the process said; called when there is something, or when it must be known."""

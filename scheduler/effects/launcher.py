@@ -160,13 +160,16 @@ class Launcher(Protocol):
         """
 
     def prepare(self, order: StartOrder) -> None:
-        """Have everything ready for a start that is about to be decided, and report nothing yet.
+        """Have everything ready for a start that is likely to come, and report nothing yet.
 
         Nothing of the job runs before `start`; `forget`, or the end of the connection, takes it all back.
         """
 
     def start(self, order: StartOrder) -> None:
-        """Order a start, prepared or not; answered by Started or StartFailed."""
+        """Order a start, prepared or not; answered by Started or StartFailed.
+
+        Since it was prepared variables may have changed or come in: the GPUs are often known only now.
+        """
 
     def stop(self, order: StopOrder) -> None:
         """Order a stop; answered by Signalled and Exited. A later order may only shorten the grace."""

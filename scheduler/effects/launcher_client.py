@@ -104,7 +104,8 @@ class LauncherClient:
         }
         self._spawn_wanted = spawn
         self._line: _Line | None = None
-        self._prepared: dict[AttemptKey, StartFailed | None] = {}  # and not started; why it never can be
+        self._prepared: dict[AttemptKey, StartOrder] = {}  # and not started
+        self._unsendable: dict[AttemptKey, str] = {}  # why it can't even be prepared
         self._children: dict[int, int] = {}  # pidfd -> pid of launchers that we started and have not reaped
 
     async def connect(self, on_report: Callable[[Report], None]) -> LauncherHello:
@@ -128,6 +129,7 @@ class LauncherClient:
             ) from error
         self._line = line
         self._prepared.clear()
+        self._unsendable.clear()
         said = line.hello()
         ours = str(self._jobs_dir.resolve())
         if line.jobs_dir != ours:
@@ -140,7 +142,7 @@ class LauncherClient:
         return said
 
     def prepare(self, order: StartOrder) -> None:
-        """Have everything ready for a start that is about to be decided, and report nothing yet.
+        """Have everything ready for a start that is likely to come, and report nothing yet.
 
         Nothing of the job runs before `start`; `forget`, or the end of the connection, takes it all back.
         """
@@ -152,23 +154,28 @@ class LauncherClient:
             "working_directory": order.working_directory,
             "stop_command": order.stop_command,
         }
-        self._prepared[order.key] = None
+        self._prepared[order.key] = order
         try:
             self._send(message)
         except WireError as error:
-            # What is too long for the line is too long for exec, and fails as it would fail there.
-            failure = StartFailed(order.key, time.time(), "command", errno.E2BIG, str(error))
-            self._prepared[order.key] = failure
+            self._unsendable[order.key] = str(error)
 
     def start(self, order: StartOrder) -> None:
-        """Order a start, prepared or not; answered by Started or StartFailed."""
-        if order.key not in self._prepared:
+        """Order a start, prepared or not; answered by Started or StartFailed.
+
+        Since it was prepared variables may have changed or come in: the GPUs are often known only now.
+        """
+        key = order.key
+        if key not in self._prepared:
             self.prepare(order)
-        failure = self._prepared.pop(order.key)
-        if failure is None:
-            self._send({"order": "start", **asdict(order.key)})
+        prepared = self._prepared.pop(key).environment
+        changed = {name: value for name, value in order.environment.items() if prepared.get(name) != value}
+        unsendable = self._unsendable.pop(key, None)
+        if unsendable is None:
+            self._send({"order": "start", **asdict(key), "environment": changed})
         elif self._line is not None:
-            self._line.pretend(failure)
+            # What is too long for the line is too long for exec, and fails as it would fail there.
+            self._line.pretend(StartFailed(key, time.time(), "command", errno.E2BIG, unsendable))
 
     def stop(self, order: StopOrder) -> None:
         """Order a stop; answered by Signalled and Exited. A later order may only shorten the grace."""
@@ -188,6 +195,7 @@ class LauncherClient:
     def forget(self, key: AttemptKey) -> None:
         """The exit is in the journal, or the start will not come: the launcher may drop the attempt."""
         self._prepared.pop(key, None)
+        self._unsendable.pop(key, None)
         self._send({"order": "forget", **asdict(key)})
 
     async def close(self) -> None:

@@ -20,6 +20,7 @@ HELD_MAX = 10_000  # attempts; a daemon that never forgets one is broken
 GREETING_MAX = 4  # connections that have not said hello; the oldest gives way
 UNSENT_BYTES_MAX = 16 << 20  # reports for a daemon that doesn't read; it reconnects and gets what is held
 JOB_ID_CHARACTERS_MAX = 100
+NEWS_CHARACTERS_MAX = 16384  # of a start order: a hundred GPUs, twice
 
 _READ_BYTES = 65536
 _UNIX_S_MAX = 1e12  # more is no time
@@ -233,7 +234,8 @@ class Server:
                 raise WireError(f"an order to start what was not prepared: {key}")
             log(f"{key}: an order to {order} what is not held")
         elif order == "start":
-            self._start(attempt)
+            attempt.start(checked_news(message))
+            self.loop.call_after(FORK_AHEAD_S, self._fork_ahead)
         elif order == "stop":
             attempt.stop(*checked_stop(message))
         elif order == "end_grace":
@@ -259,10 +261,6 @@ class Server:
             attempt.refuse(errno.EAGAIN, f"the launcher holds {HELD_MAX} attempts that are not forgotten")
         else:
             attempt.prepare()
-
-    def _start(self, attempt: Attempt) -> None:
-        attempt.start()
-        self.loop.call_after(FORK_AHEAD_S, self._fork_ahead)
 
     def _discard(self, key: Key) -> None:
         attempt = self._attempts.pop(key)
@@ -384,17 +382,39 @@ def checked_preparation(message: Message) -> Message:
         WireError: They have not.
     """
     command, stop_command = message.get("command"), message.get("stop_command")
-    environment, working_directory = message.get("environment"), message.get("working_directory")
     if (
         not _are_strings(command)
         or not command
         or not _are_strings(stop_command)
-        or not isinstance(environment, dict)
-        or not _are_strings(list(environment.values()))
-        or not isinstance(working_directory, str)
+        or not isinstance(message.get("working_directory"), str)
     ):
         raise WireError("an order to prepare whose fields have the wrong types")
+    checked_environment(message)
     return message
+
+
+def checked_environment(message: Message) -> dict[str, str]:
+    """Return an order's environment.
+
+    Raises:
+        WireError: It is missing, or no object of strings.
+    """
+    environment = message.get("environment")
+    if not isinstance(environment, dict) or not _are_strings(list(environment.values())):
+        raise WireError("an order whose environment is no object of strings")
+    return environment
+
+
+def checked_news(message: Message) -> dict[str, str]:
+    """Return what a start order adds to the environment: it must fit into a socket's buffer.
+
+    Raises:
+        WireError: It is missing, no object of strings, or too long.
+    """
+    environment = checked_environment(message)
+    if sum(len(name) + len(value) for name, value in environment.items()) > NEWS_CHARACTERS_MAX:
+        raise WireError("a start order that adds too much to the environment")
+    return environment
 
 
 def checked_stop(message: Message) -> tuple[float, dict[str, object]]:

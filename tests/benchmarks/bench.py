@@ -30,6 +30,7 @@ from node import Node, StartLine, naming, until
 
 FIGURES: dict[str, Callable[["Bench"], Figure]] = {
     "start": latency.start,
+    "start_after_a_pause": latency.start_after_a_pause,
     "preempt_one": latency.preempt_one,
     "preempt_eight": latency.preempt_eight,
     "command": latency.command,

@@ -20,7 +20,14 @@ from scheduler.effects.launcher import (
     Started,
     StartFailed,
 )
-from tests.integration.launching import Bench, a_launcher, cgroups_are_writable, eventually, is_alive
+from tests.integration.launching import (
+    ENVIRONMENT,
+    Bench,
+    a_launcher,
+    cgroups_are_writable,
+    eventually,
+    is_alive,
+)
 
 # A program that ignores SIGTERM, and so does the grandchild that it detaches (double fork, new session, no
 # environment) and whose pid it says.
@@ -174,14 +181,16 @@ async def test_what_is_prepared_neither_runs_nor_shows_until_it_is_started(
     bench: Bench, tmp_path: Path
 ) -> None:
     began = tmp_path / "began"
-    key = bench.prepare("touch", str(began))
+    command = ("sh", "-c", f"touch {began}; echo new: $NEW")
+    key = bench.prepare(*command)
     assert await bench.run("true", job="job-2") == (0, None)  # by then the preparation is done
     await eventually(bench.attempt_dir(key).exists, "preparation")
     assert not began.exists()
     assert not [report for report in bench.reports if report.key == key]
-    bench.start("touch", str(began))
+    bench.start(*command, environment={**ENVIRONMENT, "NEW": "known since"})
     assert (await bench.report(key, Exited)).exit_code == 0
     assert began.exists()
+    assert bench.output(key) == "new: known since\n"
     assert [type(report) for report in bench.reports if report.key == key] == [Started, Exited]
 
 

@@ -412,6 +412,10 @@ PREPARE = {
 }
 
 
+START = {"order": "start", "job_id": "bad", "attempt": 1}
+TOO_MUCH = {"A": "x" * 20_000}
+
+
 @pytest.mark.parametrize(
     "lines",
     [
@@ -421,7 +425,9 @@ PREPARE = {
         [b"[" * 100_000 + b"\n"],
         [b'{"order": "hello", "oldest": 7, "newest": 9}\n'],
         [b"x" * 1000 for _ in range(launcher_wire.LINE_BYTES_MAX // 1000 + 1)],
-        [HELLO, b'{"order": "start", "job_id": "never-prepared", "attempt": 1}\n'],
+        [HELLO, b'{"order": "start", "job_id": "never-prepared", "attempt": 1, "environment": {}}\n'],
+        [HELLO, launcher_wire.encode(PREPARE), b'{"order": "start", "job_id": "bad", "attempt": 1}\n'],
+        [HELLO, launcher_wire.encode(PREPARE), launcher_wire.encode({**START, "environment": TOO_MUCH})],
         [HELLO, b'{"order": "dance", "job_id": "held", "attempt": 1}\n'],
         [HELLO, launcher_wire.encode({**PREPARE, "job_id": "../../etc"})],
         [HELLO, launcher_wire.encode({**PREPARE, "job_id": ".."})],
@@ -498,7 +504,7 @@ async def test_a_daemon_that_read_nothing_finds_everything_when_it_comes_back(
             which = {"job_id": f"unread-{number}", "attempt": 1}
             command = ["touch", str(tmp_path / f"began-{number}")]
             peer.sendall(launcher_wire.encode({**PREPARE, **which, "command": command}))
-            peer.sendall(launcher_wire.encode({"order": "start", **which}))
+            peer.sendall(launcher_wire.encode({"order": "start", **which, "environment": {}}))
         keys = {AttemptKey(f"unread-{number}", 1) for number in range(50)}
         await eventually(lambda: len(list(tmp_path.glob("began-*"))) == 50, "start of every attempt")
     await bench.client.close()

@@ -33,7 +33,7 @@ class FakeTree(Tree):
     def load(self, program: Program, output_fd: int) -> None:
         pass
 
-    def go(self) -> None:
+    def go(self, environment: dict[str, str]) -> None:
         self._loop.call_after(0.0, lambda: self.listener.has_started(77, 1234))
 
     def pids(self) -> set[int]:
@@ -92,7 +92,7 @@ class World:
     def start(self) -> None:
         self.attempt.prepare()
         assert not self.reports, "nothing is said before the start is ordered"
-        self.attempt.start()
+        self.attempt.start({})
 
     def run(self) -> None:
         """Run until the attempt is over."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scheduler.control.orders import Orders
+from scheduler.control.orders import PREPARED_AHEAD_MAX, Orders
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.model.jobs import Attempt, Job, JobState, Notice
 from scheduler.model.reasons import Reason
@@ -140,3 +140,58 @@ def test_what_was_prepared_in_a_tick_that_is_not_kept_is_taken_back() -> None:
     orders.clear()
     orders.send()
     assert world.said == [("prepare", FIRST_KEY, "GPU-a"), ("forget", FIRST_KEY)]
+
+
+PENDING = job(JobState.PENDING)
+
+
+def test_a_preemptors_start_is_prepared_ahead_and_gets_its_gpus_when_it_starts() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    orders.prepare_ahead(PENDING)
+    orders.prepare_ahead(PENDING)
+    orders.send()
+    assert world.said == [("prepare", FIRST_KEY, "")], "once, and on no GPU yet"
+    started = job(JobState.STARTING, replace(RUNS, started_s=None))
+    orders.prepare(started)
+    orders.follow(PENDING, started)
+    orders.send()
+    assert world.said[1:] == [("start", FIRST_KEY, "GPU-a")]
+
+
+def test_a_preemptor_that_ends_without_a_start_is_taken_back() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    orders.prepare_ahead(PENDING)
+    orders.send()
+    orders.follow(PENDING, job(JobState.CANCELLED))
+    orders.send()
+    assert world.said[1:] == [("forget", FIRST_KEY)]
+
+
+def test_what_was_prepared_ahead_outlives_a_later_tick_that_is_not_kept() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    orders.prepare_ahead(PENDING)
+    orders.send()
+    orders.clear()
+    assert world.said == [("prepare", FIRST_KEY, "")]
+
+
+def test_only_so_many_starts_are_prepared_ahead() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    for number in range(2 * PREPARED_AHEAD_MAX):
+        orders.prepare_ahead(replace(PENDING, number=number, id=f"j{number}"))
+    assert len(world.said) == PREPARED_AHEAD_MAX
+
+
+def test_with_a_new_launcher_nothing_is_prepared() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {})
+    orders.prepare_ahead(PENDING)
+    orders.send()
+    orders.launcher_is_new()
+    orders.follow(PENDING, job(JobState.CANCELLED))
+    orders.send()
+    assert world.said == [("prepare", FIRST_KEY, "")]

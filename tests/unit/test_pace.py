@@ -2,8 +2,14 @@
 
 from typing import Any, cast
 
-from scheduler.control.inbox import Asked, Cancel, Command, Elapsed, Submit
-from scheduler.control.pace import PROBE_EVERY_TICKS, REPORT_LINGER_S, SUBMIT_LINGER_S, Pace
+from scheduler.control.inbox import Asked, Cancel, Command, Elapsed, HandoverResult, Submit
+from scheduler.control.pace import (
+    EXIT_LINGER_S,
+    PROBE_EVERY_TICKS,
+    REPORT_LINGER_S,
+    SUBMIT_LINGER_S,
+    Pace,
+)
 from scheduler.effects.launcher import AttemptKey, Exited, Started
 
 NOBODY = cast(Any, None)
@@ -39,3 +45,12 @@ def test_an_exit_is_never_kept_waiting_but_a_start_may_be() -> None:
     assert pace.linger_s(Exited(KEY, 0.0, 0, None)) == 0.0
     assert pace.linger_s(Elapsed()) == 0.0
     assert pace.linger_s(Started(KEY, 0.0, 1, 1)) == REPORT_LINGER_S
+
+
+def test_of_several_that_were_told_to_go_the_first_wait_for_the_others() -> None:
+    pace = Pace()
+    gone, proved = Exited(KEY, 0.0, 0, None), HandoverResult("GPU-a", None, "")
+    assert pace.linger_s(gone, awaits_exits=True) == EXIT_LINGER_S
+    assert pace.linger_s(proved, awaits_exits=True) == EXIT_LINGER_S
+    assert pace.linger_s(proved) == 0.0
+    assert pace.linger_s(Elapsed(), awaits_exits=True) == 0.0
