@@ -255,32 +255,6 @@ def place(
     return (min(found)[-1],) if found else None
 
 
-def find_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
-    """Room in what is free, on the node with the fewest whole free GPUs; None: it does not fit."""
-    best: tuple[int, Node, tuple[int, ...]] | None = None
-    for node in nodes:
-        if node.drains:
-            continue
-        positions = place(request, node, node.free, penalty)
-        if positions is not None:
-            left = node.free.milli.count(WHOLE_MILLI)
-            if best is None or left < best[0]:
-                best = (left, node, positions)
-    return None if best is None else Found(best[1], best[2])
-
-
-def find_leaving(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
-    """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    best: tuple[Turn, Found] | None = None
-    for node in nodes:
-        if node.drains or not node.leaving:
-            continue
-        found = find_leaving_on(request, node, penalty)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    return None if best is None else best[1]
-
-
 def find_leaving_on(
     request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Iterable[Hold] = ()
 ) -> tuple[Turn, Found] | None:

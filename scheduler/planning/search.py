@@ -1,0 +1,142 @@
+"""Room for a request among all nodes: free, coming free, or by displacing; columns say where looking pays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scheduler.planning.allocator import (
+    NO_PENALTY,
+    Found,
+    Node,
+    Penalty,
+    Request,
+    Turn,
+    find_leaving_on,
+    place,
+)
+from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.pool import summed
+from scheduler.planning.preemption import Live, choose_victims
+from scheduler.planning.world import NEVER, Reach, World
+
+# Nodes on which the exact cheapest victims are looked for, those first that promise to be cheapest. So few
+# nodes are all looked at, without promises.
+NODES_TRIED_MAX = 64
+NODES_ALL_TRIED_MAX = 2
+
+Candidates = Callable[[Node], list[Live]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may use of one node, so as not to delay a promised start there; None: nothing."""
+
+    row: int
+    node: Node | None
+    penalty: Penalty
+
+
+def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
+    """Room in what is free, on the node with the fewest whole free GPUs."""
+    mask = world.free.fit(request) & ~world.drains
+    own = _limit(mask, request, limits)
+    rows = rows_where(mask)
+    if not len(rows) and own is None:
+        return None
+    whole = world.free.whole_gpus
+    if len(rows):
+        row = int(rows[xp.argmin(whole[rows])])
+        if own is None or limits is None or (whole[row], row) < (whole[limits.row], limits.row):
+            node = world.node(row)
+            positions = place(request, node, node.free)
+            assert positions is not None, "the columns say that it fits"
+            return Found(node, positions)
+    assert own is not None
+    return own
+
+
+def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
+    """Room in what is free and what leaves, on the node where the last stop it needs came first."""
+    leaving = world.leaving_rows()
+    if not leaving:
+        return None
+    fits = world.soon.fit(request) & ~world.drains
+    best: tuple[Turn, int, Found] | None = None
+    for row in leaving:
+        node, penalty = _as_limited(world, row, limits)
+        found = None if node is None or not fits[row] else find_leaving_on(request, node, penalty)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = (found[0], row, found[1])
+    return None if best is None else best[2]
+
+
+def find_by_displacing(
+    request: Request, world: World, candidates: Candidates, limits: Limits | None = None
+) -> Found | None:
+    """Room that the cheapest victims leave, on the node where they are cheapest."""
+    reach = world.within_reach(request)
+    if not reach.outranked.any():
+        return None
+    best: tuple[int, int, Node, list[Live], Penalty] | None = None
+    best_loss = NEVER
+    for row, bound in _cheapest_first(request, world, reach):
+        if bound > best_loss:
+            break
+        node, penalty = _as_limited(world, row, limits)
+        chosen = None if node is None else choose_victims(request, node, candidates(node))
+        if node is not None and chosen is not None and (best is None or (chosen[0], row) < best[:2]):
+            best = (chosen[0], row, node, chosen[1], penalty)
+            best_loss = sum(victim.loss_microusd for victim in chosen[1])
+    if best is None:
+        return None
+    _, _, node, victims, penalty = best
+    holds = [replace(v.hold, preemptor=request.number, stop_us=world.now_us) for v in victims]
+    found = find_leaving_on(request, node, penalty, holds)
+    assert found is not None, "the victims were chosen so that the request fits"
+    return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
+
+
+def _limit(fits: Any, request: Request, limits: Limits | None) -> Found | None:
+    """Take the limited node out of those that fit; what is free on what is left of it."""
+    if limits is None:
+        return None
+    fits[limits.row] = False
+    if limits.node is None or limits.node.drains:
+        return None
+    positions = place(request, limits.node, limits.node.free, limits.penalty)
+    return None if positions is None else Found(limits.node, positions)
+
+
+def _as_limited(world: World, row: int, limits: Limits | None) -> tuple[Node | None, Penalty]:
+    if limits is not None and limits.row == row:
+        return limits.node, limits.penalty
+    return world.node(row), NO_PENALTY
+
+
+def _cheapest_first(request: Request, world: World, reach: Reach) -> list[tuple[int, int]]:
+    """Rows of the nodes that the request could have, each with a loss that is not more than what it takes."""
+    rows = rows_where(reach.pool.fit(request) & ~world.drains)
+    if len(rows) <= NODES_ALL_TRIED_MAX or request.gpus == 0:
+        return [(row, 0) for row in rows[:NODES_TRIED_MAX].tolist()]
+    bounds = _bounds(request, world, reach, rows)
+    first = xp.lexsort(xp.stack([rows, bounds]))[:NODES_TRIED_MAX]
+    return list(zip(*lists((rows, bounds), first), strict=True))
+
+
+def _bounds(request: Request, world: World, reach: Reach, rows: Any) -> Any:
+    """Shape (rows,): the least loss that clears as many GPUs as are lacking, if jobs could go in parts."""
+    jobs, layout = world.incumbents, world.layout
+    held = reach.outranked[jobs.holder]
+    cell, holder = jobs.cell[held], jobs.holder[held]
+    gpus = xp.bincount(jobs.holder, minlength=len(jobs.row))
+    part = (jobs.loss_microusd // xp.maximum(gpus, 1))[holder]
+    if request.is_share:
+        least = xp.full(layout.cells, NEVER, dtype=xp.int64)
+        xp.minimum.at(least, cell, part)
+    else:
+        least = summed(cell, part, layout.cells)
+    cost = xp.where(world.soon.usable(request), 0, least.reshape(layout.row.shape))[rows]
+    cost = xp.where(reach.pool.usable(request)[rows], cost, NEVER)
+    if request.gpus == 1:
+        return cost.min(axis=1)
+    return xp.sort(cost, axis=1)[:, : request.gpus].sum(axis=1)
