@@ -13,6 +13,7 @@ the GPU with the smallest remaining share that fits (best fit), so that whole GP
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN
 
@@ -27,8 +28,7 @@ Penalty = Mapping[int, int]
 NO_PENALTY: Penalty = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A pending job as planning sees it. `memory_mib` is host memory; 0 = not accounted."""
 
     number: int
@@ -66,6 +66,11 @@ class Hold:
     stop_us: int  # of a leaving job: when its stop was decided
     ready_us: int  # of a leaving job: until when its grace runs, at most
     served: int = NOT_SERVED  # of a leaving job: the how-manieth claim of this plan its preemptor's is
+
+    def told(self, preemptor: int, stop_us: int) -> "Hold":
+        """The same as if its job had been told to give way."""
+        host = (self.cpus, self.memory_mib, self.slots)
+        return Hold(self.number, self.parts, *host, preemptor, stop_us, self.ready_us)
 
 
 @dataclass(slots=True)

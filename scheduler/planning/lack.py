@@ -4,7 +4,6 @@ Where nodes lack different things the one that lacks least says why the job wait
 memory, then CPUs, then GPU memory, then GPUs. Of one node that lacks several of its host, CPUs are named.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from scheduler.model.reasons import Reason
@@ -24,7 +23,7 @@ def lack(request: Request, reach: Pool, nodes: Any) -> Reason:
         if (cpus & memory).any():
             return Reason.WAITING_FOR_START_SLOT
         return Reason.WAITING_FOR_MEMORY if cpus.any() else Reason.WAITING_FOR_CPUS
-    if (reach.fit_gpus(replace(request, gpu_memory_mib=0)) & nodes).any():
+    if (reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes).any():
         return Reason.WAITING_FOR_GPU_MEMORY
     return Reason.WAITING_FOR_GPUS
 
@@ -33,10 +32,10 @@ def least_lacking(request: Request, reason: Reason, reach: Pool, nodes: Any) -> 
     """The smallest request found that fails on all nodes for the same lack: whoever wants as much fails."""
     of_gpus = reason in (Reason.WAITING_FOR_GPUS, Reason.WAITING_FOR_GPU_MEMORY)
     fit = reach.fit_gpus if of_gpus else reach.fit
-    least = replace(request, cpus=0, memory_mib=0) if of_gpus else request
+    least = request._replace(cpus=0, memory_mib=0) if of_gpus else request
     for steps in _steps_down(request, reason, reach, nodes):
         for step in steps:
-            tried = replace(least, **step)
+            tried = least._replace(**step)
             if (fit(tried) & nodes).any():
                 break
             least = tried

@@ -60,11 +60,13 @@ def find_leaving(request: Request, world: World, limits: Limits | None = None) -
     leaving = world.leaving_rows()
     if not leaving:
         return None
-    fits = world.soon.fit(request) & ~world.drains
+    if len(leaving) > NODES_ALL_TRIED_MAX:
+        fits = world.soon.fit(request)
+        leaving = [row for row in leaving if fits[row]]
     best: tuple[Turn, int, Found] | None = None
     for row in leaving:
         node, penalty = _as_limited(world, row, limits)
-        found = None if node is None or not fits[row] else find_leaving_on(request, node, penalty)
+        found = None if node is None or node.drains else find_leaving_on(request, node, penalty)
         if found is not None and (best is None or found[0] < best[0]):
             best = (found[0], row, found[1])
     return None if best is None else best[2]
@@ -74,23 +76,23 @@ def find_by_displacing(
     request: Request, world: World, candidates: Candidates, limits: Limits | None = None
 ) -> Found | None:
     """Room that the cheapest victims leave, on the node where they are cheapest."""
-    reach = world.within_reach(request)
-    if not reach.outranked.any():
+    if not world.displaceable(request).any():
         return None
     best: tuple[int, int, Node, list[Live], Penalty] | None = None
     best_loss = NEVER
-    for row, bound in _cheapest_first(request, world, reach):
+    for row, bound in _cheapest_first(request, world):
         if bound > best_loss:
             break
         node, penalty = _as_limited(world, row, limits)
-        chosen = None if node is None else choose_victims(request, node, candidates(node))
+        victims = [] if node is None else candidates(node)
+        chosen = choose_victims(request, node, victims) if node is not None and victims else None
         if node is not None and chosen is not None and (best is None or (chosen[0], row) < best[:2]):
             best = (chosen[0], row, node, chosen[1], penalty)
             best_loss = sum(victim.loss_microusd for victim in chosen[1])
     if best is None:
         return None
     _, _, node, victims, penalty = best
-    holds = [replace(v.hold, preemptor=request.number, stop_us=world.now_us) for v in victims]
+    holds = [victim.hold.told(request.number, world.now_us) for victim in victims]
     found = find_leaving_on(request, node, penalty, holds)
     assert found is not None, "the victims were chosen so that the request fits"
     return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
@@ -113,8 +115,11 @@ def _as_limited(world: World, row: int, limits: Limits | None) -> tuple[Node | N
     return world.node(row), NO_PENALTY
 
 
-def _cheapest_first(request: Request, world: World, reach: Reach) -> list[tuple[int, int]]:
+def _cheapest_first(request: Request, world: World) -> list[tuple[int, int]]:
     """Rows of the nodes that the request could have, each with a loss that is not more than what it takes."""
+    if len(world.drains) <= NODES_ALL_TRIED_MAX:
+        return [(row, 0) for row in rows_where(~world.drains).tolist()]
+    reach = world.within_reach(request)
     rows = rows_where(reach.pool.fit(request) & ~world.drains)
     if len(rows) <= NODES_ALL_TRIED_MAX or request.gpus == 0:
         return [(row, 0) for row in rows[:NODES_TRIED_MAX].tolist()]

@@ -10,7 +10,7 @@ it what incumbents hold, the live jobs that stay unless they are displaced.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import (
@@ -163,6 +163,7 @@ class World:
         self._nodes: dict[int, Node] = {}
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
+        self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._split(snapshot)
         self._count(snapshot)
 
@@ -207,9 +208,7 @@ class World:
         """The live jobs of a node that stay unless they are displaced."""
         known = self._live.get(row)
         if known is None:
-            by_node, first_on_node = self._places
-            members = by_node[int(first_on_node[row]) : int(first_on_node[row + 1])]
-            known = self._live[row] = [self._made_live(row, index) for index in members.tolist()]
+            known = self._live[row] = self._made_live(row)
         return known
 
     def leaving_rows(self) -> list[int]:
@@ -240,16 +239,29 @@ class World:
 
     def changed(self, node: Node) -> None:
         """Take over into the columns what the node has given away or got back."""
+        self._reaches.clear()
         self.free.put(node, node.free)
         if "soon" in self.__dict__:  # else it is made from the nodes as they are
             self.soon.put(node, node.spare_with(node.leaving))
 
     # Looks --------------------------------------------------------------------------------------
 
+    def displaceable(self, request: Request) -> Any:
+        """Bool, shape (incumbents,): whom the request may displace."""
+        jobs = self.incumbents
+        return jobs.outranked(request, self._policy.order) & jobs.may_yield
+
     def within_reach(self, request: Request) -> "Reach":
         """What is free, leaves, or is held by jobs that the request may displace."""
+        outranked = self.displaceable(request)
+        key = outranked.tobytes()
+        known = self._reaches.get(key)
+        if known is None:
+            known = self._reaches[key] = self._made_reach(outranked)
+        return known
+
+    def _made_reach(self, outranked: Any) -> "Reach":
         jobs = self.incumbents
-        outranked = jobs.outranked(request, self._policy.order) & jobs.may_yield
         if not outranked.any():
             return Reach(self.soon, outranked)
         holds = outranked[jobs.holder]
@@ -411,37 +423,60 @@ class World:
             holds.append(Hold(number, held, cpus, memory_mib, 1, preemptor, stop_us, ready_us))
         return holds
 
-    def _made_live(self, row: int, index: int) -> Live:
+    def _made_live(self, row: int) -> list[Live]:
         jobs = self.incumbents
-        parts: dict[int, list[int]] = {}
-        for held in range(int(jobs.first[index]), int(jobs.first[index + 1])):
-            part = parts.setdefault(int(jobs.cell[held]) - row * self.layout.width, [0, 0])
-            part[0] += int(jobs.milli[held])
-            part[1] += int(jobs.mib[held])
-        hold = Hold(
-            int(jobs.number[index]),
-            parts,
-            int(jobs.cpus[index]),
-            int(jobs.memory_mib[index]),
-            1,
-            UNKNOWN,
-            UNKNOWN,
-            int(jobs.ready_us[index]),
-        )
-        return Live(
-            index=index,
-            hold=hold,
-            job_class=int(jobs.job_class[index]),
-            priority=int(jobs.priority[index]),
-            value_bar=int(jobs.value_bar[index]),
-            may_yield=bool(jobs.may_yield[index]),
-            yields_us=int(jobs.yields_us[index]),
-            ends_us=int(jobs.ends_us[index]),
-            started_us=int(jobs.started_us[index]),
-            gpus=len(parts),
-            lost_gpu_ms=int(jobs.lost_gpu_ms[index]),
-            loss_microusd=int(jobs.loss_microusd[index]),
-        )
+        by_node, first_on_node = self._places
+        members = by_node[int(first_on_node[row]) : int(first_on_node[row + 1])]
+        made = []
+        for index, first, end, *values in zip(
+            members.tolist(),
+            *lists((jobs.first[:-1], jobs.first[1:]), members),
+            *lists(tuple(getattr(jobs, name) for name in _LiveRow._fields), members),
+            strict=True,
+        ):
+            each = _LiveRow(*values)
+            parts: dict[int, list[int]] = {}
+            held = (jobs.cell[first:end], jobs.milli[first:end], jobs.mib[first:end])
+            for cell, milli, mib in zip(*(column.tolist() for column in held), strict=True):
+                part = parts.setdefault(cell - row * self.layout.width, [0, 0])
+                part[0] += milli
+                part[1] += mib
+            hold = Hold(each.number, parts, each.cpus, each.memory_mib, 1, UNKNOWN, UNKNOWN, each.ready_us)
+            made.append(
+                Live(
+                    index=index,
+                    hold=hold,
+                    job_class=each.job_class,
+                    priority=each.priority,
+                    value_bar=each.value_bar,
+                    may_yield=each.may_yield,
+                    yields_us=each.yields_us,
+                    ends_us=each.ends_us,
+                    started_us=each.started_us,
+                    gpus=len(parts),
+                    lost_gpu_ms=each.lost_gpu_ms,
+                    loss_microusd=each.loss_microusd,
+                )
+            )
+        return made
+
+
+class _LiveRow(NamedTuple):
+    """One row of `Incumbents`."""
+
+    number: int
+    job_class: int
+    priority: int
+    value_bar: int
+    may_yield: bool
+    yields_us: int
+    ends_us: int
+    started_us: int
+    cpus: int
+    memory_mib: int
+    ready_us: int
+    lost_gpu_ms: int
+    loss_microusd: int
 
 
 def _value_of(value_microusd_per_hour: Any, gpu_ms: Any) -> Any:
