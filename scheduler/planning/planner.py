@@ -37,6 +37,7 @@ from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED
 from scheduler.planning.allocator import Claim, Found, Node, Request, take
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
 from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
 from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
@@ -92,6 +93,7 @@ class Planner:
         self._strict: dict[bool, Blocked] = {}
         stopping = self._stop_what_is_over()
         self.world = World(snapshot, policy, stopping, layout)
+        self._horizons = Horizons(self.world, policy.order)
         self.queue = Queue(snapshot, policy.order)
 
     def run(self) -> Plan:
@@ -167,7 +169,9 @@ class Planner:
         return (
             find_free(request, self.world, limits)
             or find_leaving(request, self.world, limits)
-            or find_by_displacing(request, self.world, lambda node: self.candidates(request, node), limits)
+            or find_by_displacing(
+                request, self.world, self._horizons, lambda node: self.candidates(request, node), limits
+            )
         )
 
     def _find_beside(self, request: Request, holder: Blocked) -> Found | None:
@@ -188,6 +192,7 @@ class Planner:
         self.claims[request.number] = claim
         self.world.serve(request.number, len(self.claims))
         self.world.changed(node)
+        self._horizons.changed(node)
         if not claim.is_free:
             self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
             return

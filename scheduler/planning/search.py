@@ -15,9 +15,9 @@ from scheduler.planning.allocator import (
     place,
 )
 from scheduler.planning.arrays import lists, rows_where, xp
-from scheduler.planning.pool import summed
+from scheduler.planning.horizon import Horizons
 from scheduler.planning.preemption import Live, choose_victims
-from scheduler.planning.world import NEVER, Reach, World
+from scheduler.planning.world import NEVER, World
 
 # Nodes on which the exact cheapest victims are looked for, those first that promise to be cheapest. So few
 # nodes are all looked at, without promises.
@@ -38,7 +38,9 @@ class Limits:
 
 def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free, on the node with the fewest whole free GPUs."""
-    mask = world.free.fit(request) & ~world.drains
+    mask = world.free_for(request)
+    if mask is None:
+        return None
     own = _limit(mask, request, limits)
     rows = rows_where(mask)
     if not len(rows) and own is None:
@@ -57,30 +59,29 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    leaving = world.leaving_rows()
-    if not leaving:
+    leaving = rows_where(world.leaving & ~world.drains)
+    if not len(leaving):
         return None
     if len(leaving) > NODES_ALL_TRIED_MAX:
-        fits = world.soon.fit(request)
-        leaving = [row for row in leaving if fits[row]]
+        leaving = leaving[world.soon.fit(request)[leaving]]
     best: tuple[Turn, int, Found] | None = None
-    for row in leaving:
+    for row in leaving.tolist():
         node, penalty = _as_limited(world, row, limits)
-        found = None if node is None or node.drains else find_leaving_on(request, node, penalty)
+        found = None if node is None else find_leaving_on(request, node, penalty)
         if found is not None and (best is None or found[0] < best[0]):
             best = (found[0], row, found[1])
     return None if best is None else best[2]
 
 
 def find_by_displacing(
-    request: Request, world: World, candidates: Candidates, limits: Limits | None = None
+    request: Request, world: World, horizons: Horizons, candidates: Candidates, limits: Limits | None = None
 ) -> Found | None:
     """Room that the cheapest victims leave, on the node where they are cheapest."""
     if not world.displaceable(request).any():
         return None
     best: tuple[int, int, Node, list[Live], Penalty] | None = None
     best_loss = NEVER
-    for row, bound in _cheapest_first(request, world):
+    for row, bound in _cheapest_first(request, world, horizons):
         if bound > best_loss:
             break
         node, penalty = _as_limited(world, row, limits)
@@ -115,33 +116,19 @@ def _as_limited(world: World, row: int, limits: Limits | None) -> tuple[Node | N
     return world.node(row), NO_PENALTY
 
 
-def _cheapest_first(request: Request, world: World) -> list[tuple[int, int]]:
+def _cheapest_first(request: Request, world: World, horizons: Horizons) -> list[tuple[int, int]]:
     """Rows of the nodes that the request could have, each with a loss that is not more than what it takes."""
     if len(world.drains) <= NODES_ALL_TRIED_MAX:
         return [(row, 0) for row in rows_where(~world.drains).tolist()]
-    reach = world.within_reach(request)
-    rows = rows_where(reach.pool.fit(request) & ~world.drains)
-    if len(rows) <= NODES_ALL_TRIED_MAX or request.gpus == 0:
-        return [(row, 0) for row in rows[:NODES_TRIED_MAX].tolist()]
-    bounds = _bounds(request, world, reach, rows)
+    horizon = horizons.of(request)
+    rows = rows_where(horizon.pool.fit(request) & ~world.drains)
+    if not len(rows):
+        return []
+    bounds = horizon.bounds(request, rows)
+    if len(rows) > NODES_TRIED_MAX:
+        # Of equal bounds the first rows, whatever the partition does with them.
+        last = xp.sort(xp.partition(bounds, NODES_TRIED_MAX - 1)[:NODES_TRIED_MAX])[-1]
+        near = rows_where(bounds <= last)
+        rows, bounds = rows[near], bounds[near]
     first = xp.lexsort(xp.stack([rows, bounds]))[:NODES_TRIED_MAX]
     return list(zip(*lists((rows, bounds), first), strict=True))
-
-
-def _bounds(request: Request, world: World, reach: Reach, rows: Any) -> Any:
-    """Shape (rows,): the least loss that clears as many GPUs as are lacking, if jobs could go in parts."""
-    jobs, layout = world.incumbents, world.layout
-    held = reach.outranked[jobs.holder]
-    cell, holder = jobs.cell[held], jobs.holder[held]
-    gpus = xp.bincount(jobs.holder, minlength=len(jobs.row))
-    part = (jobs.loss_microusd // xp.maximum(gpus, 1))[holder]
-    if request.is_share:
-        least = xp.full(layout.cells, NEVER, dtype=xp.int64)
-        xp.minimum.at(least, cell, part)
-    else:
-        least = summed(cell, part, layout.cells)
-    cost = xp.where(world.soon.usable(request), 0, least.reshape(layout.row.shape))[rows]
-    cost = xp.where(reach.pool.usable(request)[rows], cost, NEVER)
-    if request.gpus == 1:
-        return cost.min(axis=1)
-    return xp.sort(cost, axis=1)[:, : request.gpus].sum(axis=1)

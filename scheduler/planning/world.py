@@ -163,6 +163,8 @@ class World:
         self._nodes: dict[int, Node] = {}
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
+        self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
+        self._unfree: set[tuple[int, ...]] = set()  # of GPUs what free ones can't serve, nor ever will here
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._split(snapshot)
         self._count(snapshot)
@@ -211,10 +213,6 @@ class World:
             known = self._live[row] = self._made_live(row)
         return known
 
-    def leaving_rows(self) -> list[int]:
-        """Rows of the nodes on which something leaves."""
-        return sorted(self._leaving)
-
     # Changes ------------------------------------------------------------------------------------
 
     def leave(self, node: Node, number: int, preemptor: int) -> Live:
@@ -224,18 +222,16 @@ class World:
         victim.hold.preemptor = preemptor
         victim.hold.stop_us = self.now_us
         node.leaving.append(victim.hold)
-        self._leaving.add(node.row)
+        self.leaving[node.row] = True
+        self._leaving_for.setdefault(preemptor, []).append(victim.hold)
         self.incumbents.may_yield[victim.index] = False
         return victim
 
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
         self._served[number] = served
-        for row in self._leaving:
-            known = self._nodes.get(row)
-            for hold in known.leaving if known is not None else ():
-                if hold.preemptor == number:
-                    hold.served = served
+        for hold in self._leaving_for.get(number, ()):
+            hold.served = served
 
     def changed(self, node: Node) -> None:
         """Take over into the columns what the node has given away or got back."""
@@ -245,6 +241,18 @@ class World:
             self.soon.put(node, node.spare_with(node.leaving))
 
     # Looks --------------------------------------------------------------------------------------
+
+    def free_for(self, request: Request) -> Any | None:
+        """Bool, shape (nodes,): where the request fits into what is free; None: nowhere."""
+        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        if wants in self._unfree:  # what is free only shrinks
+            return None
+        fits = self.free.fit_gpus(request) & ~self.drains
+        if not fits.any():
+            self._unfree.add(wants)
+            return None
+        fits &= self.free.fit_host(request)
+        return fits if fits.any() else None
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace."""
@@ -353,8 +361,9 @@ class World:
         layout, jobs, sizes = self.layout, snapshot.jobs, snapshot.nodes
         milli = snapshot.holdings.share_milli
         self._goes_away = (self._holder == UNKNOWN) | ~self._stays[self._holder] if len(jobs) else milli > 0
-        self._leaving = set(jobs.node[self._goes].tolist())
-        self._leaving.update((self._cell[self._goes_away] // max(layout.width, 1)).tolist())
+        self.leaving = xp.zeros(len(sizes), dtype=bool)
+        self.leaving[jobs.node[self._goes]] = True
+        self.leaving[self._cell[self._goes_away] // max(layout.width, 1)] = True
         live = rows_where(self._live_rows)
         whole = xp.where(layout.row == UNKNOWN, 0, WHOLE_MILLI)
         shape = whole.shape
@@ -383,11 +392,12 @@ class World:
             int(self.free.memory_mib[row]),
             int(self.free.slots[row]),
         )
-        leaving = self._made_leaving(row) if row in self._leaving else []
+        leaving = self._made_leaving(row) if self.leaving[row] else []
         # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
         leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
         for hold in leaving:
             hold.served = self._served.get(hold.preemptor, hold.served)
+            self._leaving_for.setdefault(hold.preemptor, []).append(hold)
         return Node(row, gpus, free, bool(self.drains[row]), leaving, self.layout.suitable(row))
 
     def _made_leaving(self, row: int) -> list[Hold]:
