@@ -69,6 +69,16 @@ class GpuColumns:
     # OPEN: may be given out as far as nobody holds it. CLOSED: cordoned, quarantined, foreign or
     # lost: nothing new starts there.
     state: Any
+    # Which GPUs of a node are near each other: equal numbers share an NVLink island, a PCIe switch, a NUMA
+    # node. UNKNOWN is near nobody. Left out they are UNKNOWN for every row.
+    island: Any = None
+    switch: Any = None
+    numa: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("island", "switch", "numa"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(len(self.uuid), UNKNOWN, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.uuid)
@@ -109,6 +119,22 @@ class HoldingColumns:
 
     def __len__(self) -> int:
         return len(self.job)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixColumns:
+    """What kinds of jobs this place is asked for, so that placement keeps room for them. Shape (kinds,)."""
+
+    gpus: Any
+    share_milli: Any
+    gpu_memory_mib: Any
+    cpus: Any
+    memory_mib: Any
+    models: Any  # row of `Snapshot.model_fits`
+    weight: Any  # how often, at least 1
+
+    def __len__(self) -> int:
+        return len(self.weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,8 +6,9 @@ what ended jobs still occupy until their hand-over is verified; it comes free wi
 leaves, its own victims' before others', the oldest stop first: so a waiting job's claim is the same in
 each plan however many later stops are added (R7), without remembering one.
 
-Placement: whole GPUs that the fewest model sets accept, then the smallest, then by index; a share goes to
-the GPU with the smallest remaining share that fits (best fit), so that whole GPUs stay whole.
+Placement: whole GPUs that the fewest model sets accept, then the smallest, then the best connected
+(`topology.py`), then by index; a share goes to the GPU with the smallest remaining share that fits (best
+fit), so that whole GPUs stay whole.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN
+from scheduler.planning.topology import Near, best_connected
 
 WHOLE_MILLI = 1000
 
@@ -125,6 +127,7 @@ class Gpu:
     memory_mib: int
     is_open: bool
     serves: tuple[bool, ...]  # by model set
+    near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
 
 
 @dataclass(slots=True)
@@ -249,15 +252,28 @@ def place(
         whole = [position for position in suitable if spare.milli[position] == WHOLE_MILLI]
         if len(whole) < request.gpus:
             return None
-        if penalty:
-            whole.sort(key=lambda position: penalty.get(position, 0))
-        return tuple(whole[: request.gpus])
+        return _best_connected(request, node, whole, penalty)
     found = [
         (penalty.get(position, 0), spare.milli[position], spare.mib[position], turn, position)
         for turn, position in enumerate(suitable)
         if share_fits(request, spare, position)
     ]
     return (min(found)[-1],) if found else None
+
+
+def _best_connected(request: Request, node: Node, whole: list[int], penalty: Penalty) -> tuple[int, ...]:
+    """Which of these whole GPUs to give: those that placement would rather use, of equals the nearest."""
+
+    def tier(position: int) -> tuple[int, ...]:
+        gpu = node.gpus[position]
+        return (penalty.get(position, 0), sum(gpu.serves), gpu.memory_mib)
+
+    whole.sort(key=tier)
+    worst = tier(whole[request.gpus - 1])
+    sure = [position for position in whole if tier(position) < worst]
+    open_to = [position for position in whole if tier(position) == worst]
+    near = tuple(node.gpus[position].near for position in open_to)
+    return (*sure, *(open_to[i] for i in best_connected(near, request.gpus - len(sure))))
 
 
 def find_leaving_on(

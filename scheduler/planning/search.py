@@ -37,12 +37,12 @@ class Limits:
 
 
 def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
-    """Room in what is free, on the node with the fewest whole free GPUs."""
+    """Room in what is free: where its GPUs are nearest, then on the node with the fewest whole free GPUs."""
     mask = world.free_for(request)
     if mask is None:
         return None
     own = _limit(mask, request, limits)
-    rows = rows_where(mask)
+    rows = rows_where(world.nearest(request, mask))
     if not len(rows) and own is None:
         return None
     whole = world.free.whole_gpus

@@ -61,6 +61,14 @@ class Layout:
         serving = xp.zeros((len(fits), self.cells), dtype=bool)
         serving[:, self.cell] = fits & (gpus.state != CLOSED)
         self.fits = serving.reshape(len(fits), *shape)
+        # Where it tells GPUs of a node apart: bool (nodes, width, width), the nearest first.
+        self.nearness: list[Any] = []
+        for near in (gpus.island, gpus.switch, gpus.numa):
+            group = self._spread(near, UNKNOWN, shape)
+            there = self.row != UNKNOWN
+            same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
+            if same.any() and not (same | ~(there[:, :, None] & there[:, None, :])).all():
+                self.nearness.append(same)
         self._snapshot = snapshot
         self._gpus: dict[int, tuple[Gpu, ...]] = {}
         self._suitable: dict[int, dict[tuple[int, int], tuple[int, ...]]] = {}
@@ -80,11 +88,14 @@ class Layout:
         if known is None:
             gpus = self._snapshot.gpus
             rows = self.row[node][self.row[node] != UNKNOWN]
-            index, memory_mib, state = lists((gpus.index, gpus.memory_mib, gpus.state), rows)
+            sizes = zip(*lists((gpus.index, gpus.memory_mib, gpus.state != CLOSED), rows), strict=True)
             serves = self._snapshot.model_fits[:, rows].T.tolist()
+            nears = zip(*lists((gpus.island, gpus.switch, gpus.numa), rows), strict=True)
             known = self._gpus[node] = tuple(
-                Gpu(row, gpus.uuid[row], index[i], memory_mib[i], state[i] != CLOSED, tuple(serves[i]))
-                for i, row in enumerate(rows.tolist())
+                Gpu(row, gpus.uuid[row], index, memory_mib, is_open, tuple(served), near)
+                for row, (index, memory_mib, is_open), served, near in zip(
+                    rows.tolist(), sizes, serves, nears, strict=True
+                )
             )
         return known
 
@@ -95,7 +106,8 @@ class Layout:
 
 def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
     gpus = snapshot.gpus
-    columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state, snapshot.model_fits)
+    places = (gpus.node, gpus.index, gpus.island, gpus.switch, gpus.numa)
+    columns = (*places, gpus.memory_mib, gpus.state, snapshot.model_fits)
     return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))
 
 
@@ -241,6 +253,17 @@ class World:
             self.soon.put(node, node.spare_with(node.leaving))
 
     # Looks --------------------------------------------------------------------------------------
+
+    def nearest(self, request: Request, fits: Any) -> Any:
+        """Of the nodes in the mask those on which the request's GPUs can be nearest to each other."""
+        if request.gpus > 1 and self.layout.nearness:
+            usable = self.free.usable(request)
+            for same in self.layout.nearness:
+                together = (same & usable[:, None, :]).sum(axis=2)
+                near = fits & ((together >= request.gpus) & usable).any(axis=1)
+                if near.any():
+                    return near
+        return fits
 
     def free_for(self, request: Request) -> Any | None:
         """Bool, shape (nodes,): where the request fits into what is free; None: nowhere."""
