@@ -39,10 +39,11 @@ from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
 from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
+from scheduler.planning.layout import Layout
 from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
 from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving
-from scheduler.planning.world import NEVER, Layout, World
+from scheduler.planning.world import NEVER, World
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ class Planner:
         """Serve everyone."""
         fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
         if self.queue.is_waiting:
-            self.queue.set_aside()
+            self.queue.set_aside(self.world.layout)
             for row, request in self.queue.requests():
                 self._serve(row, request)
         return Plan(

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import (
-    CLOSED,
     NOT_DRAINING,
     PENDING,
     PREEMPTING,
@@ -22,8 +21,9 @@ from scheduler.model.snapshot import (
     UNKNOWN,
     Snapshot,
 )
-from scheduler.planning.allocator import WHOLE_MILLI, Gpu, Hold, Node, Request, Spare
+from scheduler.planning.allocator import WHOLE_MILLI, Hold, Node, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.layout import Layout
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.preemption import Live
 from scheduler.planning.valuation import value_bars
@@ -35,80 +35,6 @@ _MS_PER_HOUR = 3_600_000
 _MICRO = 1_000_000
 # Three years: more work is not lost at once, and times GPUs it stays inside int64.
 _UNSAVED_US_MAX = 10**14
-
-
-class Layout:
-    """What depends on the GPUs and the sets of models alone: it outlives a plan (`planner.Memo`)."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._key = _layout_key(snapshot)
-        gpus, fits = snapshot.gpus, snapshot.model_fits
-        nodes = len(snapshot.nodes)
-        # Positions: by index, then UUID, so that the order of the rows changes nothing (R8).
-        by_uuid = xp.asarray(sorted(range(len(gpus)), key=gpus.uuid.__getitem__), dtype=xp.int64)
-        order = by_uuid[xp.lexsort(xp.stack([gpus.index[by_uuid], gpus.node[by_uuid]]))]
-        counts = xp.bincount(gpus.node, minlength=nodes)
-        starts = xp.cumsum(counts) - counts
-        position = xp.arange(len(gpus), dtype=xp.int64) - starts[gpus.node[order]]
-        self.width = int(counts.max()) if nodes else 0
-        self.cells = nodes * self.width
-        self.cell = xp.zeros(len(gpus), dtype=xp.int64)  # of each GPU: its place in a flat (nodes, width)
-        self.cell[order] = gpus.node[order] * self.width + position
-        shape = (nodes, self.width)
-        self.row = self._spread(xp.arange(len(gpus), dtype=xp.int64), UNKNOWN, shape)
-        self.memory_mib = self._spread(gpus.memory_mib, 0, shape)
-        self.is_open = self._spread(gpus.state != CLOSED, False, shape)
-        serving = xp.zeros((len(fits), self.cells), dtype=bool)
-        serving[:, self.cell] = fits & (gpus.state != CLOSED)
-        self.fits = serving.reshape(len(fits), *shape)
-        # Where it tells GPUs of a node apart: bool (nodes, width, width), the nearest first.
-        self.nearness: list[Any] = []
-        for near in (gpus.island, gpus.switch, gpus.numa):
-            group = self._spread(near, UNKNOWN, shape)
-            there = self.row != UNKNOWN
-            same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
-            if same.any() and not (same | ~(there[:, :, None] & there[:, None, :])).all():
-                self.nearness.append(same)
-        self._snapshot = snapshot
-        self._gpus: dict[int, tuple[Gpu, ...]] = {}
-        self._suitable: dict[int, dict[tuple[int, int], tuple[int, ...]]] = {}
-
-    def _spread(self, column: Any, missing: Any, shape: tuple[int, int]) -> Any:
-        spread = xp.full(self.cells, missing, dtype=column.dtype)
-        spread[self.cell] = column
-        return spread.reshape(shape)
-
-    def holds_for(self, snapshot: Snapshot) -> bool:
-        """Whether the snapshot has the same GPUs and sets of models."""
-        return self._key == _layout_key(snapshot)
-
-    def gpus(self, node: int) -> tuple[Gpu, ...]:
-        """The node's GPUs in the order of their positions."""
-        known = self._gpus.get(node)
-        if known is None:
-            gpus = self._snapshot.gpus
-            rows = self.row[node][self.row[node] != UNKNOWN]
-            sizes = zip(*lists((gpus.index, gpus.memory_mib, gpus.state != CLOSED), rows), strict=True)
-            serves = self._snapshot.model_fits[:, rows].T.tolist()
-            nears = zip(*lists((gpus.island, gpus.switch, gpus.numa), rows), strict=True)
-            known = self._gpus[node] = tuple(
-                Gpu(row, gpus.uuid[row], index, memory_mib, is_open, tuple(served), near)
-                for row, (index, memory_mib, is_open), served, near in zip(
-                    rows.tolist(), sizes, serves, nears, strict=True
-                )
-            )
-        return known
-
-    def suitable(self, node: int) -> dict[tuple[int, int], tuple[int, ...]]:
-        """What `Node.suitable` has found out about the node."""
-        return self._suitable.setdefault(node, {})
-
-
-def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
-    gpus = snapshot.gpus
-    places = (gpus.node, gpus.index, gpus.island, gpus.switch, gpus.numa)
-    columns = (*places, gpus.memory_mib, gpus.state, snapshot.model_fits)
-    return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))
 
 
 @dataclass(slots=True)
