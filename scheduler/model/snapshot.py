@@ -147,6 +147,7 @@ class Snapshot:
     nodes: NodeColumns
     holdings: HoldingColumns
     model_fits: Any  # bool, shape (model sets, gpus): does GPU g serve jobs with this set of models
+    mix: MixColumns | None = None  # None: what the jobs of this snapshot ask for
 
     def __post_init__(self) -> None:
         for name, columns in (
