@@ -1,7 +1,5 @@
 """What a place is asked for, as far as its own jobs tell."""
 
-from typing import Any
-
 from scheduler.model.snapshot import JobColumns, MixColumns
 from scheduler.planning.arrays import rows_where, xp
 
@@ -27,5 +25,5 @@ def mix_of(jobs: JobColumns) -> MixColumns:
     weight = ends - starts
     often = xp.argsort(-weight, kind="stable")[:KINDS_MAX]
     kinds = starts[often]
-    asked: Any = [column[kinds] for column in columns]
-    return MixColumns(*asked, weight[often])
+    asked = {name: column[kinds] for name, column in zip(_SHAPE, columns, strict=True)}
+    return MixColumns(**asked, weight=weight[often])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.allocator import (
     NO_PENALTY,
     Found,
@@ -15,6 +16,7 @@ from scheduler.planning.allocator import (
     place,
 )
 from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.preemption import Live, choose_victims
 from scheduler.planning.world import NEVER, World
@@ -37,24 +39,26 @@ class Limits:
 
 
 def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
-    """Room in what is free: where its GPUs are nearest, then on the node with the fewest whole free GPUs."""
+    """Room in what is free: where its GPUs are nearest, and where least room for others is lost.
+
+    On a node that is limited by a promise only where there is no other.
+    """
     mask = world.free_for(request)
     if mask is None:
         return None
     own = _limit(mask, request, limits)
-    rows = rows_where(world.nearest(request, mask))
-    if not len(rows) and own is None:
-        return None
-    whole = world.free.whole_gpus
-    if len(rows):
-        row = int(rows[xp.argmin(whole[rows])])
-        if own is None or limits is None or (whole[row], row) < (whole[limits.row], limits.row):
-            node = world.node(row)
-            positions = place(request, node, node.free)
-            assert positions is not None, "the columns say that it fits"
-            return Found(node, positions)
-    assert own is not None
-    return own
+    if len(mask) == 1:
+        row, position = (0, NO_POSITION) if mask[0] else (UNKNOWN, NO_POSITION)
+    else:
+        row, position = world.placement.best(request, world.nearest(request, mask)) or (UNKNOWN, NO_POSITION)
+    if row == UNKNOWN:
+        return own
+    node = world.node(row)
+    if position != NO_POSITION:
+        return Found(node, (position,))
+    positions = place(request, node, node.free)
+    assert positions is not None, "the columns say that it fits"
+    return Found(node, positions)
 
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:

@@ -23,7 +23,9 @@ from scheduler.model.snapshot import (
 )
 from scheduler.planning.allocator import WHOLE_MILLI, Hold, Node, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.layout import Layout
+from scheduler.planning.mix import mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.preemption import Live
 from scheduler.planning.valuation import value_bars
@@ -110,6 +112,12 @@ class World:
     # Layers that not every plan needs -----------------------------------------------------------
 
     @cached_property
+    def placement(self) -> Fragmentation:
+        """Chooses among the nodes on which something free fits."""
+        mix = self._snapshot.mix
+        return Fragmentation(self.free, mix_of(self._snapshot.jobs) if mix is None else mix)
+
+    @cached_property
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
@@ -175,6 +183,8 @@ class World:
         """Take over into the columns what the node has given away or got back."""
         self._reaches.clear()
         self.free.put(node, node.free)
+        if "placement" in self.__dict__:
+            self.placement.changed(node.row)
         if "soon" in self.__dict__:  # else it is made from the nodes as they are
             self.soon.put(node, node.spare_with(node.leaving))
 
