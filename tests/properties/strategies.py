@@ -112,6 +112,11 @@ def contested(draw: st.DrawFn, *, nodes_max: int = 3, tight: bool = True) -> W:
     return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes)
 
 
+def any_worlds() -> st.SearchStrategy[W]:
+    """One node or several, full or not."""
+    return worlds() | fleets() | contested()
+
+
 @st.composite
 def _incumbent(draw: st.DrawFn, number: int, node: int, on: tuple[str, ...], share: int, tight: bool) -> J:
     ran_us, saved_us = (draw(st.sampled_from((0, 3, 50, 4000))) * SECOND_US for _ in range(2))
