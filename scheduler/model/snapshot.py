@@ -112,6 +112,22 @@ class HoldingColumns:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class MixColumns:
+    """Shape (kinds,) each: the requests that the site expects; what stays free is to serve them."""
+
+    gpus: Any  # whole GPUs, or 1 with share < 1000; 0 = CPU only
+    share_milli: Any  # 1..1000
+    gpu_memory_mib: Any  # per GPU; 0 = not accounted
+    cpus: Any
+    memory_mib: Any
+    models: Any  # row of `Snapshot.model_fits`; UNKNOWN = any
+    weight: Any  # how often it is asked for; positive, in any unit
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """The frozen world; it checks itself when it is built."""
 
