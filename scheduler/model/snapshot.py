@@ -126,15 +126,15 @@ class HoldingColumns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixColumns:
-    """What kinds of jobs this place is asked for, so that placement keeps room for them. Shape (kinds,)."""
+    """Shape (kinds,) each: the requests that the site expects; what stays free is to serve them."""
 
-    gpus: Any
-    share_milli: Any
-    gpu_memory_mib: Any
+    gpus: Any  # whole GPUs, or 1 with share < 1000; 0 = CPU only
+    share_milli: Any  # 1..1000
+    gpu_memory_mib: Any  # per GPU; 0 = not accounted
     cpus: Any
     memory_mib: Any
-    models: Any  # row of `Snapshot.model_fits`
-    weight: Any  # how often, at least 1
+    models: Any  # row of `Snapshot.model_fits`; UNKNOWN = any
+    weight: Any  # how often it is asked for; positive, in any unit
 
     def __len__(self) -> int:
         return len(self.weight)

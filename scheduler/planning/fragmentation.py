@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NO_POSITION: Final = -1
 WHOLE_MILLI: Final = 1000
-# FGD truncates 100 · sigmoid(change / 1000): where it is steepest, around no change, a step is 40 thousandths.
+# FGD truncates 100 · sigmoid(change / 1000): at its steepest, around no change, a step is 40 thousandths.
 QUANTUM_MILLI: Final = 40
 # How many more watts are worth a quantum less of fragmentation. From 15 to 60 the published experiment gives
 # nearly the same draw (docs/PLACEMENT.md); above, power is lost, and fragmentation gains little.
@@ -72,7 +72,7 @@ class Request(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WattColumns:
-    """What nodes draw, int64 each. A GPU is busy if any of it is used, a CPU package if any of its CPUs is."""
+    """What nodes draw, int64. A GPU is busy if any of it is used, a CPU package if any of its CPUs is."""
 
     gpu_idle_w: Any  # (nodes, width)
     gpu_busy_w: Any  # (nodes, width)
@@ -235,7 +235,7 @@ class Fragmentation:
         return keys, positions
 
     def _usable_gpus(self, request: Request, rows: Any) -> Any:
-        """Bool, shape (rows, width): GPUs that have what the request wants of each; none where it wants none."""
+        """Bool, shape (rows, width): GPUs that have what the request wants of each; none if it wants none."""
         pool = self._pool
         if request.gpus == 0:
             return xp.zeros((len(rows), pool.milli.shape[1]), dtype=bool)
@@ -288,7 +288,7 @@ class Fragmentation:
         return self._cost(request, rows, left, taken, after), pressure
 
     def _cost(self, request: Request, rows: Any, left: Any, taken: Any, after: _Host) -> Any:
-        """What it costs that `left` weighted thousandths stay usable and these GPUs are taken. Shape (rows,)."""
+        """What it costs that these GPUs are taken and `left` stays usable (weighted). Shape (rows,)."""
         # What it takes is free no more, and so no fragment: the rest of what was usable and is not, is one.
         asked = request.gpus * request.share_milli * self._weight
         added = (self._usable[rows] - left - asked) // (QUANTUM_MILLI * self._weight)
@@ -367,7 +367,7 @@ def _nowhere(rows: int) -> tuple[Any, Any]:
 
 
 def _pressure(pool: "Pool", mix: MixColumns) -> Any:
-    """How much the mix asks for each GPU by its model, 0 to the most that its bits hold. Shape (nodes, width).
+    """How much the mix asks for each GPU by its model, 0 to the most in its bits. Shape (nodes, width).
 
     What is asked for of a set of models is spread over all GPUs that serve it. Requests that take any model
     press on all alike and so on none.
