@@ -150,6 +150,35 @@ int nvmlDeviceGetUtilizationRates(struct gpu *gpu, struct utilization *rates) {
     return give32(FIGURE(gpu, utilization_percent), &rates->gpu);
 }
 
+static int encoder_or_decoder(unsigned *percent, unsigned *period_us) {
+    *percent = 0;
+    *period_us = 167000;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetEncoderUtilization(struct gpu *gpu, unsigned *percent, unsigned *period_us) {
+    ENTER_GPU(gpu);
+    return encoder_or_decoder(percent, period_us);
+}
+
+int nvmlDeviceGetDecoderUtilization(struct gpu *gpu, unsigned *percent, unsigned *period_us) {
+    ENTER_GPU(gpu);
+    return encoder_or_decoder(percent, period_us);
+}
+
+int nvmlDeviceGetPcieThroughput(struct gpu *gpu, int counter, unsigned *kib_per_s) {
+    ENTER_GPU(gpu);
+    (void)counter;
+    return give32(gpu->pcie_kib_per_s, kib_per_s);
+}
+
+/* Windows has them */
+int nvmlDeviceGetDriverModel_v2(struct gpu *gpu, int *current, int *pending) {
+    ENTER_GPU(gpu);
+    (void)current, (void)pending;
+    return NOT_SUPPORTED;
+}
+
 /* Power */
 
 int nvmlDeviceGetPowerManagementLimitConstraints(struct gpu *gpu, unsigned *min, unsigned *max) {
@@ -214,6 +243,7 @@ int nvmlDeviceGetClockInfo(struct gpu *gpu, int clock, unsigned *mhz) {
         case 0: /* graphics: one domain with SM on all boards here */
         case 1: return give32(FIGURE(gpu, sm_clock_mhz), mhz);
         case 2: return give32(gpu->memory_clock_mhz, mhz);
+        case 3: return give32(gpu->video_clock_mhz, mhz);
         default: return NOT_SUPPORTED;
     }
 }
@@ -336,6 +366,8 @@ static uint64_t field_value(struct gpu *gpu, const struct field *field) {
         case 83:
         case 191: return FIGURE(gpu, energy_mj);
         case 91: return link_count(gpu) ? link_count(gpu) : ABSENT;
+        case 138:
+        case 139: return field->scope < link_count(gpu) ? gpu->link_kib : ABSENT;
         case 142: return gpu->remapped_corrected;
         case 143: return gpu->remapped_uncorrected;
         case 144: return gpu->remap_pending;
@@ -355,7 +387,7 @@ int nvmlDeviceGetFieldValues(struct gpu *gpu, int count, struct field *fields) {
     clock_gettime(CLOCK_REALTIME, &now);
     for (struct field *field = fields; field < fields + count; field++) {
         uint64_t value = field_value(gpu, field);
-        int is_wide = field->id == 74 || field->id == 83 || field->id == 191;
+        int is_wide = field->id == 74 || field->id == 83 || field->id == 138 || field->id == 139 || field->id == 191;
         field->timestamp_us = now.tv_sec * 1000000 + now.tv_nsec / 1000;
         field->type = is_wide ? TYPE_ULONGLONG : TYPE_UINT;
         field->code = value == ABSENT ? NOT_SUPPORTED : SUCCESS;
