@@ -235,7 +235,7 @@ def test_one_lost_gpu_spoils_the_search_by_uuid_and_nothing_else(tmp_path: Path)
 def test_process_utilization_is_what_is_newer_than_asked_for(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path)
     fake.gpus[0].set_processes([(os.getpid(), GIB)])
-    fake.gpus[0].processes[0][0].utilization_percent = 64
+    fake.gpus[0].set_utilization(0, 0.64)
     with Session(fake.environment()) as session:
         (sample,) = session.call("nvmlDeviceGetProcessUtilization", session.gpu(0), 0)
         assert (sample["pid"], sample["smUtil"]) == (os.getpid(), 64)

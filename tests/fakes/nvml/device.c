@@ -361,6 +361,8 @@ enum { TYPE_UINT = 1, TYPE_ULONGLONG = 3, SCOPE_GPU = 0 };
 static uint64_t field_value(struct gpu *gpu, const struct field *field) {
     int is_ours = field->scope == gpu->power_scope;
     switch (field->id) {
+        case 3: return gpu->ecc_corrected;
+        case 4: return gpu->ecc_uncorrected;
         case 74: return FIGURE(gpu, power_capped_ns);
         case 82: return gpu->memory_temperature_celsius;
         case 83:
@@ -377,6 +379,10 @@ static uint64_t field_value(struct gpu *gpu, const struct field *field) {
         case 190: return FIGURE(gpu, limit_enforced_mw);
         case 192: return gpu->limit_mw;
         case 230: return gpu->recovery_action;
+        case 251: return gpu->smoothing_enabled;
+        case 262: return field->scope == gpu->smoothing_profile ? gpu->ramp_down_mw_per_s : ABSENT;
+        case 264: return gpu->smoothing_profile;
+        case 267: return gpu->ramp_down_override_mw_per_s;
         default: return ABSENT;
     }
 }

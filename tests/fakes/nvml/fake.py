@@ -142,11 +142,15 @@ class Gpu(ctypes.Structure):
             for process in self.processes[which][: self.process_count[which]]
             if process.instance != instance
         ]
-        now_us = time.time_ns() // 1000
-        fresh = [Process(pid, instance, memory_bytes, 0, now_us) for pid, memory_bytes in processes]
+        fresh = [Process(pid, instance, memory_bytes, 0, 0) for pid, memory_bytes in processes]
         for place, process in enumerate((*kept, *fresh)):
             self.processes[which][place] = process
         self.process_count[which] = len(kept) + len(fresh)
+
+    def set_utilization(self, place: int, ratio: float) -> None:
+        """Let the driver have a new sample of how busy the compute process at that place keeps the GPU."""
+        process = self.processes[0][place]
+        process.utilization_percent, process.seen_us = round(100 * ratio), time.time_ns() // 1000
 
     def partition(self, *slices: int) -> None:
         """Set MIG instances of so many sevenths each, for all that there were; none = out of MIG mode."""

@@ -332,12 +332,12 @@ static int take_event(struct event_set *set, struct event_data *out) {
 }
 
 int nvmlEventSetWait_v2(struct event_set *set, struct event_data *data, unsigned timeout_ms) {
-    for (unsigned waited_ms = 0;; waited_ms++) {
+    for (unsigned waited_ms = 0;; waited_ms += 10) {
         int code = waited_ms ? SUCCESS : enter(__func__, NULL);
         if (code != SUCCESS) return code;
         if (!state->driver_loaded || opened_generation != state->driver_generation) return UNINITIALIZED;
         if (take_event(set, data)) return SUCCESS;
         if (waited_ms >= timeout_ms) return TIMEOUT;
-        nanosleep(&(struct timespec){0, 1000000}, NULL);
+        nanosleep(&(struct timespec){0, 10000000}, NULL);
     }
 }
