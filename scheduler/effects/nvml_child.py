@@ -64,7 +64,7 @@ class Server:
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._sending = threading.Lock()
-        self._gpus = GpuLanes()
+        self._gpus = GpuLanes(lambda: self._send({"wake": True}))
         # Rounds wait for lanes; holders are answered meanwhile.
         self._rounds = Lane("rounds")
 
@@ -163,10 +163,10 @@ class Lane:
 class Driver:
     """The open library, and what its GPUs share."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None]) -> None:
         self.library = nvml.open_library()
         self.neighbours = Neighbours()
-        self.events = EventWatch()
+        self.events = EventWatch(tell)
 
 
 class GpuLane:
@@ -223,7 +223,9 @@ class GpuLane:
 class GpuLanes:
     """All GPUs. Opens the library when it is asked for readings, and again after the driver went away."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None]) -> None:
+        """Read GPUs; `tell` is called when the driver told something that the next round will carry."""
+        self._tell = tell
         self._changed = threading.Condition()  # guards what lanes hand over
         self._opening = Lane("driver")
         self._is_opening = False
@@ -307,7 +309,7 @@ class GpuLanes:
             if self._driver is not None:
                 self._driver.events.close(ORDERLY_END_S)
             nvml.close_library()
-            driver = self._driver = Driver()
+            driver = self._driver = Driver(self._tell)
             count = driver.library.gpu_count
             gpus = tuple(GpuLane(index, driver, self._changed) for index in range(min(count, GPUS_MAX)))
             failure = "" if count else NO_GPU

@@ -33,6 +33,8 @@ CHILD_MODULE = "scheduler.effects.nvml_child"
 NOT_OPEN = "ERROR_UNINITIALIZED"  # NVML's word for a library that nobody has open
 NOT_STARTED = "ERROR_OPERATING_SYSTEM"  # and for what the system refused
 BACKOFF_FACTOR = 2
+# Events that come one upon the other are read at this pace; a program needs longer to die of an error.
+WAKE_S = 0.005
 # 535.43, 535.54 and 535.86 fill a longer struct than they say [wookayin/gpustat#161, XuehaiPan/nvitop#75].
 SCRAMBLING_BRANCH = "535"
 SCRAMBLING_MINORS = ("43", "54", "86")
@@ -157,12 +159,27 @@ class NvmlGpus:
         loop = asyncio.get_running_loop()
         due_s = loop.time() + first_in_s
         while True:
-            await asyncio.sleep(due_s - loop.time())
+            await self._pause(due_s)
             readings = await self._round()
             assert self._on_readings is not None
             # Not from this task: what a receiver raises must not end the sampling.
             loop.call_soon(self._on_readings, readings)
-            due_s = max(due_s + self._period_s, loop.time())  # a round that was late is not made up for
+            if loop.time() >= due_s:  # else the child woke us, and the next round comes when it was due
+                due_s = max(due_s + self._period_s, loop.time())  # one that was late is not made up for
+
+    async def _pause(self, until_s: float) -> None:
+        """Return at that time, or when the child has something to tell."""
+        child = self._child
+        if child is None:
+            await asyncio.sleep(until_s - asyncio.get_running_loop().time())
+            return
+        try:
+            async with asyncio.timeout_at(until_s):
+                await child.woken.wait()
+        except TimeoutError:
+            return
+        child.woken.clear()
+        await asyncio.sleep(WAKE_S)
 
     async def _round(self) -> GpuReadings:
         """Return one round: the child's, or one that says why there is none."""
@@ -253,6 +270,7 @@ class _Child:
         self._reader = reader
         self._writer = writer
         self.events_seen = 0
+        self.woken = asyncio.Event()
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._why_ended = ""
@@ -337,6 +355,9 @@ class _Child:
                 answer.set_exception(_ChildEnded(self._why_ended))
 
     def _answer(self, message: Message) -> None:
+        if "wake" in message:
+            self.woken.set()
+            return
         # An answer that nobody waits for any more came too late.
         answer = self._waiting.get(message["id"])
         if answer is not None and not answer.done():

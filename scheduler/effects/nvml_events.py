@@ -8,6 +8,7 @@ import ctypes
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from scheduler.effects import nvml
@@ -33,7 +34,10 @@ NO_EVENT = "ERROR_TIMEOUT"
 class EventWatch:
     """Hears events from when it is made until `close`; a driver without events only never tells any."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None]) -> None:
+        """Hear events; `tell` is called for the first one after each `after`."""
+        self._tell = tell
+        self._is_told = False
         self.generation = 0  # of the set: lanes register again in each
         self._set: Any = None
         self._uuids: dict[int, str] = {}
@@ -61,6 +65,7 @@ class EventWatch:
 
     def after(self, number: int) -> list[tuple[int, GpuEvent]]:
         """Return what was heard after the event of that number, oldest first, with their numbers."""
+        self._is_told = False
         return [one for one in self._events.copy() if one[0] > number]
 
     def close(self, within_s: float) -> bool:
@@ -100,6 +105,9 @@ class EventWatch:
             self._heard += 1
             event = GpuEvent(uuid=uuid, at_s=time.time(), kind=kind, code=data.eventData)
             self._events.append((self._heard, event))
+            if not self._is_told:
+                self._is_told = True
+                self._tell()
 
 
 def _address(handle: Any) -> int:

@@ -9,6 +9,8 @@
     daemon:  {"id": 3, "do": "set_power_limit", "uuid": "GPU-...", "power_limit_w": 300.0, "within_s": 2.0}
     child:   {"id": 3, "limit": {...}}, or an error as above
 
+    child:   {"wake": true}                   there are events: ask for a sample now, not at your next time
+
 Answers come in any order. Events are numbered, and told until a request says that they arrived. The end of
 the stream, from either side, is the end of the child. The version is checked although both ends are one
 package: an upgrade exchanges the files beneath a daemon that runs.

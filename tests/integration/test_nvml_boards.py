@@ -1,5 +1,6 @@
 """What boards and drivers that differ say, through the real pynvml from the fake driver."""
 
+import asyncio
 import dataclasses
 import os
 from pathlib import Path
@@ -179,6 +180,23 @@ async def test_a_set_that_hangs_is_an_error_in_bounded_time_and_costs_only_its_g
         assert await read.gpus.set_power_limit(fake.gpus[1].uuid, 500.0) == GpuLimit(500.0, 500.0)
         rule.hang = 0
         await read.until(is_whole)
+
+
+async def test_a_gpu_that_is_lost_while_its_limit_is_set_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path, gpus=2)
+    lost, other = fake.gpus[0].uuid, fake.gpus[1].uuid
+    rule = fake.rule("nvmlDeviceSetPowerManagementLimit", gpu=0, hang=True)
+    async with reading(fake) as read:
+        setting = asyncio.create_task(read.gpus.set_power_limit(lost, 400.0))
+        await eventually(lambda: rule.inside == 1)
+        fake.gpus[0].lost = 1
+        rule.hang = 0
+        with pytest.raises(GpuReadError) as caught:
+            await setting
+        assert caught.value.code == "ERROR_GPU_IS_LOST"
+        readings = await read.until(lambda readings: readings.errors == {lost: "ERROR_GPU_IS_LOST"})
+        assert [sample.uuid for sample in readings.samples] == [other]
+        assert await read.gpus.set_power_limit(other, 400.0) == GpuLimit(400.0, 400.0)
 
 
 # Processes -------------------------------------------------------------------------------------
