@@ -83,6 +83,7 @@ class GpuBoard:
         self.baseline_mib: dict[str, int] = {}
         self.released = False
         self._present: frozenset[str] = frozenset()
+        self._read: tuple[GpuIdentity, ...] = ()
         self._gpus: tuple[object, GpuColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
 
@@ -102,11 +103,12 @@ class GpuBoard:
         self.samples.update((sample.uuid, sample) for sample in readings.samples)
         if readings.driver_version:
             self.driver_version = readings.driver_version
-        if present != self._present:
+        # What a GPU says of itself grows: its switch is known once its neighbour is there.
+        if present != self._present or readings.identities != self._read:
             known = {gpu.uuid: gpu for gpu in (*self.identities, *readings.identities)}
             self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
-            self._present = present
+            self._present, self._read = present, readings.identities
             self._ledger.table.see_gpus(self.identities)
         return fresh
 
