@@ -1,4 +1,4 @@
-"""A hunt for a cycle of preemptions, by docs/PREEMPTION_ENDS.md; HUNT_RUNS says how many seeds of each kind."""
+"""A hunt for a cycle of preemptions by docs/PREEMPTION_ENDS.md; HUNT_RUNS is how many seeds of each kind."""
 
 import os
 from collections.abc import Iterator
