@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 SIMULATE ?= 8xH100
+# Seeds of each kind that the hunt for a cycle of preemptions goes through in test-all.
+HUNT_RUNS ?= 1000
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -42,7 +44,7 @@ test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
 	$(PY) -m pytest $(FAST_TESTS)
 
 test-all: $(COMPILED) ## All tests: also real Prometheus, real systemd, fault simulation
-	$(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
+	HUNT_RUNS=$(HUNT_RUNS) $(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
 
 lint: $(COMPILED) ## Check style, types, the floors, protos, alert rules and units
 	$(VENV)/bin/ruff check $(PYTHON_SOURCES)
