@@ -24,7 +24,6 @@ PLANNER_TESTS = (
     "tests/unit/test_planner_placement.py",
     "tests/unit/test_planner_preemption.py",
     "tests/unit/test_planner_time.py",
-    "tests/properties/test_planner_stability.py",
 )
 REPORT_VARIABLE = "WATTSHIFT_DEVICE_REPORT"
 
