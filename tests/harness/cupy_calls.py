@@ -1,9 +1,9 @@
 """What the planner asks of its array library that CuPy lacks, or not in that form: found in the source.
 
 `cupy_api.txt` beside it says what CuPy has. Beyond names and arguments some things are known to differ. CuPy
-takes an array where numpy also takes a tuple or a list; few methods of ufuncs are there, and `at`, which rests
-on the device's atomic operations, not for int64, of which our columns are; its sorts are always stable, so
-that ours say `kind="stable"` or differ.
+takes an array where numpy also takes a tuple or a list. Few methods of ufuncs are there, and `at`, which
+rests on the device's atomic operations, not for int64, of which our columns are. Its sorts are always stable,
+so that ours say `kind="stable"` or differ.
 """
 
 import ast
