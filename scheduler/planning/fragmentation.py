@@ -1,0 +1,384 @@
+"""Which node a request should start on, so that what stays free is what the site will be asked for.
+
+The idea is fragmentation gradient descent (FGD, Weng et al., USENIX ATC'23). Of a node, and of one kind of
+request in the site's mix, the free GPU thousandths are a *fragment* as far as that kind can't use them: all
+of them where it doesn't fit (GPUs, CPUs, host memory, a job slot), else those of the GPUs that are too small
+for it. A node's fragmentation is the mean over the mix. A request goes where it adds least.
+
+In this order, all of it integers, so that numpy and CuPy choose alike (R8):
+
+1. *Cost*: what it adds to the fragmentation, in steps of QUANTUM_MILLI. Without steps a thousandth of a GPU
+   would decide; with them nodes that are about equal are equal, and the next rules speak. With
+   `WattColumns` the watts that it adds count as well, at W_PER_QUANTUM.
+2. *Pressure*: GPUs of models that much of the mix asks for by name stay free for it.
+3. *Best fit*: the node with the least left, its CPUs and GPUs each as a number of mean requests.
+4. The tie rank: the row of the node where none is given.
+
+Among the GPUs of a node a share goes by the same cost and pressure, then to the GPU with the least free.
+Whole GPUs are assumed to be taken by pressure, then the smallest, then by position.
+
+Scores are kept by request shape and renewed only where a node has changed.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from scheduler.model.snapshot import UNKNOWN, MixColumns
+from scheduler.planning.arrays import rows_where, xp
+
+if TYPE_CHECKING:
+    from scheduler.planning.pool import Pool
+
+NO_POSITION: Final = -1
+WHOLE_MILLI: Final = 1000
+# FGD truncates 100 · sigmoid(change / 1000): at its steepest, around no change, a step is 40 thousandths.
+QUANTUM_MILLI: Final = 40
+# How many more watts are worth a quantum less of fragmentation. From 15 to 60 the published experiment gives
+# nearly the same draw (docs/PLACEMENT.md); above, power is lost, and fragmentation gains little.
+W_PER_QUANTUM: Final = 30
+# A choice is one int64: cost, pressure, best fit and tie rank, the most important highest.
+_COST_BITS = 22
+_PRESSURE_BITS = 3
+_FIT_BITS = 17
+_RANK_BITS = 20
+_NEVER: Final = 1 << (_COST_BITS + _PRESSURE_BITS + _FIT_BITS + _RANK_BITS)
+# What is left is told apart to this part of a mean request.
+_FIT_PARTS = 100
+_PRESSURE_PARTS = 10**12
+# Scores kept for all shapes together, 16 bytes each; the shape that was asked for longest ago goes first.
+_SCORES_MAX = 1 << 22
+# Cells of one intermediate (rows, kinds, width) array: a fleet is prepared in parts of this size.
+_CELLS_MAX = 1 << 20
+# So that no weighted sum of thousandths leaves int64.
+_WEIGHT_SUM_MAX = 1 << 40
+
+
+class Request(Protocol):
+    """What is asked for. `gpus` whole ones, or 1 with `share_milli` below 1000, or 0; 0 MiB, 0 CPUs = any."""
+
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def share_milli(self) -> int: ...
+    @property
+    def gpu_memory_mib(self) -> int: ...
+    @property
+    def models(self) -> int: ...
+    @property
+    def cpus(self) -> int: ...
+    @property
+    def memory_mib(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WattColumns:
+    """What nodes draw, int64. A GPU is busy if any of it is used, a CPU package if any of its CPUs is."""
+
+    gpu_idle_w: Any  # (nodes, width)
+    gpu_busy_w: Any  # (nodes, width)
+    cpus: Any  # (nodes,): that the node has, in the unit of `Pool.cpus`
+    package_cpus: Any  # (nodes,): of one package
+    package_idle_w: Any  # (nodes,)
+    package_busy_w: Any  # (nodes,)
+
+    def added_w(self, rows: Any, first_used: Any, cpus_before: Any, cpus_after: Any) -> Any:
+        """Shape (rows,): watts more, if these CPUs stay free and GPUs are used for the first time.
+
+        Args:
+            rows: Shape (rows,). Nodes.
+            first_used: Bool, shape (rows, width). GPUs that nobody used and that will be used.
+            cpus_before: Shape (rows,). Free CPUs.
+            cpus_after: Shape (rows,). Free CPUs then.
+        """
+        gpus_w = xp.where(first_used, self.gpu_busy_w[rows] - self.gpu_idle_w[rows], 0).sum(axis=1)
+        woken = self._busy_packages(rows, cpus_after) - self._busy_packages(rows, cpus_before)
+        return gpus_w + woken * (self.package_busy_w[rows] - self.package_idle_w[rows])
+
+    def _busy_packages(self, rows: Any, cpus: Any) -> Any:
+        return -((cpus - self.cpus[rows]) // self.package_cpus[rows])
+
+
+class _Host(NamedTuple):
+    """What is left of nodes beside their GPUs. Shape (rows,) each."""
+
+    cpus: Any
+    memory_mib: Any
+    slots: Any
+
+    def at(self, places: Any) -> "_Host":
+        """The same of some of the rows."""
+        return _Host(self.cpus[places], self.memory_mib[places], self.slots[places])
+
+
+@dataclass(slots=True)
+class _Scores:
+    """What is known for one request shape. Shape (nodes,) each; the smallest key is the best node."""
+
+    keys: Any  # _NEVER where it does not fit
+    positions: Any
+    at: int  # the last change that is in them
+
+
+class Fragmentation:
+    """Chooses nodes of a pool for requests, with a mix of requests in view.
+
+    The pool is read when `best` is called. Whoever changes what is free on a node calls `changed` before
+    the next `best`; `fits` and the shape of the pool stay as they are. A node that must take nothing has no
+    slots in the pool.
+
+    Args:
+        pool: What is free.
+        mix: The requests to leave room for; its weights sum to less than 2^40.
+        watts: What nodes draw; None: power does not count.
+        tie_rank: Int64, shape (nodes,), unique, 0 to 2^20 - 1: which of equal nodes goes first, the lowest;
+            None: by row.
+    """
+
+    def __init__(
+        self, pool: "Pool", mix: MixColumns, watts: WattColumns | None = None, tie_rank: Any = None
+    ) -> None:
+        nodes, width = pool.milli.shape
+        assert nodes < 1 << _RANK_BITS, "the tie rank has its bits"
+        self._pool = pool
+        self._mix = mix
+        self._watts = watts
+        self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
+        self._weight = int(mix.weight.sum())
+        assert self._weight < _WEIGHT_SUM_MAX, "weighted sums are exact"
+        self._cpus_asked = int((mix.weight * mix.cpus).sum())
+        self._milli_asked = int((mix.weight * mix.gpus * mix.share_milli).sum())
+        # Bool, shape (nodes, kinds, width): GPUs of a model that the kind accepts.
+        accepted = [
+            xp.ones((nodes, width), dtype=bool) if models == UNKNOWN else pool.fits[models]
+            for models in mix.models.tolist()
+        ]
+        self._accepted = xp.stack(accepted, axis=1) if accepted else xp.ones((nodes, 0, width), dtype=bool)
+        self._pressure = _pressure(pool, mix)
+        # Of each node and kind, as of the change `_prepared`: thousandths on GPUs that are large enough for
+        # it, and how many such GPUs; of each node the weighted thousandths that are no fragment.
+        self._large_milli = xp.zeros((nodes, len(mix)), dtype=xp.int64)
+        self._large_gpus = xp.zeros((nodes, len(mix)), dtype=xp.int64)
+        self._usable = xp.zeros(nodes, dtype=xp.int64)
+        self._changed = xp.zeros(nodes, dtype=xp.int64)
+        self._last_change = 0
+        self._prepared = -1
+        self._shapes: dict[tuple[int, ...], _Scores] = {}
+
+    def changed(self, node: int) -> None:
+        """Take notice that what is free on this node is not what it was."""
+        self._last_change += 1
+        self._changed[node] = self._last_change
+
+    def best(self, request: Request, among: Any = None) -> tuple[int, int] | None:
+        """The node to start on, and for a share the position of its GPU, else NO_POSITION.
+
+        `among`: bool, shape (nodes,), which nodes may be chosen; None: all. None where it fits on no node.
+        """
+        if not len(self._rank):
+            return None
+        scores = self._scores(request)
+        if scores.at < self._last_change:
+            rows = rows_where(self._changed > scores.at)
+            scores.keys[rows], scores.positions[rows] = self._rated(request, rows)
+            scores.at = self._last_change
+        keys = scores.keys if among is None else xp.where(among, scores.keys, _NEVER)
+        node = int(keys.argmin())
+        return None if int(keys[node]) == _NEVER else (node, int(scores.positions[node]))
+
+    def _scores(self, request: Request) -> _Scores:
+        """What is known for requests of this shape, put last in the order of use."""
+        shape = (
+            request.gpus,
+            request.share_milli,
+            request.gpu_memory_mib,
+            request.models,
+            request.cpus,
+            request.memory_mib,
+        )
+        scores = self._shapes.pop(shape, None)
+        if scores is None:
+            nodes = len(self._rank)
+            if len(self._shapes) >= max(1, _SCORES_MAX // nodes):
+                del self._shapes[next(iter(self._shapes))]
+            scores = _Scores(*_nowhere(nodes), -1)
+        self._shapes[shape] = scores
+        return scores
+
+    def _rated(self, request: Request, rows: Any) -> tuple[Any, Any]:
+        """Keys and positions of these nodes. Shape (rows,) each."""
+        self._prepare()
+        pool = self._pool
+        keys, positions = _nowhere(len(rows))
+        fits = pool.slots[rows] >= 1
+        if request.cpus:
+            fits &= pool.cpus[rows] >= request.cpus
+        if request.memory_mib:
+            fits &= pool.memory_mib[rows] >= request.memory_mib
+        usable = self._usable_gpus(request, rows)
+        if request.gpus:
+            fits &= usable.sum(axis=1) >= request.gpus
+        places = rows_where(fits)
+        if not len(places):
+            return keys, positions
+        rows, usable = rows[places], usable[places]
+        after = _Host(
+            pool.cpus[rows] - request.cpus, pool.memory_mib[rows] - request.memory_mib, pool.slots[rows] - 1
+        )
+        if request.gpus == 0:
+            cost = self._cost(request, rows, self._usable_with(rows, after), usable, after)
+            pressure = xp.zeros(len(rows), dtype=xp.int64)
+        elif request.share_milli < WHOLE_MILLI:
+            cost, pressure, positions[places] = self._rate_shares(request, rows, usable, after)
+        else:
+            cost, pressure = self._rate_whole(request, rows, usable, after)
+        keys[places] = self._key(request, rows, cost, pressure, after)
+        return keys, positions
+
+    def _usable_gpus(self, request: Request, rows: Any) -> Any:
+        """Bool, shape (rows, width): GPUs that have what the request wants of each; none if it wants none."""
+        pool = self._pool
+        if request.gpus == 0:
+            return xp.zeros((len(rows), pool.milli.shape[1]), dtype=bool)
+        usable = pool.milli[rows] >= request.share_milli
+        if request.gpu_memory_mib:
+            usable &= pool.mib[rows] >= request.gpu_memory_mib
+        if request.models != UNKNOWN:
+            usable &= pool.fits[request.models][rows]
+        return usable
+
+    def _rate_shares(self, request: Request, rows: Any, usable: Any, after: _Host) -> tuple[Any, Any, Any]:
+        """Cost, pressure and position of the best GPU of each node for a share. Shape (rows,) each."""
+        pool = self._pool
+        places, at = xp.nonzero(usable)
+        nodes = rows[places]
+        milli, mib = pool.milli[nodes, at], pool.mib[nodes, at]
+        left = self._usable_with_gpu(
+            nodes, at, milli - request.share_milli, mib - request.gpu_memory_mib, after.at(places)
+        )
+        taken = xp.zeros((len(nodes), usable.shape[1]), dtype=bool)
+        taken[xp.arange(len(nodes)), at] = True
+        costs = xp.zeros(usable.shape, dtype=xp.int64)
+        costs[places, at] = self._cost(request, nodes, left, taken, after.at(places))
+        # One int64 again: cost, pressure, thousandths free (10 bits), position.
+        order = (costs << _PRESSURE_BITS) + self._pressure[rows]
+        order = (order << 10) + pool.milli[rows]
+        order = order * usable.shape[1] + xp.arange(usable.shape[1])
+        best = xp.where(usable, order, _NEVER).argmin(axis=1)
+        each = xp.arange(len(rows))
+        return costs[each, best], self._pressure[rows, best], best
+
+    def _rate_whole(self, request: Request, rows: Any, usable: Any, after: _Host) -> tuple[Any, Any]:
+        """Cost and pressure of whole GPUs on each node. Shape (rows,) each."""
+        pool = self._pool
+        width = usable.shape[1]
+        milli, mib = pool.milli[rows], pool.mib[rows]
+        # The GPUs by pressure, size and position: unique, so that exactly as many are taken as are wanted.
+        order = ((self._pressure[rows] << 32) + mib) * width + xp.arange(width)
+        order = xp.where(usable, order, _NEVER)
+        if request.gpus == 1:
+            at = order.argmin(axis=1)
+            taken = xp.arange(width) == at[:, None]
+            none = xp.zeros(len(rows), dtype=xp.int64)
+            left = self._usable_with_gpu(rows, at, none, none, after)
+        else:
+            taken = order <= xp.sort(order, axis=1)[:, request.gpus - 1, None]
+            large = self._large(rows, xp.where(taken, 0, milli), mib)
+            left = self._usable_weighted(*large, after)
+        pressure = xp.where(taken, self._pressure[rows], 0).max(axis=1)
+        return self._cost(request, rows, left, taken, after), pressure
+
+    def _cost(self, request: Request, rows: Any, left: Any, taken: Any, after: _Host) -> Any:
+        """What it costs that these GPUs are taken and `left` stays usable (weighted). Shape (rows,)."""
+        # What it takes is free no more, and so no fragment: the rest of what was usable and is not, is one.
+        asked = request.gpus * request.share_milli * self._weight
+        added = (self._usable[rows] - left - asked) // (QUANTUM_MILLI * self._weight)
+        if self._watts is None:
+            return added
+        pool = self._pool
+        first_used = taken & (pool.milli[rows] == WHOLE_MILLI)
+        return added * W_PER_QUANTUM + self._watts.added_w(rows, first_used, pool.cpus[rows], after.cpus)
+
+    def _key(self, request: Request, rows: Any, cost: Any, pressure: Any, after: _Host) -> Any:
+        """Cost, pressure, best fit and tie rank as one int64. Shape (rows,)."""
+        milli = self._pool.milli[rows].sum(axis=1) - request.gpus * request.share_milli
+        fit = xp.zeros(len(rows), dtype=xp.int64)
+        for free, asked in ((after.cpus, self._cpus_asked), (milli, self._milli_asked)):
+            if asked:
+                fit += xp.maximum(free, 0) * (_FIT_PARTS * self._weight) // asked
+        fit = xp.minimum(fit, (1 << _FIT_BITS) - 1)
+        bound = 1 << (_COST_BITS - 1)
+        key = xp.clip(cost, -bound, bound - 1) + bound
+        for value, bits in ((pressure, _PRESSURE_BITS), (fit, _FIT_BITS), (self._rank[rows], _RANK_BITS)):
+            key = (key << bits) | value
+        return key
+
+    def _prepare(self) -> None:
+        """Bring what is known of each node and kind up to date."""
+        if self._prepared == self._last_change:
+            return
+        pool, stale = self._pool, rows_where(self._changed > self._prepared)
+        part = max(1, _CELLS_MAX // max(1, self._accepted.shape[1] * self._accepted.shape[2]))
+        for start in range(0, len(stale), part):
+            rows = stale[start : start + part]
+            large = self._large(rows, pool.milli[rows], pool.mib[rows])
+            self._large_milli[rows], self._large_gpus[rows] = large
+            host = _Host(pool.cpus[rows], pool.memory_mib[rows], pool.slots[rows])
+            self._usable[rows] = self._usable_weighted(*large, host)
+        self._prepared = self._last_change
+
+    def _large(self, rows: Any, milli: Any, mib: Any) -> tuple[Any, Any]:
+        """By kind, thousandths on GPUs large enough for it, and how many those are. Shape (rows, kinds)."""
+        mix = self._mix
+        large = self._accepted[rows] & (milli[:, None] >= mix.share_milli[:, None])
+        large &= (mix.gpu_memory_mib == 0)[:, None] | (mib[:, None] >= mix.gpu_memory_mib[:, None])
+        return xp.where(large, milli[:, None], 0).sum(axis=2), large.sum(axis=2)
+
+    def _usable_with(self, rows: Any, host: _Host) -> Any:
+        """Weighted thousandths that are no fragment, if this is left of the hosts. Shape (rows,)."""
+        return self._usable_weighted(self._large_milli[rows], self._large_gpus[rows], host)
+
+    def _usable_with_gpu(self, rows: Any, at: Any, milli: Any, mib: Any, host: _Host) -> Any:
+        """The same, if of the GPU at this position this much is left. Shape (rows,)."""
+        pool, mix = self._pool, self._mix
+        accepted = self._accepted[rows, :, at]
+        milli_before, mib_before = pool.milli[rows, at][:, None], pool.mib[rows, at][:, None]
+        milli, mib = milli[:, None], mib[:, None]
+        any_memory = mix.gpu_memory_mib == 0
+        before = accepted & (milli_before >= mix.share_milli)
+        before &= any_memory | (mib_before >= mix.gpu_memory_mib)
+        then = accepted & (milli >= mix.share_milli)
+        then &= any_memory | (mib >= mix.gpu_memory_mib)
+        large_milli = self._large_milli[rows] + xp.where(then, milli, 0) - xp.where(before, milli_before, 0)
+        large_gpus = self._large_gpus[rows] + then - before
+        return self._usable_weighted(large_milli, large_gpus, host)
+
+    def _usable_weighted(self, large_milli: Any, large_gpus: Any, host: _Host) -> Any:
+        """Weighted thousandths that are no fragment. Shape (rows,)."""
+        mix = self._mix
+        fits = (large_gpus >= mix.gpus) & (mix.gpus > 0) & (host.slots >= 1)[:, None]
+        fits &= (mix.cpus == 0) | (host.cpus[:, None] >= mix.cpus)
+        fits &= (mix.memory_mib == 0) | (host.memory_mib[:, None] >= mix.memory_mib)
+        return (xp.where(fits, large_milli, 0) * mix.weight).sum(axis=1)
+
+
+def _nowhere(rows: int) -> tuple[Any, Any]:
+    """Keys and positions of nodes on which it does not fit. Shape (rows,) each."""
+    return xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)
+
+
+def _pressure(pool: "Pool", mix: MixColumns) -> Any:
+    """How much the mix asks for each GPU by its model, 0 to the most in its bits. Shape (nodes, width).
+
+    What is asked for of a set of models is spread over all GPUs that serve it. Requests that take any model
+    press on all alike and so on none.
+    """
+    pressure = xp.zeros(pool.milli.shape, dtype=xp.int64)
+    asked = mix.weight * mix.gpus * mix.share_milli
+    for models in range(len(pool.fits)):
+        serving = pool.fits[models]
+        milli, gpus = int(asked[mix.models == models].sum()), int(serving.sum())
+        if milli and gpus:
+            # Python's integers: in parts of all that is asked for, so that the weights' unit doesn't matter.
+            pressure += xp.where(serving, milli * _PRESSURE_PARTS // int(asked.sum()) // gpus, 0)
+    highest = int(pressure.max()) if pressure.size else 0
+    return pressure * ((1 << _PRESSURE_BITS) - 1) // max(1, highest)
