@@ -1,12 +1,16 @@
 """What the planner asks of its array library that CuPy lacks, or not in that form: found in the source.
 
+    python tests/harness/cupy_calls.py           print it
+    python tests/harness/cupy_calls.py --write   also write it down as what is allowed from now on
+
 `cupy_api.txt` beside it says what CuPy has. Beyond names and arguments some things are known to differ. CuPy
 takes an array where numpy also takes a tuple or a list. Few methods of ufuncs are there, and `at`, which
-rests on the device's atomic operations, not for int64, of which our columns are. Its sorts are always stable,
-so that ours say `kind="stable"` or differ.
+rests on the device's atomic operations, mostly not for int64, of which our columns are. Its `argsort` is
+always stable, so that ours says `kind="stable"` or differs.
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 API = Path(__file__).with_name("cupy_api.txt")
+ALLOWED = Path(__file__).with_name("cupy_calls_allowed.txt")
 PLANNING = ROOT / "scheduler/planning"
 LIBRARY = "xp"
 # arrays.py looks at which library it is, and asks CuPy for what only CuPy has.
@@ -24,7 +29,8 @@ ONLY_IN_ARRAYS = frozenset(("__name__", "bind", "cuda", "get_default_memory_pool
 TAKE_SEQUENCES = frozenset(
     ("array", "asarray", "concatenate", "stack", "vstack", "hstack", "column_stack", "zeros", "ones", "empty")
 ) | frozenset(("full", "reshape", "transpose", "broadcast_to", "broadcast_arrays", "ix_", "tile"))
-SORTS = frozenset(("sort", "argsort"))
+# `cupy._core._routines_indexing._scatter_op_default`: of int64 only the bitwise ones.
+AT_WITHOUT_INT64 = frozenset(("add", "subtract", "maximum", "minimum"))
 # What tells a list's method from an array's of the same name.
 LIST_OPTIONS = frozenset(("key", "reverse"))
 LITERALS = (ast.Tuple, ast.List, ast.ListComp, ast.GeneratorExp, ast.Set, ast.Dict)
@@ -85,6 +91,12 @@ def planning_problems() -> list[str]:
     )
 
 
+def allowed() -> list[str]:
+    """What is allowed."""
+    lines = ALLOWED.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def problems(source: str, file: str, known: Api) -> list[str]:
     """What CuPy could not do in one file."""
     scan = _Scan(file, known)
@@ -129,7 +141,7 @@ class _Scan(ast.NodeVisitor):
             form = self._known.names.get(node.value.attr)
             if form and form.ufunc_methods is not None and node.attr not in form.ufunc_methods:
                 self._note(f"CuPy has no {node.value.attr}.{node.attr}")
-            elif node.attr == "at":
+            elif node.attr == "at" and node.value.attr in AT_WITHOUT_INT64:
                 self._note(f"CuPy's {node.value.attr}.at takes no int64")
         elif self._is_of_an_array(node) and node.attr not in self._known.methods:
             self._note(f"CuPy's arrays have no {node.attr}")
@@ -149,8 +161,8 @@ class _Scan(ast.NodeVisitor):
             self._note(f"CuPy's {name} takes {form.positional} arguments without a name at most")
         if name not in TAKE_SEQUENCES and any(isinstance(each, LITERALS) for each in node.args):
             self._note(f"CuPy's {name} takes an array where this is a sequence")
-        if name in SORTS:
-            self._stable(name, node)
+        if name == "argsort":
+            self._stable(node)
 
     def _method_call(self, name: str, node: ast.Call) -> None:
         form = self._known.methods.get(name)
@@ -158,17 +170,17 @@ class _Scan(ast.NodeVisitor):
             return
         self._options(name, form, node)
         if name == "argsort":
-            self._stable(name, node)
+            self._stable(node)
 
     def _options(self, name: str, form: Form, node: ast.Call) -> None:
         for option in node.keywords:
             if option.arg is not None and option.arg not in form:
                 self._note(f"CuPy's {name} has no argument {option.arg}")
 
-    def _stable(self, name: str, node: ast.Call) -> None:
+    def _stable(self, node: ast.Call) -> None:
         kinds = [option.value for option in node.keywords if option.arg == "kind"]
         if not (kinds and isinstance(kinds[0], ast.Constant) and kinds[0].value == "stable"):
-            self._note(f'{name} without kind="stable"')
+            self._note('argsort without kind="stable"')
 
     def _enter(self, node: ast.ClassDef | ast.FunctionDef) -> None:
         self._within.append(node.name)
@@ -189,3 +201,16 @@ def uses(folder: Path = PLANNING) -> Iterator[str]:
 
 def _is_library(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == LIBRARY
+
+
+def main() -> None:
+    """Print what CuPy could not do."""
+    found = planning_problems()
+    print("\n".join(found))
+    if "--write" in sys.argv[1:]:
+        head = ALLOWED.read_text(encoding="utf-8").partition("\n\n")[0]
+        ALLOWED.write_text("\n".join([head, "", *found, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
