@@ -49,10 +49,14 @@ def main() -> None:
         *plan_times(cells),
         *profiles(options.seed),
     ]
-    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+
+
+def rewritten(text: str, lines: list[str]) -> str:
+    """The page with these lines between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([before + BEGIN, "", *lines, END + after]), encoding="utf-8")
+    return "\n".join([before + BEGIN, "", *lines, END + after])
 
 
 def table(limit_s: float, seed: int, backend: str) -> dict[tuple[int, int], Cell]:
