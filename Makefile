@@ -13,8 +13,8 @@ COMPILED := $(VENV)/.compiled
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py)
-# Slow: these want root, Prometheus or systemd, and say so when they skip.
-SLOW_TESTS := $(wildcard tests/simulation tests/e2e)
+# Slow: these want root, Prometheus, systemd or a GPU with CuPy, and say so when they skip.
+SLOW_TESTS := $(wildcard tests/simulation tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
 RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
 RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
