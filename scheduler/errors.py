@@ -18,6 +18,7 @@
         │   └── StateLocked     another daemon owns the state directory
         ├── LauncherError       the launcher can't be reached or misbehaves
         ├── GpuReadError        a GPU could not be read
+        ├── BackendUnavailable  the array library that was asked for is not there, or has no GPU
         └── InstallationError   this environment can't run the daemon
 
 `SnapshotError` and `TransitionError` are defects of ours: they derive from AssertionError.
@@ -128,6 +129,10 @@ class GpuReadError(NodeError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class BackendUnavailable(NodeError):
+    """The array library that was asked for can't plan here; the message says what to install."""
 
 
 class InstallationError(NodeError):

@@ -36,6 +36,7 @@ COMMANDS = {
     "undrain": "node",
     "release": "node",
     "usage": "usage",
+    "bench": "bench",
     "serve": "local",
     "check-config": "local",
     "journal": "local",

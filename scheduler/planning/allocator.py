@@ -6,15 +6,18 @@ what ended jobs still occupy until their hand-over is verified; it comes free wi
 leaves, its own victims' before others', the oldest stop first: so a waiting job's claim is the same in
 each plan however many later stops are added (R7), without remembering one.
 
-Placement: whole GPUs that the fewest model sets accept, then the smallest, then by index; a share goes to
-the GPU with the smallest remaining share that fits (best fit), so that whole GPUs stay whole.
+Placement: whole GPUs that the fewest model sets accept, then the smallest, then the best connected
+(`topology.py`), then by index; a share goes to the GPU with the smallest remaining share that fits (best
+fit), so that whole GPUs stay whole.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN
+from scheduler.planning.topology import Near, best_connected
 
 WHOLE_MILLI = 1000
 
@@ -27,8 +30,7 @@ Penalty = Mapping[int, int]
 NO_PENALTY: Penalty = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A pending job as planning sees it. `memory_mib` is host memory; 0 = not accounted."""
 
     number: int
@@ -66,6 +68,11 @@ class Hold:
     stop_us: int  # of a leaving job: when its stop was decided
     ready_us: int  # of a leaving job: until when its grace runs, at most
     served: int = NOT_SERVED  # of a leaving job: the how-manieth claim of this plan its preemptor's is
+
+    def told(self, preemptor: int, stop_us: int) -> "Hold":
+        """The same as if its job had been told to give way."""
+        host = (self.cpus, self.memory_mib, self.slots)
+        return Hold(self.number, self.parts, *host, preemptor, stop_us, self.ready_us)
 
 
 @dataclass(slots=True)
@@ -120,6 +127,7 @@ class Gpu:
     memory_mib: int
     is_open: bool
     serves: tuple[bool, ...]  # by model set
+    near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
 
 
 @dataclass(slots=True)
@@ -244,9 +252,7 @@ def place(
         whole = [position for position in suitable if spare.milli[position] == WHOLE_MILLI]
         if len(whole) < request.gpus:
             return None
-        if penalty:
-            whole.sort(key=lambda position: penalty.get(position, 0))
-        return tuple(whole[: request.gpus])
+        return _best_connected(request, node, whole, penalty)
     found = [
         (penalty.get(position, 0), spare.milli[position], spare.mib[position], turn, position)
         for turn, position in enumerate(suitable)
@@ -255,30 +261,19 @@ def place(
     return (min(found)[-1],) if found else None
 
 
-def find_free(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
-    """Room in what is free, on the node with the fewest whole free GPUs; None: it does not fit."""
-    best: tuple[int, Node, tuple[int, ...]] | None = None
-    for node in nodes:
-        if node.drains:
-            continue
-        positions = place(request, node, node.free, penalty)
-        if positions is not None:
-            left = node.free.milli.count(WHOLE_MILLI)
-            if best is None or left < best[0]:
-                best = (left, node, positions)
-    return None if best is None else Found(best[1], best[2])
+def _best_connected(request: Request, node: Node, whole: list[int], penalty: Penalty) -> tuple[int, ...]:
+    """Which of these whole GPUs to give: those that placement would rather use, of equals the nearest."""
 
+    def tier(position: int) -> tuple[int, ...]:
+        gpu = node.gpus[position]
+        return (penalty.get(position, 0), sum(gpu.serves), gpu.memory_mib)
 
-def find_leaving(request: Request, nodes: list[Node], penalty: Penalty = NO_PENALTY) -> Found | None:
-    """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    best: tuple[Turn, Found] | None = None
-    for node in nodes:
-        if node.drains or not node.leaving:
-            continue
-        found = find_leaving_on(request, node, penalty)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    return None if best is None else best[1]
+    whole.sort(key=tier)
+    worst = tier(whole[request.gpus - 1])
+    sure = [position for position in whole if tier(position) < worst]
+    open_to = [position for position in whole if tier(position) == worst]
+    near = tuple(node.gpus[position].near for position in open_to)
+    return (*sure, *(open_to[i] for i in best_connected(near, request.gpus - len(sure))))
 
 
 def find_leaving_on(

@@ -16,6 +16,7 @@ from typing import Any
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.allocator import (
+    NO_PENALTY,
     WHOLE_MILLI,
     Claim,
     Found,
@@ -27,8 +28,10 @@ from scheduler.planning.allocator import (
     fits_at,
     host_fits,
 )
+from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.queue import Queue
+from scheduler.planning.search import NODES_TRIED_MAX, Limits
 from scheduler.planning.valuation import value_bar, value_bars
 from scheduler.planning.world import NEVER, World
 
@@ -53,16 +56,18 @@ class Blocked:
 
 
 def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim]) -> Blocked:
-    """The request with the earliest moment at which it fits; `claims` are those of higher rank."""
+    """The request with the earliest moment at which it fits; `claims` are those of higher rank.
+
+    Looked for on the nodes that could have room first: a promise need not be the earliest to be kept.
+    """
     best = Blocked(request, None, NEVER, None)
-    claims = list(claims)
-    for node in world.nodes:
-        if node.drains:
-            continue
-        releases = [
-            (_release_us(request, live, order, world.now_us), live.hold) for live in world.live[node.row]
-        ]
-        releases += [_claim_end(claim, world.now_us) for claim in claims if claim.node == node.row]
+    by_node: dict[int, list[Claim]] = {}
+    for claim in claims:
+        by_node.setdefault(claim.node, []).append(claim)
+    for row in _soonest_first(request, world, order, by_node):
+        node = world.node(row)
+        releases = [(_release_us(request, live, order, world.now_us), live.hold) for live in world.live(row)]
+        releases += [_claim_end(claim, world.now_us) for claim in by_node.get(row, ())]
         spare = node.spare_with(node.leaving)
         moment = world.now_us
         releases = sorted((r for r in releases if r[0] < best.start_us), key=lambda release: release[0])
@@ -76,12 +81,33 @@ def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim
     return best
 
 
+def _soonest_first(request: Request, world: World, order: Order, claims: dict[int, list[Claim]]) -> list[int]:
+    """Rows of the nodes to look at, a bounded number: those first whose GPUs could be there soonest."""
+    layout, jobs, now_us = world.layout, world.incumbents, world.now_us
+    open_rows = rows_where(~world.drains)
+    if len(open_rows) <= NODES_TRIED_MAX:
+        return open_rows.tolist()  # type: ignore[no-any-return]
+    yields_us = xp.where(jobs.outranked(request, order), xp.maximum(jobs.yields_us, now_us), NEVER)
+    free_us = xp.minimum(jobs.ends_us, yields_us)
+    release_us = xp.full(layout.cells, now_us, dtype=xp.int64)
+    xp.maximum.at(release_us, jobs.cell, free_us[jobs.holder])
+    claimed = xp.asarray(sorted(claims), dtype=xp.int64)
+    by_node = release_us.reshape(layout.row.shape)
+    by_node[claimed] = now_us  # when claims end is looked at there
+    suits = layout.is_open if request.models == UNKNOWN else layout.fits[request.models]
+    by_node = xp.where(suits, by_node, NEVER)[open_rows]
+    wanted = min(max(request.gpus, 1), layout.width)
+    soonest = xp.sort(by_node, axis=1)[:, wanted - 1]
+    return open_rows[xp.lexsort(xp.stack([open_rows, soonest]))[:NODES_TRIED_MAX]].tolist()  # type: ignore[no-any-return]
+
+
 def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> bool:
     """Whether the request, started then, gives way to the blocked job by the promised moment (a).
 
     Without a promise its minimum runtime is no obstacle: it will be over.
     """
     live = Live(
+        index=UNKNOWN,
         hold=Hold(request.number, {}, 0, 0, 0, UNKNOWN, UNKNOWN, 0),
         job_class=request.job_class,
         priority=request.priority,
@@ -120,36 +146,33 @@ def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool)
     return ~lower
 
 
-def beside(
-    request: Request, to: Blocked, world: World, yielding: list[Hold]
-) -> tuple[list[Node], dict[int, int]]:
-    """The nodes with only the GPUs that the request may keep at the promised moment (c), and a penalty.
+def beside(request: Request, to: Blocked, yielding: list[Hold]) -> Limits:
+    """What the request may use of the promised node, and what it had better not.
 
-    At that moment the blocked job needs some of the GPUs that serve it then, and can spare the rest. The
-    request may use what doesn't serve the blocked job, and as many of the others as can be spared; the
-    penalty makes it use the former first. `yielding` are the holds that it may displace.
+    At the promised moment (c) the blocked job needs some of the GPUs that serve it then, and can spare the
+    rest. The request may use what doesn't serve the blocked job, and as many of the others as can be spared;
+    the penalty makes it use the former first. `yielding` are the holds that it may displace.
     """
     node, room = to.node, to.room
     assert node is not None
     assert room is not None
-    others = [other for other in world.nodes if other is not node]
     left = room.copy()
     left.take(request, ())
     if not host_fits(to.request, left):
-        return others, {}
+        return Limits(node.row, None, NO_PENALTY)
     serving = (
         [p for p in node.suitable(to.request) if fits_at(to.request, room, p)] if to.request.gpus else []
     )
     spared = len(serving) - (1 if to.request.is_share else to.request.gpus)
+    penalty = dict.fromkeys(serving, 1)
     if spared >= request.gpus:
-        return world.nodes, dict.fromkeys(serving, 1)
+        return Limits(node.row, node, penalty)
     if request.is_share and to.request.is_share:
         open_to = [position for position in serving if _still_serves(request, to.request, room, position)]
     else:
         open_to = sorted(serving, key=lambda position: _availability(node, yielding, position))[:spared]
     allowed = frozenset(range(len(node.gpus))).difference(serving).union(open_to)
-    nodes = [node.only(allowed) if other is node else other for other in world.nodes]
-    return nodes, dict.fromkeys(serving, 1)
+    return Limits(node.row, node.only(allowed), penalty)
 
 
 def book(found: Found, request: Request, to: Blocked) -> None:

@@ -11,7 +11,8 @@ from scheduler.model.actions import PreemptJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import Snapshot
-from scheduler.planning.allocator import Gpu, Node, lack_of_host
+from scheduler.planning.allocator import Gpu, Node, Spare, lack_of_host
+from scheduler.planning.arrays import lists, rows_where
 from scheduler.planning.case import Case, row_of
 from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.remedies import Remedy, RemedyKind, remedies
@@ -149,7 +150,7 @@ def _obstacles(case: Case) -> list[Obstacle]:
     gpus: dict[Rule, list[str]] = {}
     holders: dict[Rule, set[int]] = {}
     until_us: int | None = None
-    for node in case.planner.world.nodes:
+    for node in case.planner.world.nodes():
         for position, gpu in enumerate(node.gpus if case.request.gpus else ()):
             rule, jobs = _rule_of(case, node, position, gpu)
             if rule is None:
@@ -186,7 +187,7 @@ def _rule_of(case: Case, node: Node, position: int, gpu: Gpu) -> tuple[Rule | No
     mib = node.free.mib[position]
     in_the_way: dict[Rule, list[Live]] = {}
     leaving = [hold for hold in node.leaving if position in hold.parts]
-    for live in case.planner.world.live[node.row]:
+    for live in case.planner.world.live(node.row):
         if position not in live.hold.parts:
             continue
         rule = _protection(case, live)
@@ -215,7 +216,14 @@ def _protection(case: Case, live: Live) -> Rule | None:
 
 def _host_obstacles(case: Case) -> list[Obstacle]:
     """What the host of the node that is nearest to serving the job lacks."""
-    lacks = [lack_of_host(case.request, spare) for _, spare in case.planner.spares(case.request)]
+    world = case.planner.world
+    reach = world.within_reach(case.request).pool
+    lacks = [
+        lack_of_host(case.request, Spare([], [], *amounts))
+        for amounts in zip(
+            *lists((reach.cpus, reach.memory_mib, reach.slots), rows_where(~world.drains)), strict=True
+        )
+    ]
     if not lacks:
         return []
     least = min(lacks, key=lambda amounts: (sum(map(bool, amounts)), amounts))

@@ -170,10 +170,10 @@ class Fragmentation:
         self._last_change += 1
         self._changed[node] = self._last_change
 
-    def best(self, request: Request) -> tuple[int, int] | None:
+    def best(self, request: Request, among: Any = None) -> tuple[int, int] | None:
         """The node to start on, and for a share the position of its GPU, else NO_POSITION.
 
-        None where it fits on no node.
+        `among`: bool, shape (nodes,), which nodes may be chosen; None: all. None where it fits on no node.
         """
         if not len(self._rank):
             return None
@@ -182,8 +182,9 @@ class Fragmentation:
             rows = rows_where(self._changed > scores.at)
             scores.keys[rows], scores.positions[rows] = self._rated(request, rows)
             scores.at = self._last_change
-        node = int(scores.keys.argmin())
-        return None if int(scores.keys[node]) == _NEVER else (node, int(scores.positions[node]))
+        keys = scores.keys if among is None else xp.where(among, scores.keys, _NEVER)
+        node = int(keys.argmin())
+        return None if int(keys[node]) == _NEVER else (node, int(scores.positions[node]))
 
     def _scores(self, request: Request) -> _Scores:
         """What is known for requests of this shape, put last in the order of use."""

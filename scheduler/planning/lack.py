@@ -1,71 +1,58 @@
-"""What a request that can't be served lacks, and the smallest request that lacks it too."""
+"""What a request that can't be served lacks, and the smallest request that lacks it too.
 
-from dataclasses import replace
+Where nodes lack different things the one that lacks least says why the job waits: a job slot, then host
+memory, then CPUs, then GPU memory, then GPUs. Of one node that lacks several of its host, CPUs are named.
+"""
+
 from typing import Any
 
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import UNKNOWN
-from scheduler.planning.allocator import Node, Request, Spare, fits, gpus_fit
+from scheduler.planning.allocator import Request
+from scheduler.planning.pool import Pool
 
-# More than any request asks for.
-_AMPLE = 1 << 62
-_HOST: tuple[tuple[Reason, dict[str, Any]], ...] = (
-    (Reason.WAITING_FOR_CPUS, {"cpus": _AMPLE}),
-    (Reason.WAITING_FOR_MEMORY, {"memory_mib": _AMPLE}),
-    (Reason.WAITING_FOR_START_SLOT, {"slots": _AMPLE}),
-)
-# Where nodes lack different things: the one that lacks least says why the job waits.
-_NEAREST_FIRST = (
-    Reason.WAITING_FOR_START_SLOT,
-    Reason.WAITING_FOR_MEMORY,
-    Reason.WAITING_FOR_CPUS,
-    Reason.WAITING_FOR_GPU_MEMORY,
-    Reason.WAITING_FOR_GPUS,
-)
-
-Spares = list[tuple[Node, Spare]]  # nodes, and what each has to give to this request
 _Step = dict[str, Any]
 
 
-def lack(request: Request, spares: Spares) -> Reason:
-    """Why the request waits: on the node that is nearest to serving it, what alone binds, else GPUs first."""
-    return min((_lack_on(request, node, spare) for node, spare in spares), key=_NEAREST_FIRST.index)
+def lack(request: Request, reach: Pool, nodes: Any) -> Reason:
+    """Why the request waits, of the nodes in the mask; `reach` is what it could have of each."""
+    here = reach.fit_gpus(request) & nodes
+    if here.any():
+        cpus = (reach.cpus[here] >= request.cpus) | (request.cpus == 0)
+        memory = (reach.memory_mib[here] >= request.memory_mib) | (request.memory_mib == 0)
+        if (cpus & memory).any():
+            return Reason.WAITING_FOR_START_SLOT
+        return Reason.WAITING_FOR_MEMORY if cpus.any() else Reason.WAITING_FOR_CPUS
+    if (reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes).any():
+        return Reason.WAITING_FOR_GPU_MEMORY
+    return Reason.WAITING_FOR_GPUS
 
 
-def least_lacking(request: Request, reason: Reason, spares: Spares) -> Request:
+def least_lacking(request: Request, reason: Reason, reach: Pool, nodes: Any) -> Request:
     """The smallest request found that fails on all nodes for the same lack: whoever wants as much fails."""
     of_gpus = reason in (Reason.WAITING_FOR_GPUS, Reason.WAITING_FOR_GPU_MEMORY)
-    least = replace(request, cpus=0, memory_mib=0) if of_gpus else request
-    for steps in _steps_down(request, reason, spares):
+    fit = reach.fit_gpus if of_gpus else reach.fit
+    least = request._replace(cpus=0, memory_mib=0) if of_gpus else request
+    for steps in _steps_down(request, reason, reach, nodes):
         for step in steps:
-            tried = replace(least, **step)
-            if any(gpus_fit(tried, *each) if of_gpus else fits(tried, *each) for each in spares):
+            tried = least._replace(**step)
+            if (fit(tried) & nodes).any():
                 break
             least = tried
     return least
 
 
-def _lack_on(request: Request, node: Node, spare: Spare) -> Reason:
-    if not gpus_fit(request, node, spare):
-        only_memory = gpus_fit(replace(request, gpu_memory_mib=0), node, spare)
-        return Reason.WAITING_FOR_GPU_MEMORY if only_memory else Reason.WAITING_FOR_GPUS
-    for reason, ample in _HOST:
-        if fits(request, node, replace(spare, **ample)):
-            return reason
-    return Reason.WAITING_FOR_CPUS if request.cpus > spare.cpus else Reason.WAITING_FOR_MEMORY
-
-
-def _steps_down(request: Request, reason: Reason, spares: Spares) -> list[list[_Step]]:
+def _steps_down(request: Request, reason: Reason, reach: Pool, nodes: Any) -> list[list[_Step]]:
     """What to spare a request of, in series; a series ends where the request would fit."""
     if reason is Reason.WAITING_FOR_GPUS:
         counts = [{"gpus": count} for count in (4, 2, 1) if count < request.gpus]
         shares = [{"share_milli": milli} for milli in (500, 250, 1) if milli < request.share_milli]
         return [[{"gpu_memory_mib": 0}], [{"models": UNKNOWN}], counts, shares]
     if reason is Reason.WAITING_FOR_CPUS:
-        cpus = 1 + max(0, *(spare.cpus for _, spare in spares))
+        cpus = 1 + max(0, int(reach.cpus[nodes].max()))
         return [[{"memory_mib": 0}], [{"cpus": min(cpus, request.cpus)}]]
     if reason is Reason.WAITING_FOR_MEMORY:
-        memory_mib = 1 + max(0, *(spare.memory_mib for _, spare in spares))
+        memory_mib = 1 + max(0, int(reach.memory_mib[nodes].max()))
         return [[{"cpus": 0}], [{"memory_mib": min(memory_mib, request.memory_mib)}]]
     if reason is Reason.WAITING_FOR_START_SLOT:
         return [[{"gpus": 0, "share_milli": 1, "gpu_memory_mib": 0, "cpus": 0, "memory_mib": 0}]]

@@ -16,7 +16,7 @@ part of this: they block nobody.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -34,25 +34,16 @@ from scheduler.model.actions import (
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
-from scheduler.planning.allocator import (
-    NO_PENALTY,
-    Claim,
-    Found,
-    Node,
-    Penalty,
-    Request,
-    Spare,
-    find_free,
-    find_leaving,
-    find_leaving_on,
-    take,
-)
+from scheduler.planning.allocator import Claim, Found, Node, Request, take
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
 from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
-from scheduler.planning.preemption import Live, choose_victims, outranks
+from scheduler.planning.layout import Layout
+from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
-from scheduler.planning.world import NEVER, Layout, World
+from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving
+from scheduler.planning.world import NEVER, World
 
 
 @dataclass(slots=True)
@@ -103,13 +94,14 @@ class Planner:
         self._strict: dict[bool, Blocked] = {}
         stopping = self._stop_what_is_over()
         self.world = World(snapshot, policy, stopping, layout)
+        self._horizons = Horizons(self.world, policy.order)
         self.queue = Queue(snapshot, policy.order)
 
     def run(self) -> Plan:
         """Serve everyone."""
         fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
         if self.queue.is_waiting:
-            self.queue.set_aside()
+            self.queue.set_aside(self.world.layout)
             for row, request in self.queue.requests():
                 self._serve(row, request)
         return Plan(
@@ -124,24 +116,15 @@ class Planner:
         """The live jobs of a node that the request may displace."""
         order = self._policy.order
         return [
-            live for live in self.world.live[node.row] if live.may_yield and outranks(request, live, order)
+            live for live in self.world.live(node.row) if live.may_yield and outranks(request, live, order)
         ]
 
     def refuse(self, request: Request) -> None:
         """Let a request that can't be served wait, and with it all that would fail for the same lack."""
-        spares = self.spares(request)
-        reason = lack(request, spares)
+        reach, nodes = self.world.within_reach(request).pool, ~self.world.drains
+        reason = lack(request, reach, nodes)
         among = None if self._policy.backfill else self._kind(request)
-        self.queue.refuse(least_lacking(request, reason, spares), reason, among)
-
-    def spares(self, request: Request) -> list[tuple[Node, Spare]]:
-        """The nodes that take jobs, and what each could give to the request, victims and all."""
-        found = []
-        for node in self.world.nodes:
-            if not node.drains:
-                holds = (live.hold for live in self.candidates(request, node))
-                found.append((node, node.spare_with((*node.leaving, *holds))))
-        return found
+        self.queue.refuse(least_lacking(request, reason, reach, nodes), reason, among)
 
     def _stop_what_is_over(self) -> frozenset[int]:
         """Order the stops that are due; the numbers of the jobs that they stop."""
@@ -168,7 +151,7 @@ class Planner:
 
     def _serve(self, row: int, request: Request) -> None:
         """Give the request what it needs, or the reason why it has to wait."""
-        found = self._find(request, self.world.nodes, NO_PENALTY)
+        found = self._find(request)
         if found is None:
             self._block(request)
             self.refuse(request)
@@ -182,12 +165,14 @@ class Planner:
             book(found, request, holder)
         self._commit(row, request, found)
 
-    def _find(self, request: Request, nodes: list[Node], penalty: Penalty) -> Found | None:
+    def _find(self, request: Request, limits: Limits | None = None) -> Found | None:
         """Room for the request, the least disruptive there is."""
         return (
-            find_free(request, nodes, penalty)
-            or find_leaving(request, nodes, penalty)
-            or self._find_by_displacing(request, nodes, penalty)
+            find_free(request, self.world, limits)
+            or find_leaving(request, self.world, limits)
+            or find_by_displacing(
+                request, self.world, self._horizons, lambda node: self.candidates(request, node), limits
+            )
         )
 
     def _find_beside(self, request: Request, holder: Blocked) -> Found | None:
@@ -195,27 +180,11 @@ class Planner:
         if self._is_strict(request, holder) or holder.node is None:
             return None
         yielding = [live.hold for live in self.candidates(request, holder.node)]
-        return self._find(request, *beside(request, holder, self.world, yielding))
-
-    def _find_by_displacing(self, request: Request, nodes: list[Node], penalty: Penalty) -> Found | None:
-        """Room that the cheapest victims leave, on the node where they are cheapest."""
-        best: tuple[int, Node, list[Live]] | None = None
-        for node in nodes:
-            candidates = [] if node.drains else self.candidates(request, node)
-            chosen = choose_victims(request, node, candidates) if candidates else None
-            if chosen is not None and (best is None or chosen[0] < best[0]):
-                best = (chosen[0], node, chosen[1])
-        if best is None:
-            return None
-        _, node, victims = best
-        holds = [replace(v.hold, preemptor=request.number, stop_us=self.now_us) for v in victims]
-        found = find_leaving_on(request, node, penalty, holds)
-        assert found is not None, "the victims were chosen so that the request fits"
-        return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
+        return self._find(request, beside(request, holder, yielding))
 
     def _commit(self, row: int, request: Request, found: Found) -> None:
         """Start the job, or let it wait for what it claims."""
-        node = self.world.nodes[found.node.row]
+        node = self.world.node(found.node.row)
         for number in found.victims:
             victim = self.world.leave(node, number, request.number)
             lost = (victim.lost_gpu_ms, victim.loss_microusd)
@@ -223,6 +192,8 @@ class Planner:
         claim = take(request, node, found.positions)
         self.claims[request.number] = claim
         self.world.serve(request.number, len(self.claims))
+        self.world.changed(node)
+        self._horizons.changed(node)
         if not claim.is_free:
             self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
             return
@@ -301,5 +272,7 @@ class Planner:
             if where.any():
                 moments.append(int(xp.where(where & (moment > now_us), moment, NEVER).min()))
         if waits.any():
-            moments += [live.yields_us for node in self.world.live for live in node if live.yields_us < NEVER]
+            yields_us = self.world.incumbents.yields_us
+            later = yields_us[yields_us > now_us]
+            moments += [int(later.min())] if len(later) else []
         return min((moment for moment in moments if now_us < moment < NEVER), default=None)

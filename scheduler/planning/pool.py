@@ -1,7 +1,11 @@
-"""An amount of every node's resources as columns."""
+"""An amount of every node's resources as columns, and which nodes a request fits on."""
 
 from dataclasses import dataclass
 from typing import Any
+
+from scheduler.model.snapshot import UNKNOWN
+from scheduler.planning.allocator import WHOLE_MILLI, Node, Request, Spare
+from scheduler.planning.arrays import xp
 
 
 @dataclass(slots=True)
@@ -18,3 +22,70 @@ class Pool:
     slots: Any  # int64 (nodes,): jobs that may start
     fits: Any  # bool (model sets, nodes, width): open GPUs that serve jobs with this set of models
     is_open: Any  # bool (nodes, width)
+
+    def usable(self, request: Request) -> Any:
+        """Bool, shape (nodes, width): the GPUs that have what the request wants of each."""
+        usable = self.milli >= request.share_milli
+        if request.gpu_memory_mib:
+            # Of a GPU that is wholly free all memory is, so that this is its size.
+            usable &= self.mib >= request.gpu_memory_mib
+        usable &= self.is_open if request.models == UNKNOWN else self.fits[request.models]
+        return usable
+
+    def fit_gpus(self, request: Request) -> Any:
+        """Bool, shape (nodes,): where the GPU part of the request fits."""
+        if request.gpus == 0:
+            return xp.ones(len(self.cpus), dtype=bool)
+        if request.gpus == 1:
+            return self.usable(request).any(axis=1)
+        return self.usable(request).sum(axis=1) >= request.gpus
+
+    def fit_host(self, request: Request) -> Any:
+        """Bool, shape (nodes,): where CPUs, host memory and a job slot are there; 0 is not accounted."""
+        fit = self.slots >= 1
+        if request.cpus:
+            fit &= self.cpus >= request.cpus
+        if request.memory_mib:
+            fit &= self.memory_mib >= request.memory_mib
+        return fit
+
+    def fit(self, request: Request) -> Any:
+        """Bool, shape (nodes,): where the request fits in the amount."""
+        return self.fit_gpus(request) & self.fit_host(request)
+
+    @property
+    def whole_gpus(self) -> Any:
+        """Shape (nodes,): how many GPUs are there whole."""
+        return (self.milli == WHOLE_MILLI).sum(axis=1)
+
+    def put(self, node: Node, spare: Spare) -> None:
+        """Take over what a node has."""
+        row, gpus = node.row, node.gpus
+        for position, gpu in enumerate(gpus):
+            if gpu.is_open:
+                self.milli[row, position] = spare.milli[position]
+                self.mib[row, position] = spare.mib[position]
+        self.cpus[row] = spare.cpus
+        self.memory_mib[row] = spare.memory_mib
+        self.slots[row] = spare.slots
+
+    def plus(self, cells: Any, milli: Any, mib: Any, nodes: Any, host: tuple[Any, Any, Any]) -> "Pool":
+        """This and more: thousandths and MiB at flat GPU cells; CPUs, MiB and slots at nodes."""
+        shape = self.milli.shape
+        more_milli = summed(cells, milli, shape[0] * shape[1]).reshape(shape)
+        more_mib = summed(cells, mib, shape[0] * shape[1]).reshape(shape)
+        cpus, memory_mib, slots = (summed(nodes, amount, shape[0]) for amount in host)
+        return Pool(
+            self.milli + xp.where(self.is_open, more_milli, 0),
+            self.mib + xp.where(self.is_open, more_mib, 0),
+            self.cpus + cpus,
+            self.memory_mib + memory_mib,
+            self.slots + slots,
+            self.fits,
+            self.is_open,
+        )
+
+
+def summed(places: Any, amounts: Any, size: int) -> Any:
+    """Int64, shape (size,): the sum of the amounts at each place. Exact below 2^53, which no node has."""
+    return xp.bincount(places, weights=amounts, minlength=size).astype(xp.int64)

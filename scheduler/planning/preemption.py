@@ -45,6 +45,7 @@ Option = tuple[Gain, int]  # gain, cost
 class Live:
     """A live job that stays unless it is displaced."""
 
+    index: int  # of `world.Incumbents`
     hold: Hold
     job_class: int
     priority: int

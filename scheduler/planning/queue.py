@@ -14,9 +14,10 @@ from typing import Any
 from scheduler.model.actions import WAIT_REASONS
 from scheduler.model.policy import Order
 from scheduler.model.reasons import Reason
-from scheduler.model.snapshot import CLOSED, NOT_DRAINING, PENDING, UNKNOWN, JobColumns, Snapshot
+from scheduler.model.snapshot import NOT_DRAINING, PENDING, UNKNOWN, JobColumns, Snapshot
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, unknown_as_zero, xp
+from scheduler.planning.layout import Layout
 from scheduler.planning.valuation import first_ranked, packed_ranks
 
 WAIT_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(WAIT_REASONS)}
@@ -60,18 +61,18 @@ class Queue:
         self.codes[late] = LEAVES
         return sorted(jobs.number[late].tolist())
 
-    def set_aside(self) -> None:
+    def set_aside(self, layout: Layout) -> None:
         """Decide the jobs that nothing here can serve now: they back off, the nodes drain, no GPU suits."""
         self._decide(self.jobs.eligible_us > self._snapshot.now_us, Reason.BACKING_OFF)
         drains = self._snapshot.nodes.drain != NOT_DRAINING
         if drains.all():
             self._decide(self.codes == UNDECIDED, Reason.NODE_DRAINING)
             return
-        too_few = self._too_few(~drains)
+        too_few = self._too_few(layout, ~drains)
         if too_few is None:
             return
         if drains.any():
-            elsewhere = self._too_few(drains)
+            elsewhere = self._too_few(layout, drains)
             self._decide(too_few if elsewhere is None else too_few & ~elsewhere, Reason.NODE_DRAINING)
         self._decide(too_few, Reason.NO_SUITABLE_GPU)
 
@@ -123,18 +124,10 @@ class Queue:
         if where.any():
             self.codes[where & (self.codes == UNDECIDED)] = WAIT_CODE[reason]
 
-    def _too_few(self, nodes: Any) -> Any | None:
+    def _too_few(self, layout: Layout, nodes: Any) -> Any | None:
         """The jobs for which none of these nodes has enough open GPUs by model and memory; None: nobody."""
-        jobs, gpus, fits = self.jobs, self._snapshot.gpus, self._snapshot.model_fits
-        usable = (gpus.state != CLOSED) & nodes[gpus.node]
-        sizes = sorted(set(gpus.memory_mib[usable].tolist()))
-        most = xp.zeros((len(fits), len(sizes) + 1), dtype=xp.int64)
-        for level, size in enumerate(sizes):
-            large = usable & (gpus.memory_mib >= size)
-            for node in set(gpus.node[large].tolist()):
-                count = fits[:, large & (gpus.node == node)].sum(axis=1)
-                most[:, level] = xp.maximum(most[:, level], count)
-        if sizes and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
+        jobs = self.jobs
+        sizes, most = layout.most_gpus(nodes)
+        if len(sizes) and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
             return None
-        level = xp.searchsorted(xp.array(sizes, dtype=xp.int64), jobs.gpu_memory_mib)
-        return most[jobs.models, level] < jobs.gpus
+        return most[jobs.models, xp.searchsorted(sizes, jobs.gpu_memory_mib)] < jobs.gpus

@@ -72,9 +72,9 @@ def _fewer_gpus(case: Case) -> Remedy | None:
 
 def _less_gpu_memory(case: Case) -> Remedy | None:
     wanted = case.request.gpu_memory_mib
-    levels = {gpu.memory_mib for node in case.planner.world.nodes for gpu in node.gpus}
-    for _, spare in case.planner.spares(case.request):
-        levels.update(spare.mib)
+    world = case.planner.world
+    reach = world.within_reach(case.request).pool
+    levels = {*world.layout.memory_mib.flatten().tolist(), *reach.mib.flatten().tolist()}
     amounts = sorted((level for level in levels if 0 < level < wanted), reverse=True)
     return _smallest(RemedyKind.LESS_GPU_MEMORY, amounts, lambda mib: _served(case, gpu_memory_mib=mib))
 
@@ -106,7 +106,7 @@ def _higher_priority(case: Case) -> Remedy | None:
 def _higher_value(case: Case) -> Remedy | None:
     """Values that make a difference are the bars of live jobs, and just above those of pending ones."""
     jobs = case.snapshot.jobs
-    bars = {live.value_bar for node in case.planner.world.live for live in node}
+    bars = set(case.planner.world.incumbents.value_bar.tolist())
     above = jobs.value[(jobs.state == PENDING) & (jobs.value >= case.request.value)]
     bars.update((xp.unique(above) + 1).tolist())
     amounts = sorted(bar for bar in bars if bar > case.request.value)

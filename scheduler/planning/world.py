@@ -1,62 +1,87 @@
-"""The snapshot's live half as nodes, holds and live jobs that a plan can work on.
+"""The snapshot as what a plan works on: columns of what is free, leaving and live, and nodes made of them.
 
-Only live jobs, GPUs and nodes become objects: they are few. Pending jobs stay columns (`queue.py`).
+Everything is columns; a node becomes objects (`Node`, `Live`) when a plan has to look into it, and few are.
+What such a node gives away or gets back goes into the columns at once (`changed`).
+
+Three layers: *free*, what nobody has; *soon*, that and what leaves without a further decision; and on top of
+it what incumbents hold, the live jobs that stay unless they are displaced.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from scheduler.model.policy import Policy
+from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import (
-    CLOSED,
     NOT_DRAINING,
     PENDING,
-    RUNNING,
-    STARTING,
-    SUSPENDED,
+    PREEMPTING,
+    STOPPING,
     UNKNOWN,
     Snapshot,
 )
-from scheduler.planning.allocator import WHOLE_MILLI, Gpu, Hold, Node, Spare
-from scheduler.planning.arrays import lists, rows_where
+from scheduler.planning.allocator import WHOLE_MILLI, Hold, Node, Request, Spare
+from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.fragmentation import Fragmentation
+from scheduler.planning.layout import Layout
+from scheduler.planning.mix import mix_of
+from scheduler.planning.pool import Pool, summed
 from scheduler.planning.preemption import Live
-from scheduler.planning.valuation import value_bar
+from scheduler.planning.valuation import value_bars
 
 # Later than any moment that a snapshot can name.
 NEVER = 1 << 62
 _US_PER_MS = 1000
 _MS_PER_HOUR = 3_600_000
 _MICRO = 1_000_000
-_HOLDING_COLUMNS = ("job", "gpu", "share_milli", "memory_mib", "preemptor", "stop_us")
+# Three years: more work is not lost at once, and times GPUs it stays inside int64.
+_UNSAVED_US_MAX = 10**14
 
 
-class Layout:
-    """What depends on the GPUs and the sets of models alone: it outlives a plan (`planner.Memo`)."""
+@dataclass(slots=True)
+class Incumbents:
+    """The live jobs that stay unless they are displaced, as `Live` has them. Shape (incumbents,) each."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._key = _layout_key(snapshot)
-        gpus = snapshot.gpus
-        columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state)
-        serves = snapshot.model_fits.T.tolist()
-        by_node: list[list[Gpu]] = [[] for _ in range(len(snapshot.nodes))]
-        rows = zip(gpus.uuid, *(column.tolist() for column in columns), serves, strict=True)
-        for row, (uuid, node, index, memory_mib, state, sets) in enumerate(rows):
-            by_node[node].append(Gpu(row, uuid, index, memory_mib, state != CLOSED, tuple(sets)))
-        self.position: dict[int, tuple[int, int]] = {}  # by GPU row: node, position
-        for node, here in enumerate(by_node):
-            here.sort(key=lambda gpu: (gpu.index, gpu.uuid))
-            self.position.update((gpu.row, (node, position)) for position, gpu in enumerate(here))
-        self.gpus = tuple(tuple(here) for here in by_node)
-        self.suitable: list[dict[tuple[int, int], tuple[int, ...]]] = [{} for _ in by_node]
+    row: Any  # of `JobColumns`
+    number: Any
+    node: Any
+    job_class: Any
+    priority: Any
+    value_bar: Any
+    may_yield: Any  # bool; false once it was told to go
+    yields_us: Any
+    ends_us: Any
+    started_us: Any
+    cpus: Any
+    memory_mib: Any
+    ready_us: Any
+    lost_gpu_ms: Any
+    loss_microusd: Any
+    # What they hold: shape (holdings,) each, sorted by holder, which is an index of the columns above.
+    holder: Any
+    cell: Any
+    milli: Any
+    mib: Any  # of shares; a whole GPU's memory goes with it
+    first: Any  # shape (incumbents + 1,): where the holdings of each begin
 
-    def holds_for(self, snapshot: Snapshot) -> bool:
-        """Whether the snapshot has the same GPUs and sets of models."""
-        return self._key == _layout_key(snapshot)
+    def outranked(self, request: Request, order: Order) -> Any:
+        """Bool, shape (incumbents,): who ranks low enough to be displaced by the request."""
+        lower = request.value >= self.value_bar
+        if order is Order.CLASS:
+            lower &= self.priority == request.priority
+            lower |= self.priority < request.priority
+            lower &= self.job_class == request.job_class
+            lower |= self.job_class > request.job_class
+        return lower
 
 
-def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
-    gpus = snapshot.gpus
-    columns = (gpus.node, gpus.index, gpus.memory_mib, gpus.state, snapshot.model_fits)
-    return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a request could have if all went whom it may displace."""
+
+    pool: Pool
+    outranked: Any  # bool, shape (incumbents,)
 
 
 class World:
@@ -70,144 +95,360 @@ class World:
         self, snapshot: Snapshot, policy: Policy, stopping: frozenset[int], layout: Layout | None = None
     ) -> None:
         self.now_us = snapshot.now_us
+        self._snapshot = snapshot
         self._policy = policy
+        self._stopping = stopping
         self.layout = layout if layout is not None and layout.holds_for(snapshot) else Layout(snapshot)
-        self.nodes = self._empty_nodes(snapshot)
-        self.live: list[list[Live]] = [[] for _ in self.nodes]
-        self._occupy(snapshot, stopping)
-        # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
-        for node in self.nodes:
-            node.leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
+        self.drains = snapshot.nodes.drain != NOT_DRAINING
+        self._nodes: dict[int, Node] = {}
+        self._live: dict[int, list[Live]] = {}
+        self._served: dict[int, int] = {}
+        self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
+        self._unfree: set[tuple[int, ...]] = set()  # of GPUs what free ones can't serve, nor ever will here
+        self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
+        self._split(snapshot)
+        self._count(snapshot)
+
+    # Layers that not every plan needs -----------------------------------------------------------
+
+    @cached_property
+    def placement(self) -> Fragmentation:
+        """Chooses among the nodes on which something free fits."""
+        mix = self._snapshot.mix
+        return Fragmentation(self.free, mix_of(self._snapshot.jobs) if mix is None else mix)
+
+    @cached_property
+    def incumbents(self) -> Incumbents:
+        """The live jobs that stay unless they are displaced."""
+        return self._made_incumbents(self._snapshot)
+
+    @cached_property
+    def soon(self) -> Pool:
+        """What is free, and what leaves without a further decision."""
+        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
+        goes = rows_where(self._goes_away)
+        leavers = rows_where(self._goes)
+        soon = self.free.plus(
+            self._cell[goes],
+            holdings.share_milli[goes],
+            self._mib[goes],
+            jobs.node[leavers],
+            (jobs.cpus[leavers], jobs.memory_mib[leavers], xp.ones(len(leavers))),
+        )
+        for node in self._nodes.values():
+            soon.put(node, node.spare_with(node.leaving))
+        return soon
+
+    # Nodes as objects ---------------------------------------------------------------------------
+
+    def node(self, row: int) -> Node:
+        """The node at this row."""
+        known = self._nodes.get(row)
+        if known is None:
+            known = self._nodes[row] = self._made_node(row)
+        return known
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes: for those who explain, and look at everything."""
+        return (self.node(row) for row in range(len(self.drains)))
+
+    def live(self, row: int) -> list[Live]:
+        """The live jobs of a node that stay unless they are displaced."""
+        known = self._live.get(row)
+        if known is None:
+            known = self._live[row] = self._made_live(row)
+        return known
+
+    # Changes ------------------------------------------------------------------------------------
 
     def leave(self, node: Node, number: int, preemptor: int) -> Live:
         """Let a live job leave for a preemptor; returns the victim."""
-        live = self.live[node.row]
+        live = self.live(node.row)
         victim = live.pop(next(place for place, each in enumerate(live) if each.number == number))
         victim.hold.preemptor = preemptor
         victim.hold.stop_us = self.now_us
         node.leaving.append(victim.hold)
+        self.leaving[node.row] = True
+        self._leaving_for.setdefault(preemptor, []).append(victim.hold)
+        self.incumbents.may_yield[victim.index] = False
         return victim
 
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
-        for node in self.nodes:
-            for hold in node.leaving:
-                if hold.preemptor == number:
-                    hold.served = served
+        self._served[number] = served
+        for hold in self._leaving_for.get(number, ()):
+            hold.served = served
 
-    def uuids(self, node: int, positions: tuple[int, ...]) -> tuple[str, ...]:
+    def changed(self, node: Node) -> None:
+        """Take over into the columns what the node has given away or got back."""
+        self._reaches.clear()
+        self.free.put(node, node.free)
+        if "placement" in self.__dict__:
+            self.placement.changed(node.row)
+        if "soon" in self.__dict__:  # else it is made from the nodes as they are
+            self.soon.put(node, node.spare_with(node.leaving))
+
+    # Looks --------------------------------------------------------------------------------------
+
+    def nearest(self, request: Request, fits: Any) -> Any:
+        """Of the nodes in the mask those on which the request's GPUs can be nearest to each other."""
+        if request.gpus > 1 and self.layout.nearness:
+            usable = self.free.usable(request)
+            for same in self.layout.nearness:
+                together = (same & usable[:, None, :]).sum(axis=2)
+                near = fits & ((together >= request.gpus) & usable).any(axis=1)
+                if near.any():
+                    return near
+        return fits
+
+    def free_for(self, request: Request) -> Any | None:
+        """Bool, shape (nodes,): where the request fits into what is free; None: nowhere."""
+        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        if wants in self._unfree:  # what is free only shrinks
+            return None
+        fits = self.free.fit_gpus(request) & ~self.drains
+        if not fits.any():
+            self._unfree.add(wants)
+            return None
+        fits &= self.free.fit_host(request)
+        return fits if fits.any() else None
+
+    def displaceable(self, request: Request) -> Any:
+        """Bool, shape (incumbents,): whom the request may displace."""
+        jobs = self.incumbents
+        return jobs.outranked(request, self._policy.order) & jobs.may_yield
+
+    def within_reach(self, request: Request) -> "Reach":
+        """What is free, leaves, or is held by jobs that the request may displace."""
+        outranked = self.displaceable(request)
+        key = outranked.tobytes()
+        known = self._reaches.get(key)
+        if known is None:
+            known = self._reaches[key] = self._made_reach(outranked)
+        return known
+
+    def _made_reach(self, outranked: Any) -> "Reach":
+        jobs = self.incumbents
+        if not outranked.any():
+            return Reach(self.soon, outranked)
+        holds = outranked[jobs.holder]
+        host = (jobs.cpus[outranked], jobs.memory_mib[outranked], xp.ones(int(outranked.sum())))
+        more = self.soon.plus(
+            jobs.cell[holds], jobs.milli[holds], jobs.mib[holds], jobs.node[outranked], host
+        )
+        return Reach(more, outranked)
+
+    def uuids(self, node: int, positions: Iterable[int]) -> tuple[str, ...]:
         """The UUIDs at these positions, by index."""
-        return tuple(self.nodes[node].gpus[position].uuid for position in sorted(positions))
+        return tuple(self.layout.gpus(node)[position].uuid for position in sorted(positions))
 
-    def _empty_nodes(self, snapshot: Snapshot) -> list[Node]:
-        sizes = snapshot.nodes
-        columns = (sizes.cpus, sizes.memory_mib, sizes.live_jobs_max, sizes.drain)
-        nodes = []
-        for row, (cpus, memory_mib, slots, drain) in enumerate(
-            zip(*(c.tolist() for c in columns), strict=True)
-        ):
-            gpus = self.layout.gpus[row]
-            whole = [WHOLE_MILLI] * len(gpus)
-            free = Spare(whole, [gpu.memory_mib for gpu in gpus], cpus, memory_mib, slots)
-            nodes.append(Node(row, gpus, free, drain != NOT_DRAINING, [], self.layout.suitable[row]))
-        return nodes
+    @cached_property
+    def _places(self) -> tuple[Any, Any]:
+        """Incumbents by node, and where in that each node's begin."""
+        by_node = xp.argsort(self.incumbents.node, kind="stable")
+        nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
+        return by_node, xp.searchsorted(self.incumbents.node[by_node], nodes)
 
-    def _occupy(self, snapshot: Snapshot, stopping: frozenset[int]) -> None:
-        """Take what live jobs and hand-overs hold out of what is free."""
+    # From the snapshot --------------------------------------------------------------------------
+
+    def _split(self, snapshot: Snapshot) -> None:
+        """Tell jobs that stay from those that leave, and whose each holding is."""
         jobs, holdings = snapshot.jobs, snapshot.holdings
-        live_rows = rows_where(jobs.state != PENDING)
-        held: dict[int, list[tuple[int, int, int]]] = {}  # by job row: GPU row, thousandths, MiB
-        live = set(live_rows.tolist())
-        for job, gpu, milli, mib, preemptor, stop_us in zip(
-            *(getattr(holdings, name).tolist() for name in _HOLDING_COLUMNS), strict=True
-        ):
-            if job in live:
-                held.setdefault(job, []).append((gpu, milli, mib))
-            else:
-                self._hand_over(gpu, milli, mib, preemptor, stop_us)
-        columns = lists(tuple(getattr(jobs, name) for name in _Row._fields), live_rows)
-        for row, values in zip(live_rows.tolist(), zip(*columns, strict=True), strict=True):
-            job = _Row(*values)
-            self._settle(job, held.get(row, []), job.number in stopping)
+        live = jobs.state != PENDING
+        told = (jobs.state == PREEMPTING) | (jobs.state == STOPPING)
+        if self._stopping:
+            told |= xp.isin(jobs.number, xp.asarray(sorted(self._stopping), dtype=xp.int64))
+        self._live_rows = live
+        self._stays = live & ~told
+        self._goes = live & told
+        held = (holdings.job != UNKNOWN) & live[holdings.job] if len(jobs) else holdings.job != UNKNOWN
+        self._holder = xp.where(held, holdings.job, UNKNOWN)  # UNKNOWN: what an ended job still occupies
+        self._cell = self.layout.cell[holdings.gpu]
+        self._mib = xp.where(holdings.share_milli < WHOLE_MILLI, holdings.memory_mib, 0)
 
-    def _hand_over(self, gpu: int, milli: int, mib: int, preemptor: int, stop_us: int) -> None:
-        """What an ended job still occupies leaves; it is no live job and has no CPUs."""
-        row, position = self.layout.position[gpu]
-        node = self.nodes[row]
-        part = [milli, mib if milli < WHOLE_MILLI else 0]
-        hold = Hold(UNKNOWN, {position: part}, 0, 0, 0, preemptor, stop_us, self.now_us)
-        node.free.remove(hold)
-        node.leaving.append(hold)
-
-    def _settle(self, job: "_Row", held: list[tuple[int, int, int]], stops: bool) -> None:
-        """Give a live job its place: among what leaves, or among what stays."""
-        node = self.nodes[job.node]
-        parts: dict[int, list[int]] = {}
-        milli_gpus = 0
-        for gpu, milli, mib in held:
-            milli_gpus += milli
-            part = parts.setdefault(self.layout.position[gpu][1], [0, 0])
-            part[0] += milli
-            part[1] += mib if milli < WHOLE_MILLI else 0
-        preemptor, stop_us = (UNKNOWN, self.now_us) if stops else (job.preemptor, job.stop_us)
-        hold = Hold(job.number, parts, job.cpus, job.memory_mib, 1, preemptor, stop_us, 0)
-        node.free.remove(hold)
-        if stops or job.state not in (STARTING, RUNNING, SUSPENDED):
-            hold.ready_us = max(self.now_us, stop_us + job.grace_us)
-            node.leaving.append(hold)
-            return
-        hold.ready_us = self.now_us + job.grace_us  # were it told to stop now
-        started_us = self.now_us if job.started_us == UNKNOWN else job.started_us
-        yields_us = started_us + job.min_runtime_us if job.preemptible else NEVER
-        lost_gpu_ms = self._lost_gpu_ms(job, started_us, milli_gpus)
-        self.live[node.row].append(
-            Live(
-                hold=hold,
-                job_class=job.job_class,
-                priority=job.priority,
-                value_bar=value_bar(job.value, job.restart_loss_us, self._policy),
-                may_yield=yields_us <= self.now_us,
-                yields_us=yields_us,
-                ends_us=NEVER
-                if job.expected_us == UNKNOWN
-                else max(self.now_us, started_us + job.expected_us),
-                started_us=started_us,
-                gpus=len(parts),
-                lost_gpu_ms=lost_gpu_ms,
-                loss_microusd=max(0, job.value) * lost_gpu_ms // _MS_PER_HOUR,
-            )
+    def _made_incumbents(self, snapshot: Snapshot) -> Incumbents:
+        jobs, policy, now_us = snapshot.jobs, self._policy, self.now_us
+        rows = rows_where(self._stays)
+        held = rows_where(self._holder != UNKNOWN)
+        held = held[self._stays[self._holder[held]]]
+        held = held[xp.argsort(self._holder[held], kind="stable")]
+        holder = xp.searchsorted(rows, self._holder[held])
+        milli = snapshot.holdings.share_milli[held]
+        started_us = xp.where(jobs.started_us[rows] == UNKNOWN, now_us, jobs.started_us[rows])
+        preemptible = jobs.preemptible[rows]
+        yields_us = xp.where(preemptible, started_us + jobs.min_runtime_us[rows], NEVER)
+        expected_us = jobs.expected_us[rows]
+        lost_gpu_ms = self._lost_gpu_ms(snapshot, rows, started_us, summed(holder, milli, len(rows)))
+        return Incumbents(
+            row=rows,
+            number=jobs.number[rows],
+            node=jobs.node[rows],
+            job_class=jobs.job_class[rows],
+            priority=jobs.priority[rows],
+            value_bar=value_bars(jobs.value[rows], jobs.restart_loss_us[rows], policy),
+            may_yield=yields_us <= now_us,
+            yields_us=yields_us,
+            ends_us=xp.where(expected_us == UNKNOWN, NEVER, xp.maximum(now_us, started_us + expected_us)),
+            started_us=started_us,
+            cpus=jobs.cpus[rows],
+            memory_mib=jobs.memory_mib[rows],
+            ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
+            lost_gpu_ms=lost_gpu_ms,
+            loss_microusd=_value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
+            holder=holder,
+            cell=self._cell[held],
+            milli=milli,
+            mib=self._mib[held],
+            first=xp.searchsorted(holder, xp.arange(len(rows) + 1, dtype=xp.int64)),
         )
 
-    def _lost_gpu_ms(self, job: "_Row", started_us: int, milli_gpus: int) -> int:
+    def _lost_gpu_ms(self, snapshot: Snapshot, rows: Any, started_us: Any, milli_gpus: Any) -> Any:
         """GPU-milliseconds that a stop would lose: work since the last checkpoint and the restart loss.
 
         Without a known checkpoint half the assumed interval, so that silence never protects.
         """
-        if job.checkpoint_us != UNKNOWN:
-            since_us = max(0, self.now_us - max(job.checkpoint_us, started_us))
-        else:
-            ran_us = max(0, self.now_us - started_us)
-            since_us = min(ran_us, round(self._policy.assumed_checkpoint_interval_s * _MICRO) // 2)
-        return (since_us + job.restart_loss_us) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
+        jobs, now_us = snapshot.jobs, self.now_us
+        checkpoint_us = jobs.checkpoint_us[rows]
+        saved_us = xp.maximum(0, now_us - xp.maximum(checkpoint_us, started_us))
+        assumed_us = round(self._policy.assumed_checkpoint_interval_s * _MICRO) // 2
+        unsaved_us = xp.minimum(xp.maximum(0, now_us - started_us), assumed_us)
+        since_us = xp.minimum(xp.where(checkpoint_us == UNKNOWN, unsaved_us, saved_us), _UNSAVED_US_MAX)
+        return (since_us + jobs.restart_loss_us[rows]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
+
+    def _count(self, snapshot: Snapshot) -> None:
+        """What is free and what leaves, by node and position."""
+        layout, jobs, sizes = self.layout, snapshot.jobs, snapshot.nodes
+        milli = snapshot.holdings.share_milli
+        self._goes_away = (self._holder == UNKNOWN) | ~self._stays[self._holder] if len(jobs) else milli > 0
+        self.leaving = xp.zeros(len(sizes), dtype=bool)
+        self.leaving[jobs.node[self._goes]] = True
+        self.leaving[self._cell[self._goes_away] // max(layout.width, 1)] = True
+        live = rows_where(self._live_rows)
+        whole = xp.where(layout.row == UNKNOWN, 0, WHOLE_MILLI)
+        shape = whole.shape
+        # Closed GPUs, too: a node's own account has them.
+        self._milli = whole - summed(self._cell, milli, layout.cells).reshape(shape)
+        self._mib_free = layout.memory_mib - summed(self._cell, self._mib, layout.cells).reshape(shape)
+        nodes = len(sizes)
+        on = jobs.node[live]
+        self.free = Pool(
+            xp.where(layout.is_open, self._milli, 0),
+            xp.where(layout.is_open, self._mib_free, 0),
+            sizes.cpus - summed(on, jobs.cpus[live], nodes),
+            sizes.memory_mib - summed(on, jobs.memory_mib[live], nodes),
+            sizes.live_jobs_max - xp.bincount(on, minlength=nodes),
+            layout.fits,
+            layout.is_open,
+        )
+
+    def _made_node(self, row: int) -> Node:
+        gpus = self.layout.gpus(row)
+        count = len(gpus)
+        free = Spare(
+            self._milli[row, :count].tolist(),
+            self._mib_free[row, :count].tolist(),
+            int(self.free.cpus[row]),
+            int(self.free.memory_mib[row]),
+            int(self.free.slots[row]),
+        )
+        leaving = self._made_leaving(row) if self.leaving[row] else []
+        # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
+        leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
+        for hold in leaving:
+            hold.served = self._served.get(hold.preemptor, hold.served)
+            self._leaving_for.setdefault(hold.preemptor, []).append(hold)
+        return Node(row, gpus, free, bool(self.drains[row]), leaving, self.layout.suitable(row))
+
+    def _made_leaving(self, row: int) -> list[Hold]:
+        """What leaves a node: jobs that were told to go, and what ended ones still occupy."""
+        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
+        width = self.layout.width
+        holds = []
+        parts: dict[int, dict[int, list[int]]] = {}
+        here = rows_where(self._cell // width == row) if width else rows_where(self._cell < 0)
+        columns = (self._holder, self._cell, holdings.share_milli, self._mib)
+        preemptors = holdings.preemptor[here].tolist(), holdings.stop_us[here].tolist()
+        for holder, cell, milli, mib, preemptor, stop_us in zip(
+            *lists(columns, here), *preemptors, strict=True
+        ):
+            position = cell - row * width
+            if holder == UNKNOWN:  # no live job and no CPUs
+                part = {position: [milli, mib]}
+                holds.append(Hold(UNKNOWN, part, 0, 0, 0, preemptor, stop_us, self.now_us))
+            elif self._goes[holder]:
+                part_of = parts.setdefault(holder, {}).setdefault(position, [0, 0])
+                part_of[0] += milli
+                part_of[1] += mib
+        leavers = rows_where(self._goes & (jobs.node == row))
+        names = ("number", "cpus", "memory_mib", "preemptor", "stop_us", "grace_us")
+        columns = tuple(getattr(jobs, name) for name in names)
+        for job, number, cpus, memory_mib, preemptor, stop_us, grace_us in zip(
+            leavers.tolist(), *lists(columns, leavers), strict=True
+        ):
+            if number in self._stopping:
+                preemptor, stop_us = UNKNOWN, self.now_us
+            ready_us = max(self.now_us, stop_us + grace_us)
+            held = parts.get(job, {})
+            holds.append(Hold(number, held, cpus, memory_mib, 1, preemptor, stop_us, ready_us))
+        return holds
+
+    def _made_live(self, row: int) -> list[Live]:
+        jobs = self.incumbents
+        by_node, first_on_node = self._places
+        members = by_node[int(first_on_node[row]) : int(first_on_node[row + 1])]
+        made = []
+        for index, first, end, *values in zip(
+            members.tolist(),
+            *lists((jobs.first[:-1], jobs.first[1:]), members),
+            *lists(tuple(getattr(jobs, name) for name in _LiveRow._fields), members),
+            strict=True,
+        ):
+            each = _LiveRow(*values)
+            parts: dict[int, list[int]] = {}
+            held = (jobs.cell[first:end], jobs.milli[first:end], jobs.mib[first:end])
+            for cell, milli, mib in zip(*(column.tolist() for column in held), strict=True):
+                part = parts.setdefault(cell - row * self.layout.width, [0, 0])
+                part[0] += milli
+                part[1] += mib
+            hold = Hold(each.number, parts, each.cpus, each.memory_mib, 1, UNKNOWN, UNKNOWN, each.ready_us)
+            made.append(
+                Live(
+                    index=index,
+                    hold=hold,
+                    job_class=each.job_class,
+                    priority=each.priority,
+                    value_bar=each.value_bar,
+                    may_yield=each.may_yield,
+                    yields_us=each.yields_us,
+                    ends_us=each.ends_us,
+                    started_us=each.started_us,
+                    gpus=len(parts),
+                    lost_gpu_ms=each.lost_gpu_ms,
+                    loss_microusd=each.loss_microusd,
+                )
+            )
+        return made
 
 
-class _Row(NamedTuple):
-    """What is read of a live job."""
+class _LiveRow(NamedTuple):
+    """One row of `Incumbents`."""
 
     number: int
-    state: int
     job_class: int
     priority: int
-    value: int
+    value_bar: int
+    may_yield: bool
+    yields_us: int
+    ends_us: int
+    started_us: int
     cpus: int
     memory_mib: int
-    preemptible: bool
-    min_runtime_us: int
-    grace_us: int
-    restart_loss_us: int
-    expected_us: int
-    started_us: int
-    checkpoint_us: int
-    node: int
-    preemptor: int
-    stop_us: int
+    ready_us: int
+    lost_gpu_ms: int
+    loss_microusd: int
+
+
+def _value_of(value_microusd_per_hour: Any, gpu_ms: Any) -> Any:
+    """What so many GPU-milliseconds are worth, rounded down; hours and the rest apart, to stay in int64."""
+    hours, rest_ms = gpu_ms // _MS_PER_HOUR, gpu_ms % _MS_PER_HOUR
+    return value_microusd_per_hour * hours + value_microusd_per_hour * rest_ms // _MS_PER_HOUR

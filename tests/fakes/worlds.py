@@ -95,6 +95,9 @@ class G(Short):
     memory_mib: int = 80_000
     model: str = "H100"
     is_open: bool = True
+    island: int = UNKNOWN
+    switch: int = UNKNOWN
+    numa: int = UNKNOWN
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,6 +170,7 @@ def snapshot(world: W) -> Snapshot:
             tuple(gpu.uuid for gpu in world.gpus),
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("index", "node", "memory_mib")),
             _ints(columns.OPEN if gpu.is_open else columns.CLOSED for gpu in world.gpus),
+            *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("island", "switch", "numa")),
         ),
         nodes=NodeColumns(
             *(_ints(getattr(node, name.name) for node in world.nodes) for name in fields(NodeColumns))

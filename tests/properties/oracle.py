@@ -15,7 +15,6 @@ from scheduler.model.actions import WAIT_REASONS, FailJob, Plan, PreemptJob, Req
 from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from tests.fakes.worlds import (
-    NOW_US,
     PENDING,
     PREEMPTING,
     RUNNING,
@@ -229,16 +228,19 @@ class Oracle:
                 v.number,
             ),
         )
-        sets = chain.from_iterable(combinations(candidates, size) for size in range(len(candidates) + 1))
-        return sorted(
+        places = range(len(candidates))
+        loss = [self.loss(v) for v in candidates]
+        sets = chain.from_iterable(combinations(places, size) for size in range(len(candidates) + 1))
+        ordered = sorted(
             sets,
             key=lambda chosen: (
-                sum(self.loss(v) for v in chosen),
-                sum(len(v.on) for v in chosen),
+                sum(loss[place] for place in chosen),
+                sum(len(candidates[place].on) for place in chosen),
                 len(chosen),
-                [v not in chosen for v in candidates],
+                [place not in chosen for place in places],
             ),
         )
+        return [tuple(candidates[place] for place in chosen) for chosen in ordered]
 
     def open_nodes(self) -> list[int]:
         return [row for row, node in enumerate(self.world.nodes) if node.drain == 0]
@@ -418,7 +420,7 @@ class Oracle:
             assert self.leaves_room(job, node, uuids), f"{job.number} delays the promised start"
         if job.number in starts:
             assert starts[job.number] == tuple(sorted(uuids, key=lambda uuid: self.world.gpu(uuid).index))
-            assert uuids in set(self.spots(job, node, self.free[node])) or job.gpus
+            assert set(uuids) in [set(spot) for spot in self.spots(job, node, self.free[node])]
         self.check_needed(job, node, victims)
         self.give(job, chosen, victims)
 
@@ -456,7 +458,7 @@ class Oracle:
         )
         rest = need.plus(from_free, -1)
         is_free = not any(chain(rest.host, *rest.gpus.values()))
-        assert is_free == (chosen.ready_us == 0 and not victims) or self.now_us == NOW_US
+        assert is_free == (chosen.ready_us == 0), f"{job.number} is ready {chosen.ready_us}, free: {is_free}"
         # R1: what is not free must be leaving, and nobody else's.
         assert all(left >= 0 for left in self.free_after(free, from_free) + self.free_after(leaving, rest))
         self.free[node] = free.plus(from_free, -1)

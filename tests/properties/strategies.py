@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import DRAINING, DRAINING_STOP, NOT_DRAINING
 from tests.fakes.worlds import (
+    BATCH,
+    INFERENCE,
     MINING,
     NOW_US,
     PREEMPTING,
@@ -15,6 +17,7 @@ from tests.fakes.worlds import (
     STARTING,
     STOPPING,
     SUSPENDED,
+    TRAINING,
     UNKNOWN,
     G,
     HandOver,
@@ -25,6 +28,7 @@ from tests.fakes.worlds import (
 
 MODELS = ("H100", "A100")
 SHARES = (250, 400, 500, 750)
+SPLITS = ((1000,), (1000,), (500, 500), (250, 750), (400, 250, 250))
 MEMORY_MIB = (0, 0, 20_000, 50_000, 70_000)
 VALUES = (0, 50_000, 500_000, 600_000, 650_000, 2_000_000, -100_000)
 RATIOS = (0.3, 0.0)
@@ -63,6 +67,80 @@ def worlds(
             if spare[gpu.uuid][0] == 1000 and draw(st.integers(0, 5)) == 0
         ]
     return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes, handovers=tuple(handovers))
+
+
+@st.composite
+def fleets(draw: st.DrawFn, *, jobs_max: int = 12, plain: bool = False) -> W:
+    """A world of two or three nodes of 1 to 4 GPUs each; `plain` as in `worlds`."""
+    nodes = tuple(draw(_nodes(plain)) for _ in range(draw(st.integers(2, 3))))
+    places = [row for row in range(len(nodes)) for _ in range(draw(st.integers(1, 4)))]
+    gpus = tuple(replace(draw(_gpu(index, 1, plain)), node=row) for index, row in enumerate(places))
+    jobs: list[J] = []
+    spare = {gpu.uuid: [1000, gpu.memory_mib] for gpu in gpus}
+    for number in draw(st.permutations(range(1, draw(st.integers(1, jobs_max)) + 1))):
+        job = draw(_jobs(number, plain))
+        jobs.append(draw(_placed(job, gpus, len(nodes), spare)) if draw(st.integers(0, 2)) else job)
+    return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes)
+
+
+@st.composite
+def contested(draw: st.DrawFn, *, nodes_max: int = 3, tight: bool = True) -> W:
+    """Full nodes: gangs, whole GPUs and shares of low rank hold everything, and a few jobs want it.
+
+    `tight`: GPU memory and CPUs are scarce as well.
+    """
+    nodes = tuple(N(cpus=16 if tight else 64) for _ in range(draw(st.integers(1, nodes_max))))
+    places = [row for row in range(len(nodes)) for _ in range(draw(st.integers(1, 4)))]
+    gpus = tuple(replace(draw(_gpu(index, 1, plain=True)), node=row) for index, row in enumerate(places))
+    numbers = iter(draw(st.randoms(use_true_random=False)).sample(range(1, 60), 59))
+    jobs: list[J] = []
+    for row in range(len(nodes)):
+        free = [gpu.uuid for gpu in gpus if gpu.node == row]
+        while free:
+            size = draw(st.integers(1, len(free)))
+            on, free = tuple(free[:size]), free[size:]
+            shares = draw(st.sampled_from(SPLITS)) if size == 1 else (1000,)
+            jobs += [draw(_incumbent(next(numbers), row, on, share, tight)) for share in shares]
+    for _ in range(draw(st.integers(1, 4))):
+        wanted = replace(
+            draw(_jobs(next(numbers), plain=True)),
+            job_class=draw(st.sampled_from((INFERENCE, TRAINING, TRAINING, BATCH))),
+            cpus=draw(st.sampled_from((0, 0, 4, 10))) if tight else 0,
+        )
+        memory_mib = draw(st.sampled_from(MEMORY_MIB)) if tight and wanted.gpus else 0
+        jobs.append(replace(wanted, gpu_memory_mib=memory_mib))
+    return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes)
+
+
+def any_worlds() -> st.SearchStrategy[W]:
+    """One node or several, full or not."""
+    return worlds() | fleets() | contested()
+
+
+@st.composite
+def _incumbent(draw: st.DrawFn, number: int, node: int, on: tuple[str, ...], share: int, tight: bool) -> J:
+    ran_us, saved_us = (draw(st.sampled_from((0, 3, 50, 4000))) * SECOND_US for _ in range(2))
+    state = draw(st.sampled_from((RUNNING, RUNNING, RUNNING, STARTING)))
+    saved_us = draw(st.sampled_from((UNKNOWN, NOW_US - min(ran_us, saved_us))))
+    return J(
+        number,
+        job_class=draw(st.sampled_from((TRAINING, BATCH, MINING, MINING))),
+        state=state,
+        on=on,
+        priority=draw(st.sampled_from((500, 500, 100))),
+        value=draw(st.sampled_from(VALUES)),
+        gpus=len(on),
+        share_milli=share,
+        # Of a GPU's 80,000 MiB no more than its part.
+        gpu_memory_mib=draw(st.sampled_from((0, 80 * share // 2))) if tight and share < 1000 else 0,
+        cpus=draw(st.sampled_from((0, 1, 2))) if tight else 0,
+        preemptible=draw(st.integers(0, 7)) > 0,
+        min_runtime_us=draw(st.sampled_from((0, 0, 0, 60))) * SECOND_US,
+        restart_loss_us=draw(st.sampled_from((0, 0, 600))) * SECOND_US,
+        started_us=NOW_US - ran_us if state == RUNNING else UNKNOWN,
+        checkpoint_us=saved_us if state == RUNNING else UNKNOWN,
+        node=node,
+    )
 
 
 @st.composite

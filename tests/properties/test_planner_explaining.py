@@ -11,7 +11,7 @@ from scheduler.model.snapshot import NOT_DRAINING
 from scheduler.planning.explain import Remedy, RemedyKind, explain, preview
 from scheduler.planning.planner import plan
 from tests.fakes.worlds import NOW_US, PENDING, J, W, outcome, snapshot
-from tests.properties.strategies import policies, worlds
+from tests.properties.strategies import any_worlds, policies
 
 CHANGED = {
     RemedyKind.FEWER_GPUS: "gpus",
@@ -48,7 +48,7 @@ def taken(world: W, job: J, remedy: Remedy) -> W:
     return replace(world, jobs=tuple(changed if other is job else other for other in world.jobs))
 
 
-@given(worlds(), policies(), st.data())
+@given(any_worlds(), policies(), st.data())
 def test_an_explanation_agrees_with_the_plan_and_its_remedies_work(
     world: W, policy: Policy, data: st.DataObject
 ) -> None:
@@ -68,7 +68,7 @@ def test_an_explanation_agrees_with_the_plan_and_its_remedies_work(
         assert reason in (None, Reason.WAITING_FOR_HANDOVER), remedy
 
 
-@given(worlds(), policies(), st.data())
+@given(any_worlds(), policies(), st.data())
 def test_a_preview_says_what_the_plan_does(world: W, policy: Policy, data: st.DataObject) -> None:
     pending = [job.number for job in world.jobs if job.state == PENDING]
     assume(pending)

@@ -10,7 +10,7 @@ from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.planning.planner import Memo, digest, plan
 from tests.fakes.worlds import SECOND_US, W, applied, snapshot
-from tests.properties.strategies import policies, worlds
+from tests.properties.strategies import any_worlds, policies
 
 YEAR_US = 365 * 24 * 3600 * SECOND_US
 
@@ -32,7 +32,7 @@ def waiting_for_handover(plan: Plan) -> set[int]:
     }
 
 
-@given(worlds(), policies())
+@given(any_worlds(), policies())
 def test_a_plan_that_was_carried_out_is_followed_by_no_further_action(world: W, policy: Policy) -> None:
     first = planned(world, policy)
     second = planned(applied(world, first), policy)
@@ -42,7 +42,7 @@ def test_a_plan_that_was_carried_out_is_followed_by_no_further_action(world: W, 
     assert second.awaited == first.awaited
 
 
-@given(worlds(), policies(), st.randoms(use_true_random=False))
+@given(any_worlds(), policies(), st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_nothing(world: W, policy: Policy, random: st.randoms) -> None:
     def shuffled(rows: tuple[object, ...]) -> tuple[object, ...]:
         return tuple(random.sample(rows, len(rows)))
@@ -60,7 +60,7 @@ def test_the_order_of_the_rows_changes_nothing(world: W, policy: Policy, random:
     assert digest(one) == digest(two)
 
 
-@given(worlds(), worlds(), policies())
+@given(any_worlds(), any_worlds(), policies())
 def test_a_memo_saves_work_and_changes_nothing(before: W, world: W, policy: Policy) -> None:
     memo = Memo()
     plan(snapshot(before), policy, memo)
@@ -71,7 +71,7 @@ def test_a_memo_saves_work_and_changes_nothing(before: W, world: W, policy: Poli
     assert digest(with_memo) == digest(twice)
 
 
-@given(worlds(), policies(), st.integers(0, 100))
+@given(any_worlds(), policies(), st.integers(0, 100))
 def test_until_the_moment_named_time_alone_changes_nothing(world: W, policy: Policy, percent: int) -> None:
     settled = applied(world, planned(world, policy))
     calm = planned(settled, policy)
@@ -81,7 +81,7 @@ def test_until_the_moment_named_time_alone_changes_nothing(world: W, policy: Pol
     assert planned(replace(settled, now_us=moment_us), policy).actions == ()
 
 
-@given(worlds(), policies(backfill=True))
+@given(any_worlds(), policies(backfill=True))
 def test_whoever_passes_a_blocked_job_does_not_delay_its_promised_start(world: W, policy: Policy) -> None:
     first = planned(world, policy)
     assume(first.promise is not None)
@@ -92,7 +92,7 @@ def test_whoever_passes_a_blocked_job_does_not_delay_its_promised_start(world: W
     assert second.promise.start_us <= first.promise.start_us
 
 
-@given(worlds(), policies(backfill=True))
+@given(any_worlds(), policies(backfill=True))
 def test_jobs_of_lower_rank_have_no_part_in_what_is_promised(world: W, policy: Policy) -> None:
     with_all = planned(world, policy)
     assume(with_all.promise is not None)

@@ -1,0 +1,99 @@
+"""The GPUs of all nodes by node and position: what depends on them alone, and outlives a plan."""
+
+from typing import Any
+
+from scheduler.model.snapshot import CLOSED, UNKNOWN, Snapshot
+from scheduler.planning.allocator import Gpu
+from scheduler.planning.arrays import lists, xp
+
+
+class Layout:
+    """What depends on the GPUs and the sets of models alone: it outlives a plan (`planner.Memo`)."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._key = _layout_key(snapshot)
+        gpus, fits = snapshot.gpus, snapshot.model_fits
+        nodes = len(snapshot.nodes)
+        # Positions: by index, then UUID, so that the order of the rows changes nothing (R8).
+        by_uuid = xp.asarray(sorted(range(len(gpus)), key=gpus.uuid.__getitem__), dtype=xp.int64)
+        order = by_uuid[xp.lexsort(xp.stack([gpus.index[by_uuid], gpus.node[by_uuid]]))]
+        counts = xp.bincount(gpus.node, minlength=nodes)
+        starts = xp.cumsum(counts) - counts
+        position = xp.arange(len(gpus), dtype=xp.int64) - starts[gpus.node[order]]
+        self.width = int(counts.max()) if nodes else 0
+        self.cells = nodes * self.width
+        self.cell = xp.zeros(len(gpus), dtype=xp.int64)  # of each GPU: its place in a flat (nodes, width)
+        self.cell[order] = gpus.node[order] * self.width + position
+        shape = (nodes, self.width)
+        self.row = self._spread(xp.arange(len(gpus), dtype=xp.int64), UNKNOWN, shape)
+        self.memory_mib = self._spread(gpus.memory_mib, 0, shape)
+        self.is_open = self._spread(gpus.state != CLOSED, False, shape)
+        serving = xp.zeros((len(fits), self.cells), dtype=bool)
+        serving[:, self.cell] = fits & (gpus.state != CLOSED)
+        self.fits = serving.reshape(len(fits), *shape)
+        # Where it tells GPUs of a node apart: bool (nodes, width, width), the nearest first.
+        self.nearness: list[Any] = []
+        for near in (gpus.island, gpus.switch, gpus.numa):
+            group = self._spread(near, UNKNOWN, shape)
+            there = self.row != UNKNOWN
+            same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
+            if same.any() and not (same | ~(there[:, :, None] & there[:, None, :])).all():
+                self.nearness.append(same)
+        self._snapshot = snapshot
+        self._most: dict[bytes, tuple[Any, Any]] = {}
+        self._gpus: dict[int, tuple[Gpu, ...]] = {}
+        self._suitable: dict[int, dict[tuple[int, int], tuple[int, ...]]] = {}
+
+    def _spread(self, column: Any, missing: Any, shape: tuple[int, int]) -> Any:
+        spread = xp.full(self.cells, missing, dtype=column.dtype)
+        spread[self.cell] = column
+        return spread.reshape(shape)
+
+    def holds_for(self, snapshot: Snapshot) -> bool:
+        """Whether the snapshot has the same GPUs and sets of models."""
+        return self._key == _layout_key(snapshot)
+
+    def most_gpus(self, nodes: Any) -> tuple[Any, Any]:
+        """By set of models and least memory, the most open GPUs that one of the nodes in the mask has.
+
+        Returns the sizes, ascending, in MiB, and int64 of shape (model sets, sizes + 1): of at least that
+        size; the last column is of GPUs larger than all, of which there are none.
+        """
+        key = nodes.tobytes()
+        known = self._most.get(key)
+        if known is None:
+            sizes = xp.unique(self.memory_mib[self.is_open & nodes[:, None]])
+            most = xp.zeros((len(self.fits), len(sizes) + 1), dtype=xp.int64)
+            for level in range(len(sizes)):
+                large = self.fits & (self.memory_mib >= sizes[level]) & nodes[:, None]
+                most[:, level] = large.sum(axis=2).max(axis=1, initial=0)
+            known = self._most[key] = (sizes, most)
+        return known
+
+    def gpus(self, node: int) -> tuple[Gpu, ...]:
+        """The node's GPUs in the order of their positions."""
+        known = self._gpus.get(node)
+        if known is None:
+            gpus = self._snapshot.gpus
+            rows = self.row[node][self.row[node] != UNKNOWN]
+            sizes = zip(*lists((gpus.index, gpus.memory_mib, gpus.state != CLOSED), rows), strict=True)
+            serves = self._snapshot.model_fits[:, rows].T.tolist()
+            nears = zip(*lists((gpus.island, gpus.switch, gpus.numa), rows), strict=True)
+            known = self._gpus[node] = tuple(
+                Gpu(row, gpus.uuid[row], index, memory_mib, is_open, tuple(served), near)
+                for row, (index, memory_mib, is_open), served, near in zip(
+                    rows.tolist(), sizes, serves, nears, strict=True
+                )
+            )
+        return known
+
+    def suitable(self, node: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        """What `Node.suitable` has found out about the node."""
+        return self._suitable.setdefault(node, {})
+
+
+def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
+    gpus = snapshot.gpus
+    places = (gpus.node, gpus.index, gpus.island, gpus.switch, gpus.numa)
+    columns = (*places, gpus.memory_mib, gpus.state, snapshot.model_fits)
+    return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))

@@ -1,0 +1,29 @@
+"""What a place is asked for, as far as its own jobs tell."""
+
+from scheduler.model.snapshot import JobColumns, MixColumns
+from scheduler.planning.arrays import rows_where, xp
+
+# The kinds asked for most often; what is rarer hardly moves a mean.
+KINDS_MAX = 64
+# So many jobs tell what all ask for.
+JOBS_MAX = 20_000
+_SHAPE = ("gpus", "share_milli", "gpu_memory_mib", "cpus", "memory_mib", "models")
+
+
+def mix_of(jobs: JobColumns) -> MixColumns:
+    """The kinds of requests among live and pending jobs, and how many of each."""
+    # Every so manieth by number, so that the order of the rows changes nothing (R8).
+    rows = xp.argsort(jobs.number)[:: -(-len(jobs) // JOBS_MAX) or 1]
+    columns = [getattr(jobs, name)[rows] for name in _SHAPE]
+    rows = xp.lexsort(xp.stack(columns)) if len(rows) else rows
+    columns = [column[rows] for column in columns]
+    first = xp.ones(len(rows), dtype=bool)
+    if len(rows):
+        first[1:] = xp.stack([column[1:] != column[:-1] for column in columns]).any(axis=0)
+    starts = rows_where(first)
+    ends = xp.concatenate([starts[1:], xp.asarray([len(rows)], dtype=xp.int64)]) if len(starts) else starts
+    weight = ends - starts
+    often = xp.argsort(-weight, kind="stable")[:KINDS_MAX]
+    kinds = starts[often]
+    asked = {name: column[kinds] for name, column in zip(_SHAPE, columns, strict=True)}
+    return MixColumns(**asked, weight=weight[often])

@@ -1,0 +1,138 @@
+"""Room for a request among all nodes: free, coming free, or by displacing; columns say where looking pays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scheduler.model.snapshot import UNKNOWN
+from scheduler.planning.allocator import (
+    NO_PENALTY,
+    Found,
+    Node,
+    Penalty,
+    Request,
+    Turn,
+    find_leaving_on,
+    place,
+)
+from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.fragmentation import NO_POSITION
+from scheduler.planning.horizon import Horizons
+from scheduler.planning.preemption import Live, choose_victims
+from scheduler.planning.world import NEVER, World
+
+# Nodes on which the exact cheapest victims are looked for, those first that promise to be cheapest. So few
+# nodes are all looked at, without promises.
+NODES_TRIED_MAX = 64
+NODES_ALL_TRIED_MAX = 2
+
+Candidates = Callable[[Node], list[Live]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may use of one node, so as not to delay a promised start there; None: nothing."""
+
+    row: int
+    node: Node | None
+    penalty: Penalty
+
+
+def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
+    """Room in what is free: where its GPUs are nearest, and where least room for others is lost.
+
+    On a node that is limited by a promise only where there is no other.
+    """
+    mask = world.free_for(request)
+    if mask is None:
+        return None
+    own = _limit(mask, request, limits)
+    if len(mask) == 1:
+        row, position = (0, NO_POSITION) if mask[0] else (UNKNOWN, NO_POSITION)
+    else:
+        row, position = world.placement.best(request, world.nearest(request, mask)) or (UNKNOWN, NO_POSITION)
+    if row == UNKNOWN:
+        return own
+    node = world.node(row)
+    if position != NO_POSITION:
+        return Found(node, (position,))
+    positions = place(request, node, node.free)
+    assert positions is not None, "the columns say that it fits"
+    return Found(node, positions)
+
+
+def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
+    """Room in what is free and what leaves, on the node where the last stop it needs came first."""
+    leaving = rows_where(world.leaving & ~world.drains)
+    if not len(leaving):
+        return None
+    if len(leaving) > NODES_ALL_TRIED_MAX:
+        leaving = leaving[world.soon.fit(request)[leaving]]
+    best: tuple[Turn, int, Found] | None = None
+    for row in leaving.tolist():
+        node, penalty = _as_limited(world, row, limits)
+        found = None if node is None else find_leaving_on(request, node, penalty)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = (found[0], row, found[1])
+    return None if best is None else best[2]
+
+
+def find_by_displacing(
+    request: Request, world: World, horizons: Horizons, candidates: Candidates, limits: Limits | None = None
+) -> Found | None:
+    """Room that the cheapest victims leave, on the node where they are cheapest."""
+    if not world.displaceable(request).any():
+        return None
+    best: tuple[int, int, Node, list[Live], Penalty] | None = None
+    best_loss = NEVER
+    for row, bound in _cheapest_first(request, world, horizons):
+        if bound > best_loss:
+            break
+        node, penalty = _as_limited(world, row, limits)
+        victims = [] if node is None else candidates(node)
+        chosen = choose_victims(request, node, victims) if node is not None and victims else None
+        if node is not None and chosen is not None and (best is None or (chosen[0], row) < best[:2]):
+            best = (chosen[0], row, node, chosen[1], penalty)
+            best_loss = sum(victim.loss_microusd for victim in chosen[1])
+    if best is None:
+        return None
+    _, _, node, victims, penalty = best
+    holds = [victim.hold.told(request.number, world.now_us) for victim in victims]
+    found = find_leaving_on(request, node, penalty, holds)
+    assert found is not None, "the victims were chosen so that the request fits"
+    return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
+
+
+def _limit(fits: Any, request: Request, limits: Limits | None) -> Found | None:
+    """Take the limited node out of those that fit; what is free on what is left of it."""
+    if limits is None:
+        return None
+    fits[limits.row] = False
+    if limits.node is None or limits.node.drains:
+        return None
+    positions = place(request, limits.node, limits.node.free, limits.penalty)
+    return None if positions is None else Found(limits.node, positions)
+
+
+def _as_limited(world: World, row: int, limits: Limits | None) -> tuple[Node | None, Penalty]:
+    if limits is not None and limits.row == row:
+        return limits.node, limits.penalty
+    return world.node(row), NO_PENALTY
+
+
+def _cheapest_first(request: Request, world: World, horizons: Horizons) -> list[tuple[int, int]]:
+    """Rows of the nodes that the request could have, each with a loss that is not more than what it takes."""
+    if len(world.drains) <= NODES_ALL_TRIED_MAX:
+        return [(row, 0) for row in rows_where(~world.drains).tolist()]
+    horizon = horizons.of(request)
+    rows = rows_where(horizon.pool.fit(request) & ~world.drains)
+    if not len(rows):
+        return []
+    bounds = horizon.bounds(request, rows)
+    if len(rows) > NODES_TRIED_MAX:
+        # Of equal bounds the first rows, whatever the partition does with them.
+        last = xp.sort(xp.partition(bounds, NODES_TRIED_MAX - 1)[:NODES_TRIED_MAX])[-1]
+        near = rows_where(bounds <= last)
+        rows, bounds = rows[near], bounds[near]
+    first = xp.lexsort(xp.stack([rows, bounds]))[:NODES_TRIED_MAX]
+    return list(zip(*lists((rows, bounds), first), strict=True))
