@@ -143,7 +143,8 @@ class Fragmentation:
         self._mix = mix
         self._watts = watts
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
-        self._weight = int(mix.weight.sum())
+        # A mix may be empty: then all costs the same, and the rules after it decide.
+        self._weight = max(1, int(mix.weight.sum()))
         assert self._weight < _WEIGHT_SUM_MAX, "weighted sums are exact"
         self._cpus_asked = int((mix.weight * mix.cpus).sum())
         self._milli_asked = int((mix.weight * mix.gpus * mix.share_milli).sum())
