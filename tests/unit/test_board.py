@@ -58,6 +58,14 @@ def test_what_a_gpu_learns_of_its_place_later_is_taken(board: GpuBoard) -> None:
     assert board.identities == (placed, B)
 
 
+def test_the_planner_sees_which_gpus_are_near_each_other(board: GpuBoard) -> None:
+    board.read(GpuReadings((replace(A, island=3, switch=1, numa=0), replace(B, island=3)), (), {}))
+    columns = board.snapshot(0.0).gpus
+    assert columns.island.tolist() == [3, 3]
+    assert columns.switch.tolist() == [1, UNKNOWN]
+    assert columns.numa.tolist() == [0, UNKNOWN]
+
+
 def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:
     for used_mib in (512, 540, 570, 500):
         board.learn_baseline("GPU-a", used_mib)
