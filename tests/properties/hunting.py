@@ -44,7 +44,7 @@ class Hunt(Run):
         self.starts = 0
         self.ticks = 0
         self.shifts = 0  # claims lost to a job of higher rank that moved to another claim
-        self.slips = 0  # claims given up because the start slipped behind a promised moment
+        self.slips = 0  # claims of jobs that are held back now for a blocked one above them
         self.used_percent: dict[tuple[int, int], int] = {}
 
     def gone_us(self, job: J) -> int:
