@@ -128,6 +128,8 @@ class _Scan(ast.NodeVisitor):
         if isinstance(function, ast.Attribute):
             if _is_library(function.value):
                 self._call(function.attr, node)
+            elif isinstance(function.value, ast.Attribute) and _is_library(function.value.value):
+                self._ufunc_method_call(function.value.attr, function.attr, node)
             elif self._is_of_an_array(function):
                 self._method_call(function.attr, node)
         self.generic_visit(node)
@@ -141,8 +143,6 @@ class _Scan(ast.NodeVisitor):
             form = self._known.names.get(node.value.attr)
             if form and form.ufunc_methods is not None and node.attr not in form.ufunc_methods:
                 self._note(f"CuPy has no {node.value.attr}.{node.attr}")
-            elif node.attr == "at" and node.value.attr in AT_WITHOUT_INT64:
-                self._note(f"CuPy's {node.value.attr}.at takes no int64")
         elif self._is_of_an_array(node) and node.attr not in self._known.methods:
             self._note(f"CuPy's arrays have no {node.attr}")
         self.generic_visit(node)
@@ -171,6 +171,12 @@ class _Scan(ast.NodeVisitor):
         self._options(name, form, node)
         if name == "argsort":
             self._stable(node)
+
+    def _ufunc_method_call(self, ufunc: str, method: str, node: ast.Call) -> None:
+        """`at` on a view as uint64 is fine: for numbers that are not negative it is the same."""
+        is_view = bool(node.args) and ast.unparse(node.args[0]).endswith(f".view({LIBRARY}.uint64)")
+        if method == "at" and ufunc in AT_WITHOUT_INT64 and not is_view:
+            self._note(f"CuPy's {ufunc}.at takes no int64")
 
     def _options(self, name: str, form: Form, node: ast.Call) -> None:
         for option in node.keywords:

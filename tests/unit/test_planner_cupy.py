@@ -48,6 +48,7 @@ def test_what_cupy_lacks_is_found_by_file_and_function(code: str, problem: str) 
         "xp.concatenate((a, b))",
         "xp.add.reduceat(a, b)",
         "xp.bitwise_or.at(a, b, c)",
+        "xp.maximum.at(a.view(xp.uint64), b, c.view(xp.uint64))",
         "xp.sort(a)",
         "xp.zeros((2, 3), dtype=xp.int64)",
         "a.sum(axis=1).reshape(1, 2, 3, 4)",
