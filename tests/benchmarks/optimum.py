@@ -157,23 +157,29 @@ def summary(judged: list[Judged]) -> dict[str, object]:
         )
     }
     free = [world.ratio("plan", "optimum") for world in judged if not world.is_bound_by_rank]
-    missed = [world for world in judged if world.worth_microusd["optimum"] > world.worth_microusd["plan"]]
-    worst = sorted(missed, key=lambda world: (world.ratio("plan", "optimum"), world.kind, world.seed))
     return {
         "worlds": len(judged),
         "unproved": sum(world.unproved for world in judged),
         "bound_by_rank": len(judged) - len(free),
         **{name: distribution(values) for name, values in ratios.items()},
         "plan_over_optimum_where_rank_does_not_bind": distribution(free),
-        "worst": [
-            {
-                "kind": world.kind,
-                "seed": world.seed,
-                **{rung: round(world.ratio(rung, "optimum"), 4) for rung in RUNGS},
-            }
-            for world in worst[:WORST]
-        ],
+        "worst": worst(judged, "optimum"),
+        "worst_by_rank": worst(judged, "optimum_by_rank"),
     }
+
+
+def worst(judged: list[Judged], than: str) -> list[dict[str, object]]:
+    """The worlds in which the plan falls furthest behind this rung, each with its ratios to the optimum."""
+    missed = [world for world in judged if world.worth_microusd[than] > world.worth_microusd["plan"]]
+    missed.sort(key=lambda world: (world.ratio("plan", than), world.kind, world.seed))
+    return [
+        {
+            "kind": world.kind,
+            "seed": world.seed,
+            **{rung: round(world.ratio(rung, "optimum"), 4) for rung in RUNGS},
+        }
+        for world in missed[:WORST]
+    ]
 
 
 def distribution(ratios: list[float]) -> dict[str, float]:
