@@ -77,6 +77,9 @@ def test_gpu_memory_that_the_mix_needs_is_left_together() -> None:
     roomy = Node(gpus=(Gpu(900, mib=900),))
     small = share(100, gpu_memory_mib=100)
     assert best((roomy, booked), small, ((share(100, gpu_memory_mib=500), 1),)) == (1, 0)
+    nine, ten = Node((Gpu(900, mib=900),)), Node((Gpu(900, mib=1_000),))
+    half = share(100, gpu_memory_mib=500)
+    assert best((nine, ten), half, ((half, 1),)) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +196,12 @@ def test_equal_nodes_go_by_row_or_by_the_rank_that_is_given() -> None:
     assert best(nodes, WHOLE) == (0, NO_POSITION)
     ranked = Fragmentation(pool(nodes), mix(ANY_MIX), tie_rank=np.array([2, 0, 1]))
     assert ranked.best(WHOLE) == (1, NO_POSITION)
+
+
+def test_only_the_nodes_that_may_be_chosen_are() -> None:
+    placement = Fragmentation(pool((node(1000), node(1000), node(600))), mix(ANY_MIX))
+    assert placement.best(WHOLE, np.array([False, True, True])) == (1, NO_POSITION)
+    assert placement.best(WHOLE, np.array([False, False, True])) is None
 
 
 def test_what_was_booked_counts_from_the_next_request_on() -> None:
