@@ -42,7 +42,7 @@ class EventWatch:
         self._set: Any = None
         self._uuids: dict[int, str] = {}
         self._registering = threading.Lock()
-        self._events: deque[tuple[int, GpuEvent]] = deque(maxlen=EVENTS_KEPT_MAX)
+        self._events: deque[tuple[int, GpuEvent, int]] = deque(maxlen=EVENTS_KEPT_MAX)
         self._heard = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -63,8 +63,8 @@ class EventWatch:
                 self._uuids[_address(gpu.handle)] = gpu.identity.uuid
                 nvml.unless_dead("nvmlDeviceRegisterEvents", gpu.handle, supported & MASK, self._set)
 
-    def after(self, number: int) -> list[tuple[int, GpuEvent]]:
-        """Return what was heard after the event of that number, oldest first, with their numbers."""
+    def after(self, number: int) -> list[tuple[int, GpuEvent, int]]:
+        """Return what was heard after the event of that number, oldest first: number, event, MIG instance."""
         self._is_told = False
         return [one for one in self._events.copy() if one[0] > number]
 
@@ -104,7 +104,7 @@ class EventWatch:
         if uuid and kind:
             self._heard += 1
             event = GpuEvent(uuid=uuid, at_s=time.time(), kind=kind, code=data.eventData)
-            self._events.append((self._heard, event))
+            self._events.append((self._heard, event, data.gpuInstanceId))
             if not self._is_told:
                 self._is_told = True
                 self._tell()

@@ -144,10 +144,10 @@ class Fragmentation:
         self._watts = watts
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
         # A mix may be empty: then all costs the same, and the rules after it decide.
-        self._weight = max(1, int(mix.weight.sum()))
+        self._weight = max(1, mix.weight.sum().item())
         assert self._weight < _WEIGHT_SUM_MAX, "weighted sums are exact"
-        self._cpus_asked = int((mix.weight * mix.cpus).sum())
-        self._milli_asked = int((mix.weight * mix.gpus * mix.share_milli).sum())
+        self._cpus_asked = (mix.weight * mix.cpus).sum().item()
+        self._milli_asked = (mix.weight * mix.gpus * mix.share_milli).sum().item()
         # Bool, shape (nodes, kinds, width): GPUs of a model that the kind accepts.
         accepted = [
             xp.ones((nodes, width), dtype=bool) if models == UNKNOWN else pool.fits[models]
@@ -183,8 +183,8 @@ class Fragmentation:
             scores.keys[rows], scores.positions[rows] = self._rated(request, rows)
             scores.at = self._last_change
         keys = scores.keys if among is None else xp.where(among, scores.keys, _NEVER)
-        node = int(keys.argmin())
-        return None if int(keys[node]) == _NEVER else (node, int(scores.positions[node]))
+        node: int = keys.argmin().item()
+        return None if keys[node].item() == _NEVER else (node, scores.positions[node].item())
 
     def _scores(self, request: Request) -> _Scores:
         """What is known for requests of this shape, put last in the order of use."""
@@ -350,7 +350,7 @@ class Fragmentation:
         then = accepted & (milli >= mix.share_milli)
         then &= any_memory | (mib >= mix.gpu_memory_mib)
         large_milli = self._large_milli[rows] + xp.where(then, milli, 0) - xp.where(before, milli_before, 0)
-        large_gpus = self._large_gpus[rows] + then - before
+        large_gpus = self._large_gpus[rows] + then.astype(xp.int64) - before.astype(xp.int64)
         return self._usable_weighted(large_milli, large_gpus, host)
 
     def _usable_weighted(self, large_milli: Any, large_gpus: Any, host: _Host) -> Any:
@@ -374,12 +374,14 @@ def _pressure(pool: "Pool", mix: MixColumns) -> Any:
     press on all alike and so on none.
     """
     pressure = xp.zeros(pool.milli.shape, dtype=xp.int64)
-    asked = mix.weight * mix.gpus * mix.share_milli
-    for models in range(len(pool.fits)):
-        serving = pool.fits[models]
-        milli, gpus = int(asked[mix.models == models].sum()), int(serving.sum())
+    asked_milli = (mix.weight * mix.gpus * mix.share_milli).tolist()
+    by_models: dict[int, int] = {}
+    for models, milli in zip(mix.models.tolist(), asked_milli, strict=True):
+        by_models[models] = by_models.get(models, 0) + milli
+    for models, gpus in enumerate(pool.fits.sum(axis=(1, 2)).tolist()):
+        milli = by_models.get(models, 0)
         if milli and gpus:
-            # Python's integers: in parts of all that is asked for, so that the weights' unit doesn't matter.
-            pressure += xp.where(serving, milli * _PRESSURE_PARTS // int(asked.sum()) // gpus, 0)
-    highest = int(pressure.max()) if pressure.size else 0
+            # In parts of all that is asked for, so that the weights' unit doesn't matter.
+            pressure += xp.where(pool.fits[models], milli * _PRESSURE_PARTS // sum(asked_milli) // gpus, 0)
+    highest = pressure.max().item() if pressure.size else 0
     return pressure * ((1 << _PRESSURE_BITS) - 1) // max(1, highest)

@@ -1,5 +1,6 @@
 """Placement chooses by its definition, remembers only what is still true, and ignores the order of rows."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.model.snapshot import UNKNOWN, MixColumns
+from scheduler.planning import arrays
 from scheduler.planning.fragmentation import (
     NO_POSITION,
     QUANTUM_MILLI,
@@ -29,6 +31,8 @@ from tests.fakes.pools import (
     take,
     watts,
 )
+from tests.harness import device_arrays
+from tests.harness.device_arrays import DeviceLibrary
 
 SETS = 2
 PRESSURES = 7
@@ -136,6 +140,40 @@ def test_the_order_of_nodes_kinds_and_sets_changes_nothing(world: World, random:
         choice = one.best(ask)
         expected = choice and (order.index(choice[0]), choice[1])
         assert two.best(_swap_set(ask)) == expected
+
+
+@given(worlds)
+def test_on_a_device_the_choices_are_the_same_and_none_waits_unsaid_for_it(world: World) -> None:
+    expected = _choices(world, world.placement(free := pool(world.nodes, SETS)), free)
+    noted = Counter(device_arrays.findings)
+    before = arrays.bind(DeviceLibrary())
+    try:
+        free = _on_device(pool(world.nodes, SETS))
+        power = _on_device(watts(world.nodes)) if world.by_power else None
+        placement = Fragmentation(free, _on_device(mix(world.kinds)), power)
+        assert _choices(world, placement, free) == expected
+    finally:
+        arrays.bind(before)
+    assert device_arrays.findings == noted
+
+
+def _choices(world: World, placement: Fragmentation, free: Pool) -> list[Choice]:
+    """What is chosen for each request, while those before it are booked."""
+    choices = []
+    for ask in world.asks:
+        choices.append(choice := placement.best(ask))
+        if choice is not None:
+            free.cpus[choice[0]] -= ask.cpus
+            free.slots[choice[0]] -= 1
+            if choice[1] != NO_POSITION:
+                free.milli[choice] -= ask.share_milli
+            placement.changed(choice[0])
+    return choices
+
+
+def _on_device(record: Any) -> Any:
+    columns = {name: arrays.xp.asarray(getattr(record, name)) for name in record.__slots__}
+    return type(record)(**columns)
 
 
 def _swap_sets(node: Node) -> Node:

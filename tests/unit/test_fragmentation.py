@@ -77,6 +77,9 @@ def test_gpu_memory_that_the_mix_needs_is_left_together() -> None:
     roomy = Node(gpus=(Gpu(900, mib=900),))
     small = share(100, gpu_memory_mib=100)
     assert best((roomy, booked), small, ((share(100, gpu_memory_mib=500), 1),)) == (1, 0)
+    nine, ten = Node((Gpu(900, mib=900),)), Node((Gpu(900, mib=1_000),))
+    half = share(100, gpu_memory_mib=500)
+    assert best((nine, ten), half, ((half, 1),)) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,18 @@ def test_what_a_request_does_not_account_for_never_keeps_it_out() -> None:
     assert best((overcommitted,), share(600)) == (0, 0)
 
 
+@pytest.mark.parametrize("overcommitted", [{"cpus": -2}, {"memory_mib": -5}, {"mib": -1}])
+def test_what_the_mix_does_not_account_for_is_no_fragment_where_it_is_overcommitted(
+    overcommitted: dict[str, int],
+) -> None:
+    host = {name: value for name, value in overcommitted.items() if name != "mib"}
+    mib = overcommitted.get("mib", 1_000)
+    small_whole = Node((Gpu(mib=mib),), **host)
+    roomy_used = Node((Gpu(900, mib=mib), Gpu(mib=mib), Gpu(mib=mib)), **host)
+    assert best((small_whole, roomy_used), share(100)) == (1, 0)
+    assert best((small_whole, roomy_used), share(100), ((share(1), 1),)) == (0, 0)
+
+
 def test_a_closed_gpu_takes_nothing_and_counts_for_nothing() -> None:
     closed = Node((Gpu(is_open=False), Gpu(is_open=False)))
     assert best((closed,), share(1)) is None
@@ -126,6 +141,29 @@ def test_on_a_node_a_share_leaves_the_gpu_that_is_asked_for_by_name() -> None:
     kinds = ((share(100, models=0), 1), (share(100), 100))
     mixed = Node((Gpu(300, serves=frozenset({0})), Gpu(400)))
     assert best((mixed,), share(100), kinds, sets=1) == (0, 1)
+
+
+def test_of_gpus_that_cost_alike_a_share_leaves_the_one_that_is_asked_for_by_name() -> None:
+    # To break up either costs about 18 thousandths, for those who want a whole one.
+    kinds = ((WHOLE, 2), (share(100, models=0), 1), (share(1), 97))
+    mixed = Node((Gpu(serves=frozenset({0})), Gpu()))
+    assert best((mixed,), share(100), kinds, sets=1) == (0, 1)
+
+
+def test_whole_gpus_are_taken_from_those_that_nobody_names_and_then_from_the_small() -> None:
+    named, plain = Gpu(serves=frozenset({0})), Gpu()
+    # 20 thousandths for breaking up a pair on the first, 10 on the second: both below the quantum.
+    kinds = ((Ask(models=0), 1), (Ask(gpus=2), 2), (share(1), 97))
+    assert best((Node((named, named)), Node((named, plain))), WHOLE, kinds, sets=1) == (1, NO_POSITION)
+    large, small = Gpu(mib=1_000), Gpu(mib=500)
+    kinds = ((Ask(gpu_memory_mib=1_000), 1),)
+    assert best((Node((large, large)), Node((large, small))), WHOLE, kinds) == (1, NO_POSITION)
+
+
+def test_a_gang_costs_what_all_its_gpus_cost() -> None:
+    nodes = (node(1000, 1000, 1000, 1000), node(1000, 1000, 1000))
+    assert best(nodes, Ask(gpus=2), ((Ask(gpus=3), 1),)) == (1, NO_POSITION)
+    assert best(nodes, Ask(gpus=1), ((Ask(gpus=3), 1),)) == (0, NO_POSITION)
 
 
 def test_less_than_a_quantum_is_nothing_and_the_best_fit_decides() -> None:
@@ -158,6 +196,12 @@ def test_equal_nodes_go_by_row_or_by_the_rank_that_is_given() -> None:
     assert best(nodes, WHOLE) == (0, NO_POSITION)
     ranked = Fragmentation(pool(nodes), mix(ANY_MIX), tie_rank=np.array([2, 0, 1]))
     assert ranked.best(WHOLE) == (1, NO_POSITION)
+
+
+def test_only_the_nodes_that_may_be_chosen_are() -> None:
+    placement = Fragmentation(pool((node(1000), node(1000), node(600))), mix(ANY_MIX))
+    assert placement.best(WHOLE, np.array([False, True, True])) == (1, NO_POSITION)
+    assert placement.best(WHOLE, np.array([False, False, True])) is None
 
 
 def test_what_was_booked_counts_from_the_next_request_on() -> None:
@@ -196,6 +240,13 @@ def test_a_cpu_package_that_runs_anyway_is_filled_first() -> None:
     nodes = (Node(cpus=20, cpus_there=40), Node(cpus=25, cpus_there=40))
     assert best_by_power(nodes, Ask(gpus=0, cpus=5)) == (1, NO_POSITION)
     assert best_by_power(nodes, Ask(gpus=0, cpus=6)) == (0, NO_POSITION)
+
+
+def test_a_package_that_wakes_no_longer_draws_its_idle_watts() -> None:
+    # A package more is 120 - 15 W, which is less than the 110 W more of the unused GPU.
+    unused, used = Gpu(idle_w=10, busy_w=120), Gpu(900)
+    nodes = (Node((unused,), cpus=90), Node((used,), cpus=80))
+    assert best_by_power(nodes, share(100, cpus=5), ((share(1), 1),)) == (1, 0)
 
 
 def test_the_unit_of_the_weights_does_not_matter() -> None:
