@@ -55,7 +55,9 @@ class Case:
         """Jobs of higher rank that wait and could start if there were room."""
         codes = self.planner.queue.codes
         aside = (Reason.BACKING_OFF, Reason.NODE_DRAINING, Reason.NO_SUITABLE_GPU)
-        waiting = (codes >= 0) & ~xp.isin(codes, [WAIT_CODE[reason] for reason in aside])
+        waiting = (codes >= 0) & ~xp.isin(
+            codes, xp.asarray([WAIT_CODE[reason] for reason in aside], dtype=xp.int64)
+        )
         return int((waiting & self._above).sum())
 
 

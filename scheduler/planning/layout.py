@@ -66,7 +66,7 @@ class Layout:
             most = xp.zeros((len(self.fits), len(sizes) + 1), dtype=xp.int64)
             for level in range(len(sizes)):
                 large = self.fits & (self.memory_mib >= sizes[level]) & nodes[:, None]
-                most[:, level] = large.sum(axis=2).max(axis=1, initial=0)
+                most[:, level] = large.sum(axis=2).max(axis=1) if len(nodes) else 0
             known = self._most[key] = (sizes, most)
         return known
 

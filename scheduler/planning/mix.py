@@ -13,7 +13,7 @@ _SHAPE = ("gpus", "share_milli", "gpu_memory_mib", "cpus", "memory_mib", "models
 def mix_of(jobs: JobColumns) -> MixColumns:
     """The kinds of requests among live and pending jobs, and how many of each."""
     # Every so manieth by number, so that the order of the rows changes nothing (R8).
-    rows = xp.argsort(jobs.number)[:: -(-len(jobs) // JOBS_MAX) or 1]
+    rows = xp.argsort(jobs.number, kind="stable")[:: -(-len(jobs) // JOBS_MAX) or 1]
     columns = [getattr(jobs, name)[rows] for name in _SHAPE]
     rows = xp.lexsort(xp.stack(columns)) if len(rows) else rows
     columns = [column[rows] for column in columns]

@@ -252,7 +252,7 @@ class Planner:
         codes = self.queue.codes
         waiting = rows_where(codes >= 0)
         numbers = self.queue.jobs.number[waiting]
-        by_number = xp.argsort(numbers)
+        by_number = xp.argsort(numbers, kind="stable")
         return Wait(numbers[by_number], codes[waiting[by_number]])
 
     def _wake_us(self) -> int | None:

@@ -34,12 +34,12 @@ def first_ranked(rows: Any, count: int, ranks: Any | None, order: Order, jobs: J
     if ranks is None:
         job_class, priority, value = jobs.job_class[rows], -jobs.priority[rows], -jobs.value[rows]
         keys = (value, priority, job_class) if order is Order.CLASS else (priority, job_class, value)
-        return rows[xp.lexsort((jobs.number[rows], *keys))[:count]]
+        return rows[xp.lexsort(xp.stack([jobs.number[rows], *keys]))[:count]]
     packed = ranks[rows]
     if len(rows) > count:
         first = xp.argpartition(packed, count)[:count]
         rows, packed = rows[first], packed[first]
-    return rows[xp.argsort(packed)]
+    return rows[xp.argsort(packed, kind="stable")]
 
 
 def rank_key(
