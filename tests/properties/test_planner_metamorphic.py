@@ -22,7 +22,7 @@ from tests.fakes.worlds import (
     snapshot,
 )
 from tests.properties.oracle import rank
-from tests.properties.strategies import SHARES, any_worlds, contested, fleets, policies
+from tests.properties.strategies import SHARES, any_worlds, contested, crowds, fleets, policies
 
 MOMENTS = ("eligible_us", "deadline_us", "started_us", "checkpoint_us", "stop_us")
 
@@ -116,7 +116,7 @@ def test_a_memo_of_any_other_plan_changes_nothing(before: W, world: W, policy: P
     assert digest(plan(snapshot(world), policy, memo)) == digest(planned(world, policy))
 
 
-@given(contested() | fleets(), policies())
+@given(contested() | fleets() | crowds(), policies())
 def test_without_any_one_of_its_victims_a_job_is_not_served(world: W, policy: Policy) -> None:
     world = with_sets(world)
     preempts = [a for a in planned(world, policy).actions if isinstance(a, PreemptJob)]
