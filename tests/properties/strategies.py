@@ -114,7 +114,7 @@ def contested(draw: st.DrawFn, *, nodes_max: int = 3, tight: bool = True) -> W:
 
 @st.composite
 def crowds(draw: st.DrawFn) -> W:
-    """So many jobs of odd amounts of CPUs and memory that the cheapest victims can't be found by trying all."""
+    """So many jobs of odd amounts of CPUs and memory that their cheapest set can't be found by trying all."""
     random = draw(st.randoms(use_true_random=False))
     jobs = [
         J(
