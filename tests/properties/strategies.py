@@ -27,7 +27,7 @@ from tests.fakes.worlds import (
 )
 
 MODELS = ("H100", "A100")
-SHARES = (250, 400, 500, 750)
+SHARES = (250, 400, 500, 501, 750)  # a thousandth too much beside a half
 SPLITS = ((1000,), (1000,), (500, 500), (250, 750), (400, 250, 250))
 MEMORY_MIB = (0, 0, 20_000, 50_000, 70_000)
 VALUES = (0, 50_000, 500_000, 600_000, 650_000, 2_000_000, -100_000)
@@ -110,6 +110,31 @@ def contested(draw: st.DrawFn, *, nodes_max: int = 3, tight: bool = True) -> W:
         memory_mib = draw(st.sampled_from(MEMORY_MIB)) if tight and wanted.gpus else 0
         jobs.append(replace(wanted, gpu_memory_mib=memory_mib))
     return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> W:
+    """So many jobs of odd amounts of CPUs and memory that their cheapest set can't be found by trying all."""
+    random = draw(st.randoms(use_true_random=False))
+    jobs = [
+        J(
+            number,
+            MINING,
+            state=RUNNING,
+            gpus=0,
+            cpus=random.randint(1, 29),
+            memory_mib=random.randint(1, 290),
+            value=random.choice(VALUES),
+            restart_loss_us=random.randrange(600) * SECOND_US,
+            started_us=NOW_US - random.randrange(5000) * SECOND_US,
+            node=0,
+        )
+        for number in range(1, draw(st.integers(15, 30)))
+    ]
+    wanted = [draw(st.integers(1, most)) for most in (150, 1500)]
+    jobs.append(J(40, TRAINING, gpus=0, cpus=wanted[0], memory_mib=wanted[1]))
+    node = N(cpus=sum(job.cpus for job in jobs[:-1]), memory_mib=sum(job.memory_mib for job in jobs[:-1]))
+    return W(jobs=tuple(jobs), nodes=(node,))
 
 
 def any_worlds() -> st.SearchStrategy[W]:

@@ -22,7 +22,7 @@ from tests.fakes.worlds import (
     snapshot,
 )
 from tests.properties.oracle import rank
-from tests.properties.strategies import SHARES, any_worlds, contested, fleets, policies
+from tests.properties.strategies import SHARES, any_worlds, contested, crowds, fleets, policies
 
 MOMENTS = ("eligible_us", "deadline_us", "started_us", "checkpoint_us", "stop_us")
 
@@ -116,8 +116,8 @@ def test_a_memo_of_any_other_plan_changes_nothing(before: W, world: W, policy: P
     assert digest(plan(snapshot(world), policy, memo)) == digest(planned(world, policy))
 
 
-@given(contested() | fleets(), policies())
-def test_without_any_one_of_its_victims_a_job_is_not_served(world: W, policy: Policy) -> None:
+def check_needed(world: W, policy: Policy) -> None:
+    """Take back each victim in turn: without it, and without stops anew, its preemptor is not served."""
     world = with_sets(world)
     preempts = [a for a in planned(world, policy).actions if isinstance(a, PreemptJob)]
     assume(preempts)
@@ -131,6 +131,16 @@ def test_without_any_one_of_its_victims_a_job_is_not_served(world: W, policy: Po
         more = [a for a in again.actions if isinstance(a, PreemptJob) and a.preemptor == preempt.preemptor]
         waits = again.waits.get(preempt.preemptor)
         assert more or waits not in (None, Reason.WAITING_FOR_HANDOVER), f"{preempt.job} was needless"
+
+
+@given(contested() | fleets(), policies())
+def test_without_any_one_of_its_victims_a_job_is_not_served(world: W, policy: Policy) -> None:
+    check_needed(world, policy)
+
+
+@given(crowds(), policies())
+def test_nobody_of_a_crowd_too_large_for_a_search_stops_needlessly(world: W, policy: Policy) -> None:
+    check_needed(world, policy)
 
 
 def cost(world: W, made: Plan) -> tuple[int, int, int]:

@@ -144,6 +144,14 @@ def test_a_share_is_handed_over_while_its_neighbour_runs_on() -> None:
     )
 
 
+def test_a_thousandth_too_much_is_too_much() -> None:
+    half = kept(1, "GPU-0", share_milli=500)
+    assert planned(W(jobs=(half, J(2, share_milli=500)), gpus=gpus(1))).waits == {}
+    assert planned(W(jobs=(half, J(2, share_milli=501)), gpus=gpus(1))) == Outcome(
+        waits={2: Reason.WAITING_FOR_GPUS}
+    )
+
+
 def test_a_share_waits_for_the_handover_of_which_it_lacks_only_memory() -> None:
     over = HandOver("GPU-0", 250, 60_000)
     small = J(1, TRAINING, share_milli=250, gpu_memory_mib=20_000)
