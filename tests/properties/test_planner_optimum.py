@@ -1,5 +1,7 @@
 """What a plan is worth, against the exact optimum of the step (`optimum.py`)."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given
 
@@ -25,17 +27,33 @@ EQUAL_MICROUSD = 10
 # break up a whole GPU for a share, or take the CPUs of another (docs/OPTIMUM.md).
 KEPT_RATIO = dict.fromkeys(KINDS, 0.9) | {"everything": 0.85}
 SEEDS = range(6)
+SMALL_SEEDS = range(30)
 
 
 @given(worlds(nodes_max=1, gpus_max=3, jobs_max=6), policies())
 def test_the_program_finds_what_trying_everything_finds(world: W, policy: Policy) -> None:
     assume(world.nodes[0].drain == 0)
+    compare_with_trying_everything(world, policy)
+
+
+@pytest.mark.parametrize("kind", ["gangs", "shares", "preemption", "everything"])
+def test_the_same_holds_of_contested_worlds(kind: str) -> None:
+    for seed in SMALL_SEEDS:
+        world = contested(kind, seed)
+        few = {gpu.uuid for gpu in world.gpus[:3]}
+        live = [job for job in world.jobs if job.is_live and few.issuperset(job.on)]
+        pending = [job for job in world.jobs if not job.is_live]
+        jobs = (*live[:4], *pending[:4])
+        small = replace(world, gpus=world.gpus[:3], jobs=jobs, nodes=(replace(world.nodes[0], cpus=16),))
+        compare_with_trying_everything(small, BY_VALUE)
+
+
+def compare_with_trying_everything(world: W, policy: Policy) -> None:
     for rules in Rules:
         found = optimum(world, policy, rules)
         assert found is not None
-        assert found.microusd == pytest.approx(
-            exhaustive_microusd(world, policy, rules), rel=0, abs=EQUAL_MICROUSD
-        )
+        tried_microusd = exhaustive_microusd(world, policy, rules)
+        assert found.microusd == pytest.approx(tried_microusd, rel=0, abs=EQUAL_MICROUSD)
 
 
 def test_what_a_victim_did_not_save_is_taken_off_what_a_plan_earns() -> None:
