@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 SIMULATE ?= 8xH100
+# Seeds of each kind that the hunt for a cycle of preemptions goes through in test-all.
+HUNT_RUNS ?= 1000
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,8 +13,8 @@ COMPILED := $(VENV)/.compiled
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py)
-# Slow: these want root, Prometheus or systemd, and say so when they skip.
-SLOW_TESTS := $(wildcard tests/simulation tests/e2e)
+# Slow: these want root, Prometheus, systemd or a GPU with CuPy, and say so when they skip.
+SLOW_TESTS := $(wildcard tests/simulation tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
 RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
 RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
@@ -42,7 +44,7 @@ test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
 	$(PY) -m pytest $(FAST_TESTS)
 
 test-all: $(COMPILED) ## All tests: also real Prometheus, real systemd, fault simulation
-	$(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
+	HUNT_RUNS=$(HUNT_RUNS) $(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
 
 lint: $(COMPILED) ## Check style, types, the floors, protos, alert rules and units
 	$(VENV)/bin/ruff check $(PYTHON_SOURCES)

@@ -4,6 +4,7 @@ A GPU's state is derived: from the last readings, from the operator's marks in t
 jobs that hold it, and from the hand-overs that are not yet proved. Nothing here is counted twice.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ class GpuBoard:
         self.baseline_mib: dict[str, int] = {}
         self.released = False
         self._present: frozenset[str] = frozenset()
+        self._read: tuple[GpuIdentity, ...] = ()
         self._gpus: tuple[object, GpuColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
 
@@ -102,11 +104,12 @@ class GpuBoard:
         self.samples.update((sample.uuid, sample) for sample in readings.samples)
         if readings.driver_version:
             self.driver_version = readings.driver_version
-        if present != self._present:
+        # What a GPU says of itself grows: its switch is known once its neighbour is there.
+        if present != self._present or readings.identities != self._read:
             known = {gpu.uuid: gpu for gpu in (*self.identities, *readings.identities)}
             self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
-            self._present = present
+            self._present, self._read = present, readings.identities
             self._ledger.table.see_gpus(self.identities)
         return fresh
 
@@ -234,6 +237,9 @@ class GpuBoard:
             node=np.zeros(len(gpus), dtype=np.int64),
             memory_mib=np.array([self.bookable_mib(gpu) for gpu in gpus], dtype=np.int64),
             state=np.array(states, dtype=np.int64),
+            island=_known(gpu.island for gpu in gpus),
+            switch=_known(gpu.switch for gpu in gpus),
+            numa=_known(gpu.numa for gpu in gpus),
         )
 
     def _node_columns(self) -> NodeColumns:
@@ -263,6 +269,10 @@ class GpuBoard:
                     rows.append((UNKNOWN, gpu, one.share_milli, one.memory_mib, *notice))
         columns: Any = np.array(rows, dtype=np.int64).reshape(len(rows), 6).T
         return HoldingColumns(*columns)
+
+
+def _known(numbers: Iterable[int | None]) -> Any:
+    return np.array([UNKNOWN if number is None else number for number in numbers], dtype=np.int64)
 
 
 def describe(processes: tuple[GpuProcess, ...]) -> str:

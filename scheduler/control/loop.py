@@ -16,6 +16,7 @@ from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
 from scheduler.control.handover import HandoverVerifier, Look
+from scheduler.control.health import Health
 from scheduler.control.inbox import (
     Asked,
     Command,
@@ -115,6 +116,7 @@ class Controller:
         self.observer = Observer(self.ledger, self.meters)
         # Another boot than the last daemon's: every process of before is gone.
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
+        self.health = Health(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.last_plan: Plan | None = None
@@ -144,6 +146,7 @@ class Controller:
         self.accounts.resume(now_s)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
         self.ledger.apply(PolicyChanged(now_s, self.config.policy))
+        self.health.start()
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
@@ -311,7 +314,9 @@ class Controller:
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
         self.accounts.advance(now_s)
-        answers = [answer for item in items if (answer := self._take(item, now_s)) is not None]
+        # What the driver told of a GPU comes before the end of whoever died of it.
+        ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
+        answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
         self.standing.reconcile(now_s)
         wake_s = self._plan(now_s)
         self.accounts.book_ended(now_s)
@@ -471,6 +476,7 @@ class Controller:
         fresh = self.board.read(readings)
         self.accounts.read()
         self.reports.fresh_gpus(fresh)
+        self.health.read(readings, fresh, now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
             occupied = self.board.occupants()

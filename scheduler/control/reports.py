@@ -190,10 +190,14 @@ class ReportHandler:
             code = report.exit_code
             reason = Reason.EXITED_ZERO if code == 0 else Reason.EXITED_NONZERO
             detail = "" if code == 0 else f"exit code {code}"
+        error = self._control.health.error_near(job, report.at_s) if code else ""
+        if error:
+            detail = f"{detail}; {error}"
         self._end(job, Ending(report.at_s, code, reason, detail))
 
     def _end(self, job: Job, ending: Ending) -> None:
         self._control.accounts.ended(job)
+        self._control.health.ended(job, ending.at_s)
         event = ended(job, ending, self._control.config.policy)
         self._apply(event)
         if event.preemptions > job.preemptions:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuSample
+from scheduler.model.gpus import GpuEvent, GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,7 @@ class GpuReadings:
     samples: tuple[GpuSample, ...]
     errors: dict[str, str]  # UUID, or "index N", or "driver" -> name of the failure, as NVML says it
     driver_version: str = ""
+    events: tuple[GpuEvent, ...] = ()  # since the round before, oldest first; each is told once
 
 
 class Gpus(Protocol):
@@ -31,6 +32,13 @@ class Gpus(Protocol):
 
         Raises:
             GpuReadError: It could not be read in time; `code` says why.
+        """
+
+    async def set_power_limit(self, uuid: str, power_limit_w: float) -> GpuLimit:
+        """Set this GPU's limit and read it back; calls about one GPU are made one after the other.
+
+        Raises:
+            GpuReadError: It was refused, was not kept, or is not known to have arrived; `code` says why.
         """
 
     async def release(self) -> None:

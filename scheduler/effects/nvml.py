@@ -7,15 +7,15 @@ them once one is lost; everything above this file names them by UUID, because in
 """
 
 import functools
-import pwd
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scheduler.effects.nvml_processes import BYTES_PER_MIB, merge_processes, printable, read_text
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuProcess, GpuSample
+from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 # Codes 3, 13, 25 and 26 all say that this GPU or this driver does not have it: the field is absent.
 ABSENT = frozenset(
@@ -31,22 +31,44 @@ DRIVER_GONE = frozenset({"ERROR_UNINITIALIZED", "ERROR_DRIVER_NOT_LOADED", "ERRO
 # The GPU behind this one handle is dead: no other field of it is worth a call.
 GPU_GONE = frozenset({"ERROR_GPU_IS_LOST", "ERROR_RESET_REQUIRED"})
 DEAD = DRIVER_GONE | GPU_GONE
+# Ours: the library answers, and what it says can't be.
+IMPLAUSIBLE = "IMPLAUSIBLE"
+# Ours: a limit was set without an error, and is another one when it is read back.
+NOT_KEPT = "NOT_KEPT"
 
-POWER_INSTANT_FIELD = 186  # GetPowerUsage is a 1 s average on Ampere and newer, this one is not
+# Fields of NVML's field-value call; most of a sample comes with one call.
+FIELD_ECC_CORRECTED = 3
+FIELD_ECC_UNCORRECTED = 4
+FIELD_POWER_CAPPED_NS = 74
+FIELD_MEMORY_TEMPERATURE = 82
+FIELD_NVLINKS = 91
+FIELD_REMAPPED_CORRECTED = 142
+FIELD_REMAPPED_UNCORRECTED = 143
+FIELD_REMAP_PENDING = 144
+FIELD_REMAP_FAILURE = 145
+FIELD_POWER_AVERAGE = 185
+FIELD_POWER_INSTANT = 186  # GetPowerUsage is a 1 s average on Ampere and newer, this one is not
+FIELD_RECOVERY_ACTION = 230
+FIELD_SMOOTHING_ENABLED = 251
+FIELD_SMOOTHING_RAMP_DOWN = 262  # its scope is the number of a preset profile
+FIELD_SMOOTHING_PROFILE = 264
+FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE = 267
+NOT_OVERRIDDEN = 2**32 - 1
+# Grace superchips refuse the GPU's own scope and report the whole module's power.
+POWER_SCOPES = (("gpu", 0), ("module", 1))
 TEMPERATURE_SENSOR_GPU = 0
+THRESHOLD_SHUTDOWN = 0
+THRESHOLD_SLOWDOWN = 1
 CLOCK_SM = 1
-BYTES_PER_MIB = 2**20
+CLOCK_MEMORY = 2
+TOPOLOGY_ONE_SWITCH = 10  # the farthest that two GPUs below one switch are from each other
 MW_PER_W = 1000
+NS_PER_S = 1_000_000_000
 PERCENT = 100
-PID_LIMIT = 2**32 - 1  # drivers 535.43 to 535.86 fill in 0 and this one
+CUDA_MAJOR, CUDA_MINOR = 1000, 10  # 12080 is 12.8
 # pynvml sizes a process list at twice what the driver says plus 5; three misses in a row are a fork bomb.
 LIST_TRIES_MAX = 3
-# Any node has fewer users on its GPUs; a lookup may ask a directory server.
-USERS_CACHED_MAX = 256
-COMM_LENGTH_MAX = 15  # the kernel cuts /proc/<pid>/comm here
-NAME_LENGTH_MAX = 255  # NAME_MAX of a file system
-# More than fit on any GPU, and their names fit in a line of the protocol; one entry is enough to be held.
-PROCESSES_MAX = 512
+NAME_LENGTH_MAX = 96  # NVML's own buffer for a name
 
 # Kind of process, and the calls that list it: the newest that the driver has is used. MPS lists its clients
 # apart, while its server owns their context.
@@ -68,26 +90,38 @@ PROCESS_LISTS = (
 VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 
 SYSFS_PCI_DEVICES = Path("/sys/bus/pci/devices")
-PROC = Path("/proc")
 
 
 # The library -----------------------------------------------------------------------------------
 
 
-def open_library() -> tuple[int, str]:
-    """Initialise the library; return how many GPUs it counts, and the driver's version.
+@dataclass(frozen=True, slots=True)
+class Library:
+    """An open library."""
+
+    gpu_count: int
+    driver_version: str
+    cuda_version: str
+
+
+def open_library() -> Library:
+    """Initialise the library and return what it says of itself.
 
     Raises:
         GpuReadError: There is no library, no driver, or they do not fit each other.
     """
-    _call("nvmlInit")
-    return _call("nvmlDeviceGetCount"), _unless_dead("nvmlSystemGetDriverVersion") or ""
+    call("nvmlInit")
+    count: int = call("nvmlDeviceGetCount")
+    driver: str = unless_dead("nvmlSystemGetDriverVersion") or ""
+    cuda: int = unless_dead("nvmlSystemGetCudaDriverVersion") or 0
+    version = f"{cuda // CUDA_MAJOR}.{cuda % CUDA_MAJOR // CUDA_MINOR}" if cuda else ""
+    return Library(count, printable(driver, NAME_LENGTH_MAX), version)
 
 
 def close_library() -> None:
     """Shut the library down. One that is not open, or whose driver is gone, is as good as shut down."""
     try:
-        _call("nvmlShutdown")
+        call("nvmlShutdown")
     except GpuReadError as error:
         if error.code not in DRIVER_GONE:
             raise
@@ -99,9 +133,12 @@ def close_library() -> None:
 class OpenGpu:
     """A GPU with an open handle."""
 
-    def __init__(self, index: int, driver_version: str) -> None:
-        self._handle = _call("nvmlDeviceGetHandleByIndex", index)
-        self.identity = _identity(self._handle, index, driver_version)
+    def __init__(self, index: int, library: Library) -> None:
+        self.handle = call("nvmlDeviceGetHandleByIndex", index)
+        self._scope_name, self._scope = _power_scope(self.handle)
+        self.identity = _identity(self.handle, index, library, self._scope_name)
+        self.linked_to = _linked_to(self.handle)
+        self._utilization_since_us = 0
 
     def sample(self) -> tuple[GpuSample, str]:
         """Return what the GPU reports now, and the name of a failure that cost a field, or "".
@@ -111,7 +148,15 @@ class OpenGpu:
         """
         at_s = time.time()
         failures: list[str] = []
-        values = {name: self._read(reader, failures) for name, reader in SAMPLE_FIELDS.items()}
+        values = {name: self._read(reader, failures) for name, reader in SAMPLE_CALLS.items()}
+        values |= _from_fields(_fields(self.handle, _sample_fields(self._scope)))
+        if values["power_w"] is None:
+            values["power_w"] = self._read(_power_usage_w, failures)
+        if values["is_power_smoothed"]:
+            values["ramp_down_w_per_s"] = _ramp_down_w_per_s(self.handle)
+        if 0 < self.identity.memory_total_mib < (values["memory_used_mib"] or 0):
+            values["memory_used_mib"] = None
+            failures.append(IMPLAUSIBLE)
         sample = GpuSample(uuid=self.identity.uuid, at_s=at_s, **values)
         return sample, failures[0] if failures else ""
 
@@ -133,13 +178,34 @@ class OpenGpu:
         return GpuHolders(
             uuid=self.identity.uuid,
             at_s=at_s,
-            processes=merge_processes(entries),
-            memory_used_mib=_or_none(_memory_used_mib, self._handle),
+            processes=merge_processes(entries, self._utilization() if entries else {}),
+            memory_used_mib=_or_none(_memory_used_mib, self.handle),
         )
+
+    def set_power_limit(self, power_limit_w: float) -> GpuLimit:
+        """Set the limit; return what the GPU says of it now.
+
+        Raises:
+            GpuReadError: The driver refused it; or it took it without a word and has another one (NOT_KEPT).
+        """
+        # Not the second version of the call: pynvml 13 never looks at the code that it returns.
+        asked_mw = round(power_limit_w * MW_PER_W)
+        call("nvmlDeviceSetPowerManagementLimit", self.handle, asked_mw)
+        kept_mw: int | None = unless_dead("nvmlDeviceGetPowerManagementLimit", self.handle)
+        if kept_mw != asked_mw:
+            kept = "nothing" if kept_mw is None else f"{kept_mw / MW_PER_W} W"
+            raise GpuReadError(NOT_KEPT, f"asked for {power_limit_w} W, the GPU says {kept}")
+        enforced = _watts(unless_dead("nvmlDeviceGetEnforcedPowerLimit", self.handle))
+        return GpuLimit(kept_mw / MW_PER_W, enforced)
+
+    def is_beside(self, other: "OpenGpu") -> bool | None:
+        """Whether both sit below one PCIe switch; None where the driver does not say."""
+        level: int | None = unless_dead("nvmlDeviceGetTopologyCommonAncestor", self.handle, other.handle)
+        return None if level is None else level <= TOPOLOGY_ONE_SWITCH
 
     def _read(self, reader: Callable[[Any], Any], failures: list[str]) -> Any:
         try:
-            return reader(self._handle)
+            return reader(self.handle)
         except GpuReadError as error:
             if error.code in DEAD:
                 raise
@@ -150,41 +216,82 @@ class OpenGpu:
     def _list(self, functions: tuple[str, ...]) -> list[Any]:
         for tries in range(1, LIST_TRIES_MAX + 1):
             try:
-                return list(_first(*((function, self._handle) for function in functions)))
+                return list(_first(*((function, self.handle) for function in functions)))
             except GpuReadError as error:
                 # The list grew between the call that sizes it and the call that reads it.
                 if error.code != "ERROR_INSUFFICIENT_SIZE" or tries == LIST_TRIES_MAX:
                     raise
         raise AssertionError("the last try returns or raises")
 
+    def _utilization(self) -> dict[int, float]:
+        """Return by PID how busy each kept the GPU since the last look; no new sample, no entry."""
+        samples = unless_dead("nvmlDeviceGetProcessUtilization", self.handle, self._utilization_since_us)
+        newest: dict[int, tuple[int, float]] = {}
+        for sample in samples or ():
+            seen = (sample.timeStamp, sample.smUtil / PERCENT)
+            newest[sample.pid] = max(seen, newest.get(sample.pid, seen))
+            self._utilization_since_us = max(self._utilization_since_us, sample.timeStamp)
+        return {pid: ratio for pid, (_, ratio) in newest.items()}
 
-def _identity(handle: Any, index: int, driver_version: str) -> GpuIdentity:
+
+def _identity(handle: Any, index: int, library: Library, power_scope: str) -> GpuIdentity:
     memory = _or_none(_memory, handle)
-    limits_mw = _unless_dead("nvmlDeviceGetPowerManagementLimitConstraints", handle)
-    pci = _unless_dead("nvmlDeviceGetPciInfo", handle)
+    limits_mw = unless_dead("nvmlDeviceGetPowerManagementLimitConstraints", handle)
+    pci = unless_dead("nvmlDeviceGetPciInfo", handle)
     pci_bus_id = pci.busId if pci else ""
+    capability = unless_dead("nvmlDeviceGetCudaComputeCapability", handle)
     return GpuIdentity(
-        uuid=_call("nvmlDeviceGetUUID", handle),
+        uuid=printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX),
         index=index,
-        model=_call("nvmlDeviceGetName", handle),
+        model=printable(call("nvmlDeviceGetName", handle), NAME_LENGTH_MAX),
         memory_total_mib=memory.total // BYTES_PER_MIB if memory else 0,
         pci_bus_id=pci_bus_id,
-        numa_node=_numa_node(handle, pci_bus_id),
-        minor_number=_unless_dead("nvmlDeviceGetMinorNumber", handle),
+        numa=_numa(handle, pci_bus_id),
+        minor_number=unless_dead("nvmlDeviceGetMinorNumber", handle),
         power_limit_w_min=_watts(limits_mw[0]) if limits_mw else None,
         power_limit_w_max=_watts(limits_mw[1]) if limits_mw else None,
-        power_limit_w_default=_watts(_unless_dead("nvmlDeviceGetPowerManagementDefaultLimit", handle)),
-        driver_version=driver_version,
+        power_limit_w_default=_watts(unless_dead("nvmlDeviceGetPowerManagementDefaultLimit", handle)),
+        power_scope=power_scope,
+        sm_clock_mhz_max=unless_dead("nvmlDeviceGetMaxClockInfo", handle, CLOCK_SM),
+        temperature_celsius_slowdown=unless_dead(
+            "nvmlDeviceGetTemperatureThreshold", handle, THRESHOLD_SLOWDOWN
+        ),
+        temperature_celsius_shutdown=unless_dead(
+            "nvmlDeviceGetTemperatureThreshold", handle, THRESHOLD_SHUTDOWN
+        ),
+        compute_capability=".".join(map(str, capability)) if capability else "",
+        driver_version=library.driver_version,
+        cuda_version=library.cuda_version,
     )
 
 
-def _numa_node(handle: Any, pci_bus_id: str) -> int | None:
+def _power_scope(handle: Any) -> tuple[str, int]:
+    """Return the scope in which the GPU reports power; "" where no field of it does."""
+    for name, scope in POWER_SCOPES:
+        ids = [(FIELD_POWER_INSTANT, scope), (FIELD_POWER_AVERAGE, scope)]
+        if _fields(handle, ids):
+            return name, scope
+    return "", POWER_SCOPES[0][1]
+
+
+def _linked_to(handle: Any) -> tuple[str, ...]:
+    """Return the PCI bus ids at the other ends of its NVLinks: GPUs or switches."""
+    found = set()
+    for link in range(_fields(handle, [FIELD_NVLINKS]).get(FIELD_NVLINKS, 0)):
+        if unless_dead("nvmlDeviceGetNvLinkState", handle, link):
+            remote = unless_dead("nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
+            if remote:
+                found.add(remote.busId)
+    return tuple(sorted(found))
+
+
+def _numa(handle: Any, pci_bus_id: str) -> int | None:
     """Return NVML's node where the GPU is one itself (Grace), else that of its PCI slot."""
-    node: int | None = _unless_dead("nvmlDeviceGetNumaNodeId", handle)
+    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
     if node is not None:
         return node
     # NVML writes 00000000:3B:00.0, sysfs 0000:3b:00.0.
-    text = _text(SYSFS_PCI_DEVICES / pci_bus_id.lower()[4:] / "numa_node").strip() if pci_bus_id else ""
+    text = read_text(SYSFS_PCI_DEVICES / pci_bus_id.lower()[4:] / "numa_node").strip() if pci_bus_id else ""
     return int(text) if text.isdigit() else None  # -1 = unknown
 
 
@@ -192,7 +299,7 @@ def _watts(mw: int | None) -> float | None:
     return None if mw is None else mw / MW_PER_W
 
 
-# Fields of a sample ----------------------------------------------------------------------------
+# Fields of a sample, by a call each ------------------------------------------------------------
 
 
 def _memory(handle: Any) -> Any:
@@ -209,31 +316,29 @@ def _memory_used_mib(handle: Any) -> int:
 
 
 def _utilization_ratio(handle: Any) -> float:
-    percent: int = _call("nvmlDeviceGetUtilizationRates", handle).gpu
+    percent: int = call("nvmlDeviceGetUtilizationRates", handle).gpu
     return percent / PERCENT
 
 
-def _power_w(handle: Any) -> float:
-    try:
-        return _field(handle, POWER_INSTANT_FIELD) / MW_PER_W
-    except GpuReadError as error:
-        # Drivers that do not know the field answer several ways; only the dead are not asked again.
-        if error.code in DEAD:
-            raise
-    mw: int = _call("nvmlDeviceGetPowerUsage", handle)
+def _power_usage_w(handle: Any) -> float:
+    mw: int = call("nvmlDeviceGetPowerUsage", handle)
     return mw / MW_PER_W
 
 
 def _power_limit_w(handle: Any) -> float:
-    # What was asked for; the enforced limit is lower where somebody else caps too.
     mw: int = _first(
         ("nvmlDeviceGetPowerManagementLimit", handle), ("nvmlDeviceGetEnforcedPowerLimit", handle)
     )
     return mw / MW_PER_W
 
 
+def _power_limit_w_enforced(handle: Any) -> float:
+    mw: int = call("nvmlDeviceGetEnforcedPowerLimit", handle)
+    return mw / MW_PER_W
+
+
 def _energy_mj(handle: Any) -> int:
-    energy_mj: int = _call("nvmlDeviceGetTotalEnergyConsumption", handle)
+    energy_mj: int = call("nvmlDeviceGetTotalEnergyConsumption", handle)
     return energy_mj
 
 
@@ -246,111 +351,99 @@ def _temperature_celsius(handle: Any) -> float:
     return float(celsius)
 
 
-def _sm_clock_mhz(handle: Any) -> int:
-    mhz: int = _call("nvmlDeviceGetClockInfo", handle, CLOCK_SM)
-    return mhz
+def _clock_reasons(handle: Any) -> int:
+    # The second name is the older driver's.
+    reasons: int = _first(
+        ("nvmlDeviceGetCurrentClocksEventReasons", handle),
+        ("nvmlDeviceGetCurrentClocksThrottleReasons", handle),
+    )
+    return reasons
 
 
-SAMPLE_FIELDS: dict[str, Callable[[Any], Any]] = {
+SAMPLE_CALLS: dict[str, Callable[[Any], Any]] = {
     "memory_used_mib": _memory_used_mib,
     "utilization_ratio": _utilization_ratio,
-    "power_w": _power_w,
     "power_limit_w": _power_limit_w,
+    "power_limit_w_enforced": _power_limit_w_enforced,
     "energy_mj": _energy_mj,
     "temperature_celsius": _temperature_celsius,
-    "sm_clock_mhz": _sm_clock_mhz,
+    "sm_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_SM),
+    "memory_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_MEMORY),
+    "clock_reasons": _clock_reasons,
 }
 
 
-def _field(handle: Any, field: int) -> int:
-    """Return a field's value; each carries its own verdict and says which member of its union is valid."""
-    value = _call("nvmlDeviceGetFieldValues", handle, [field])[0]
-    if value.nvmlReturn != 0:
-        raise _failure(value.nvmlReturn, f"field {field}")
-    if not 0 <= value.valueType < len(VALUE_MEMBERS):
-        raise GpuReadError("ERROR_ARGUMENT_VERSION_MISMATCH", f"field {field} has type {value.valueType}")
-    return int(getattr(value.value, VALUE_MEMBERS[value.valueType]))
+# Fields of a sample, by one call for all -------------------------------------------------------
 
 
-# Processes -------------------------------------------------------------------------------------
+def _milli(value: int) -> float:
+    return value / MW_PER_W
 
 
-@dataclass(frozen=True, slots=True)
-class _Owner:
-    user: str
-    command: str
+SAMPLE_FIELDS: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
+    ("power_w", FIELD_POWER_INSTANT, _milli),
+    ("power_w_average", FIELD_POWER_AVERAGE, _milli),
+    ("power_capped_s", FIELD_POWER_CAPPED_NS, lambda ns: ns / NS_PER_S),
+    ("memory_temperature_celsius", FIELD_MEMORY_TEMPERATURE, float),
+    ("ecc_corrected", FIELD_ECC_CORRECTED, int),
+    ("ecc_uncorrected", FIELD_ECC_UNCORRECTED, int),
+    ("rows_remapped_corrected", FIELD_REMAPPED_CORRECTED, int),
+    ("rows_remapped_uncorrected", FIELD_REMAPPED_UNCORRECTED, int),
+    ("is_remap_pending", FIELD_REMAP_PENDING, bool),
+    ("has_remap_failed", FIELD_REMAP_FAILURE, bool),
+    ("recovery_action", FIELD_RECOVERY_ACTION, int),
+    ("is_power_smoothed", FIELD_SMOOTHING_ENABLED, bool),
+)
+POWER_FIELDS = frozenset({FIELD_POWER_INSTANT, FIELD_POWER_AVERAGE})
+# Which member of the value's union is valid, by its valueType.
+VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 
 
-def merge_processes(entries: Iterable[tuple[str, int, int | None]]) -> tuple[GpuProcess, ...]:
-    """Return one process per living PID, by PID, and one unknown holder (PID 0) per entry that names none.
+@functools.cache
+def _sample_fields(power_scope: int) -> list[Any]:
+    ids = [field for _, field, _ in SAMPLE_FIELDS]
+    return [(field, power_scope) if field in POWER_FIELDS else field for field in ids]
 
-    Args:
-        entries: (kind, PID, bytes) as listed. A process in several lists keeps its first kind and the
-            largest figure, because each list reports all that the process holds.
+
+def _from_fields(values: dict[int, int]) -> dict[str, Any]:
+    return {
+        name: convert(values[field]) if field in values else None for name, field, convert in SAMPLE_FIELDS
+    }
+
+
+def _ramp_down_w_per_s(handle: Any) -> float | None:
+    """Return how fast a smoothed GPU's draw may fall: as an admin overrode it, else by its profile."""
+    values = _fields(handle, [FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE, FIELD_SMOOTHING_PROFILE])
+    mw_per_s = values.get(FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE, NOT_OVERRIDDEN)
+    if mw_per_s == NOT_OVERRIDDEN and FIELD_SMOOTHING_PROFILE in values:
+        profile = (FIELD_SMOOTHING_RAMP_DOWN, values[FIELD_SMOOTHING_PROFILE])
+        mw_per_s = _fields(handle, [profile]).get(FIELD_SMOOTHING_RAMP_DOWN, NOT_OVERRIDDEN)
+    return None if mw_per_s == NOT_OVERRIDDEN else mw_per_s / MW_PER_W
+
+
+def _fields(handle: Any, ids: list[Any]) -> dict[int, int]:
+    """Return by id the fields that the GPU has.
+
+    Each value carries its own verdict and says which member of its union is valid. Drivers that do not know
+    a field, or the call, answer several ways; only the dead are not asked again.
+
+    Raises:
+        GpuReadError: The GPU or the driver is gone.
     """
-    merged: dict[int, tuple[str, int | None]] = {}
-    unknown: list[GpuProcess] = []
-    for kind, pid, memory_bytes in entries:
-        memory_mib = None if memory_bytes is None else memory_bytes // BYTES_PER_MIB
-        if not 0 < pid < PID_LIMIT:
-            unknown.append(GpuProcess(pid=0, memory_mib=memory_mib, kind=kind))
-            continue
-        first_kind, first_mib = merged.get(pid, (kind, None))
-        known = [mib for mib in (first_mib, memory_mib) if mib is not None]
-        merged[pid] = (first_kind, max(known, default=None))
-    living: list[GpuProcess] = []
-    for pid, (kind, mib) in sorted(merged.items())[:PROCESSES_MAX]:
-        owner = _owner(pid)
-        if owner is None:
-            unknown.append(GpuProcess(pid=0, memory_mib=mib, kind=kind))
-        else:
-            living.append(GpuProcess(pid, mib, kind, owner.user, owner.command))
-    return (*unknown, *living)[:PROCESSES_MAX]
-
-
-def _owner(pid: int) -> _Owner | None:
-    """Return whose process it is and what it runs, or None if there is no such process."""
-    status = _text(PROC / str(pid) / "status")
-    uid = next((line.split()[1] for line in status.splitlines() if line.startswith("Uid:")), "")
-    if not uid:
-        return None
-    return _Owner(_user_name(int(uid)), _command(pid))
-
-
-@functools.lru_cache(maxsize=USERS_CACHED_MAX)
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def _command(pid: int) -> str:
-    """Return the base name of the executable, or the process's own word where we may not look."""
-    process = PROC / str(pid)
-    try:
-        name = (process / "exe").readlink().name
-    except OSError:
-        comm = _text(process / "comm").strip()
-        argument = _text(process / "cmdline").split("\0", 1)[0].rsplit("/", 1)[-1]
-        is_cut = len(comm) == COMM_LENGTH_MAX and argument.startswith(comm)
-        name = argument if is_cut else comm
-    # Its own word may hold what would steer an operator's terminal.
-    printable = "".join(letter if letter.isprintable() else "?" for letter in name.removesuffix(" (deleted)"))
-    return printable[:NAME_LENGTH_MAX]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    found = {}
+    for value in unless_dead("nvmlDeviceGetFieldValues", handle, ids) or ():
+        code = value.nvmlReturn
+        if code and (name := _error_name(code)) in DEAD:
+            raise GpuReadError(name, f"field {value.fieldId}: {name}")
+        if not code and 0 <= value.valueType < len(VALUE_MEMBERS):
+            found[value.fieldId] = int(getattr(value.value, VALUE_MEMBERS[value.valueType]))
+    return found
 
 
 # Calls -----------------------------------------------------------------------------------------
 
 
-def _call(function: str, *arguments: Any) -> Any:
+def call(function: str, *arguments: Any) -> Any:
     """Return what the library's function returns.
 
     Raises:
@@ -374,18 +467,18 @@ def _first(*calls: tuple[Any, ...]) -> Any:
     """Return the first answer; the next call is tried only where the one before is absent."""
     for function, *arguments in calls[:-1]:
         try:
-            return _call(function, *arguments)
+            return call(function, *arguments)
         except GpuReadError as error:
             if error.code not in ABSENT:
                 raise
     function, *arguments = calls[-1]
-    return _call(function, *arguments)
+    return call(function, *arguments)
 
 
-def _unless_dead(function: str, *arguments: Any) -> Any:
+def unless_dead(function: str, *arguments: Any) -> Any:
     """Return the answer, or None: what only helps must not keep a GPU out for less than its death."""
     try:
-        return _call(function, *arguments)
+        return call(function, *arguments)
     except GpuReadError as error:
         if error.code in DEAD:
             raise
@@ -403,8 +496,12 @@ def _or_none(reader: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _failure(code: int, what: str) -> GpuReadError:
-    name = _error_names().get(code, f"ERROR_{code}")
+    name = _error_name(code)
     return GpuReadError(name, f"{what}: {name} ({code})")
+
+
+def _error_name(code: int) -> str:
+    return _error_names().get(code, f"ERROR_{code}")
 
 
 @functools.cache

@@ -4,8 +4,9 @@
 
 FD is one end of a socket pair; `nvml_protocol.py` says what goes over it. The main thread reads requests and
 never calls the library. Every GPU has one thread, its lane, that makes one call after the other, so that a
-hung GPU costs only itself and nothing is stacked on it; one more lane opens and closes the library. The
-process holds nothing of the daemon's but FD, and ends when that does.
+hung GPU costs only itself and nothing is stacked on it; one more lane opens and closes the library, and a
+thread waits for what the driver tells by itself. The process holds nothing of the daemon's but FD, and ends
+when that does.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Callable
 
 from scheduler.effects import nvml
+from scheduler.effects.nvml_events import EventWatch
 from scheduler.effects.nvml_protocol import (
     LINE_BYTES_MAX,
     PROTOCOL_VERSION,
@@ -31,12 +33,14 @@ from scheduler.effects.nvml_protocol import (
     holders_to_json,
     value_to_json,
 )
+from scheduler.effects.nvml_topology import Neighbours
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuSample
+from scheduler.model.gpus import GpuIdentity, GpuSample
 
 # One sample and a hand-over's checks, each of which the daemon gives up before it asks again.
 LANE_WAITING_MAX = 8
 NO_GPU = "ERROR_GPU_NOT_FOUND"  # the driver is there and counts none
+TWICE = "UUID_TWICE"  # ours: a second GPU says that it is the first
 GPUS_MAX = 64  # a lane each; the largest boards hold 16
 # Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
 ORDERLY_END_S = 0.5
@@ -60,7 +64,7 @@ class Server:
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._sending = threading.Lock()
-        self._gpus = GpuLanes()
+        self._gpus = GpuLanes(lambda: self._send({"wake": True}))
         # Rounds wait for lanes; holders are answered meanwhile.
         self._rounds = Lane("rounds")
 
@@ -75,28 +79,36 @@ class Server:
     def _handle(self, request: Message) -> None:
         match request["do"]:
             case "sample":
-                within_s, stuck_s = request["within_s"], request["stuck_s"]
                 # The daemon waits for the answer before it asks again, so one can't be refused.
-                self._rounds.submit(lambda: self._round(request["id"], within_s, stuck_s))
+                self._rounds.submit(lambda: self._round(request))
             case "holders":
-                self._holders(request["id"], request["uuid"], request["within_s"])
+                self._ask_gpu(request, lambda gpu: {"holders": holders_to_json(gpu.holders())})
+            case "set_power_limit":
+                power_limit_w = request["power_limit_w"]
+                self._ask_gpu(
+                    request, lambda gpu: {"limit": value_to_json(gpu.set_power_limit(power_limit_w))}
+                )
             case unknown:
                 raise ValueError(f"no such request: {unknown}")
 
-    def _round(self, request_id: int, within_s: float, stuck_s: float) -> None:
-        self._send({"id": request_id, **self._gpus.readings(within_s, stuck_s)})
+    def _round(self, request: Message) -> None:
+        readings = self._gpus.readings(request["within_s"], request["stuck_s"])
+        events = self._gpus.events_after(request["events_after"])
+        self._send({"id": request["id"], **readings, "events": events})
 
-    def _holders(self, request_id: int, uuid: str, within_s: float) -> None:
+    def _ask_gpu(self, request: Message, work: Callable[[nvml.OpenGpu], Message]) -> None:
+        """Answer with what the work returns, done in the GPU's lane: one call after the other."""
+
         def answer(gpu: nvml.OpenGpu) -> None:
             try:
-                self._send({"id": request_id, "holders": holders_to_json(gpu.holders())})
+                self._send({"id": request["id"], **work(gpu)})
             except GpuReadError as error:
-                self._refuse(request_id, error)
+                self._refuse(request["id"], error)
 
         try:
-            self._gpus.submit(uuid, answer, within_s)
+            self._gpus.submit(request["uuid"], answer, request["within_s"])
         except GpuReadError as error:
-            self._refuse(request_id, error)
+            self._refuse(request["id"], error)
 
     def _refuse(self, request_id: int, error: GpuReadError) -> None:
         self._send({"id": request_id, "error": error.code, "message": str(error)})
@@ -148,14 +160,24 @@ class Lane:
             self._busy_since_s = None
 
 
+class Driver:
+    """The open library, and what its GPUs share."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.library = nvml.open_library()
+        self.neighbours = Neighbours()
+        self.events = EventWatch(tell)
+
+
 class GpuLane:
     """One GPU by its index: opened when it is first read, then read again and again."""
 
-    def __init__(self, index: int, driver_version: str, changed: threading.Condition) -> None:
+    def __init__(self, index: int, driver: "Driver", changed: threading.Condition) -> None:
         self.index = index
         self.gpu: nvml.OpenGpu | None = None
         self.lane = Lane(f"gpu-{index}")
-        self._driver_version = driver_version
+        self._driver = driver
+        self._registered = 0  # the generation of events in which it is heard
         self._changed = changed
         self.is_sampling = False
         self._result: tuple[GpuSample | None, str] | None = None
@@ -181,7 +203,13 @@ class GpuLane:
         result: tuple[GpuSample | None, str] = (None, "ERROR_UNKNOWN")
         try:
             if self.gpu is None:
-                self.gpu = nvml.OpenGpu(self.index, self._driver_version)
+                gpu = nvml.OpenGpu(self.index, self._driver.library)
+                self._driver.neighbours.add(gpu)
+                self.gpu = gpu
+            if self._registered != self._driver.events.generation:
+                generation = self._driver.events.generation
+                self._driver.events.register(self.gpu)
+                self._registered = generation
             result = self.gpu.sample()
         except GpuReadError as error:
             result = (None, error.code)
@@ -195,12 +223,14 @@ class GpuLane:
 class GpuLanes:
     """All GPUs. Opens the library when it is asked for readings, and again after the driver went away."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None]) -> None:
+        """Read GPUs; `tell` is called when the driver told something that the next round will carry."""
+        self._tell = tell
         self._changed = threading.Condition()  # guards what lanes hand over
-        self._driver = Lane("driver")
+        self._opening = Lane("driver")
         self._is_opening = False
         self._failure = ""  # why the library isn't open
-        self._driver_version = ""
+        self._driver: Driver | None = None
         self._gpus: tuple[GpuLane, ...] = ()
 
     def readings(self, within_s: float, stuck_s: float) -> Message:
@@ -249,8 +279,14 @@ class GpuLanes:
             return lane.submit(run) and done.wait(until_s - time.monotonic())
 
         # Beneath a call that hangs the library is left as it is: the process ends anyway.
-        if all(is_done(gpu.lane, lambda: None) for gpu in self._gpus):
-            is_done(self._driver, nvml.close_library)
+        lanes = all(is_done(gpu.lane, lambda: None) for gpu in self._gpus)
+        if lanes and (self._driver is None or self._driver.events.close(until_s - time.monotonic())):
+            is_done(self._opening, nvml.close_library)
+
+    def events_after(self, number: int) -> list[tuple[int, Message]]:
+        """Return what the driver told after the event of that number."""
+        driver = self._driver
+        return [(n, value_to_json(event)) for n, event in driver.events.after(number)] if driver else []
 
     def _wait(self, is_met: Callable[[], bool], until_s: float) -> bool:
         return self._changed.wait_for(is_met, max(0.0, until_s - time.monotonic()))
@@ -258,7 +294,7 @@ class GpuLanes:
     def _round(self, until_s: float, stuck_s: float) -> Message:
         if not self._gpus:
             if not self._is_opening:
-                self._is_opening = self._driver.submit(self._open)
+                self._is_opening = self._opening.submit(self._open)
             self._wait(lambda: not self._is_opening, until_s)
             if not self._gpus:
                 return self._without_driver(TIMEOUT if self._is_opening else self._failure, stuck_s)
@@ -270,11 +306,13 @@ class GpuLanes:
         gpus: tuple[GpuLane, ...] = ()
         failure = "ERROR_UNKNOWN"
         try:
+            if self._driver is not None:
+                self._driver.events.close(ORDERLY_END_S)
             nvml.close_library()
-            count, version = nvml.open_library()
-            gpus = tuple(GpuLane(index, version, self._changed) for index in range(min(count, GPUS_MAX)))
+            driver = self._driver = Driver(self._tell)
+            count = driver.library.gpu_count
+            gpus = tuple(GpuLane(index, driver, self._changed) for index in range(min(count, GPUS_MAX)))
             failure = "" if count else NO_GPU
-            self._driver_version = version
         except GpuReadError as error:
             failure = error.code
         finally:
@@ -289,13 +327,31 @@ class GpuLanes:
         # One GPU may say so alone, and costs only itself.
         if answers and answers <= nvml.DRIVER_GONE:
             return self._lose_driver(min(answers), stuck_s)
+        identities, twice = self._identities()
+        errors = {gpu.name: failure for gpu, _, failure in results if failure}
         return {
-            "identities": [value_to_json(gpu.gpu.identity) for gpu in self._gpus if gpu.gpu],
-            "samples": [value_to_json(sample) for _, sample, _ in results if sample],
-            "errors": {gpu.name: failure for gpu, _, failure in results if failure},
+            "identities": [value_to_json(identity) for identity in identities],
+            "samples": [value_to_json(sample) for gpu, sample, _ in results if sample and gpu not in twice],
+            "errors": errors | {f"index {gpu.index}": TWICE for gpu in twice},
             "driver_version": self._driver_version,
             "replace_me": all(gpu.lane.busy_s > stuck_s for gpu in self._gpus),
         }
+
+    def _identities(self) -> tuple[tuple[GpuIdentity, ...], list[GpuLane]]:
+        """Return who is there, and the GPUs that can't be told from one before them."""
+        by_uuid: dict[str, GpuIdentity] = {}
+        twice = []
+        for lane in self._gpus:
+            if lane.gpu and lane.gpu.identity.uuid in by_uuid:
+                twice.append(lane)
+            elif lane.gpu:
+                by_uuid[lane.gpu.identity.uuid] = lane.gpu.identity
+        assert self._driver is not None, "a lane has the driver that made it"
+        return self._driver.neighbours.place(tuple(by_uuid.values())), twice
+
+    @property
+    def _driver_version(self) -> str:
+        return self._driver.library.driver_version if self._driver else ""
 
     def _lose_driver(self, failure: str, stuck_s: float) -> Message:
         """Drop all handles, so that the library is opened again."""
@@ -314,7 +370,7 @@ class GpuLanes:
             "errors": {"driver": failure},
             "driver_version": self._driver_version,
             # A library that was exchanged stays mapped until the process ends.
-            "replace_me": failure == "ERROR_LIB_RM_VERSION_MISMATCH" or self._driver.busy_s > stuck_s,
+            "replace_me": failure == "ERROR_LIB_RM_VERSION_MISMATCH" or self._opening.busy_s > stuck_s,
         }
 
 

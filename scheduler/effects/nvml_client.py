@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.nvml_protocol import (
@@ -25,7 +25,7 @@ from scheduler.effects.nvml_protocol import (
     holders_from_json,
 )
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuSample
+from scheduler.model.gpus import GpuEvent, GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ CHILD_MODULE = "scheduler.effects.nvml_child"
 NOT_OPEN = "ERROR_UNINITIALIZED"  # NVML's word for a library that nobody has open
 NOT_STARTED = "ERROR_OPERATING_SYSTEM"  # and for what the system refused
 BACKOFF_FACTOR = 2
+# Events that come one upon the other are read at this pace; a program needs longer to die of an error.
+WAKE_S = 0.005
 # 535.43, 535.54 and 535.86 fill a longer struct than they say [wookayin/gpustat#161, XuehaiPan/nvitop#75].
 SCRAMBLING_BRANCH = "535"
 SCRAMBLING_MINORS = ("43", "54", "86")
@@ -46,6 +48,7 @@ class NvmlLimits:
     # The first of each child: a driver without persistence mode initialises its GPUs now.
     first_round_s: float = 10.0
     holders_s: float = 2.0  # a process list takes 5 ms, and waits for a sample at most
+    set_s: float = 5.0  # a set and two reads, behind a sample at most
     # The child answers in time whatever the driver does; one that is this late is stopped or broken.
     silence_s: float = 5.0
     # A dead GSP lets go of a call after 45 s; what hangs longer will not come back.
@@ -94,18 +97,36 @@ class NvmlGpus:
         Raises:
             GpuReadError: It could not be read within `holders_s`; `code` says why.
         """
-        within_s = self._limits.holders_s
+        answer = await self._ask({"do": "holders", "uuid": uuid}, self._limits.holders_s)
+        return holders_from_json(answer["holders"])
+
+    async def set_power_limit(self, uuid: str, power_limit_w: float) -> GpuLimit:
+        """Set this GPU's limit and read it back.
+
+        Raises:
+            GpuReadError: It was refused, was not kept, or is not known to have arrived; `code` says why.
+        """
+        request = {"do": "set_power_limit", "uuid": uuid, "power_limit_w": power_limit_w}
+        return GpuLimit(**(await self._ask(request, self._limits.set_s))["limit"])
+
+    async def _ask(self, request: Message, within_s: float) -> Message:
+        """Return what the child answers about the GPU that the request names.
+
+        Raises:
+            GpuReadError: It answers with an error, or not in time.
+        """
+        uuid = request["uuid"]
         if self._child is None:
             raise GpuReadError(NOT_OPEN, f"GPU {uuid}: NVML is not open (released, or its child is starting)")
         try:
-            answer = await self._child.ask({"do": "holders", "uuid": uuid, "within_s": within_s}, within_s)
+            answer = await self._child.ask({**request, "within_s": within_s}, within_s)
         except TimeoutError:
             raise GpuReadError(TIMEOUT, f"GPU {uuid} did not answer within {within_s} s") from None
         except _ChildEnded as ended:
             raise GpuReadError(NOT_OPEN, f"GPU {uuid}: {ended}") from None
         if "error" in answer:
             raise GpuReadError(answer["error"], answer["message"])
-        return holders_from_json(answer["holders"])
+        return answer
 
     async def release(self) -> None:
         """End the child, and with it every handle; no reading comes until `acquire`.
@@ -138,12 +159,27 @@ class NvmlGpus:
         loop = asyncio.get_running_loop()
         due_s = loop.time() + first_in_s
         while True:
-            await asyncio.sleep(due_s - loop.time())
+            await self._pause(due_s)
             readings = await self._round()
             assert self._on_readings is not None
             # Not from this task: what a receiver raises must not end the sampling.
             loop.call_soon(self._on_readings, readings)
-            due_s = max(due_s + self._period_s, loop.time())  # a round that was late is not made up for
+            if loop.time() >= due_s:  # else the child woke us, and the next round comes when it was due
+                due_s = max(due_s + self._period_s, loop.time())  # one that was late is not made up for
+
+    async def _pause(self, until_s: float) -> None:
+        """Return at that time, or when the child has something to tell."""
+        child = self._child
+        if child is None:
+            await asyncio.sleep(until_s - asyncio.get_running_loop().time())
+            return
+        try:
+            async with asyncio.timeout_at(until_s):
+                await child.woken.wait()
+        except TimeoutError:
+            return
+        child.woken.clear()
+        await asyncio.sleep(WAKE_S)
 
     async def _round(self) -> GpuReadings:
         """Return one round: the child's, or one that says why there is none."""
@@ -156,9 +192,15 @@ class NvmlGpus:
             return self._fail(TIMEOUT, f"{len(self._leaving)} before it hang and have not ended")
         try:
             child = self._child = self._child or await _Child.start(self._environment)
-            request = {"do": "sample", "within_s": within_s, "stuck_s": limits.stuck_s}
+            request = {
+                "do": "sample",
+                "within_s": within_s,
+                "stuck_s": limits.stuck_s,
+                "events_after": child.events_seen,
+            }
             answer = await child.ask(request, within_s + limits.silence_s)
             readings = _readings_from_json(answer)
+            child.events_seen = max((number for number, _ in answer["events"]), default=child.events_seen)
             is_lost = answer["replace_me"]
         except TimeoutError:
             return self._fail(TIMEOUT, f"silent for {limits.silence_s} s")
@@ -168,7 +210,7 @@ class NvmlGpus:
             return self._fail(NOT_STARTED, str(error))
         self._distrust(readings.driver_version)
         if readings.errors.get("driver") == TIMEOUT:
-            readings = self._nothing_new(TIMEOUT)
+            readings = replace(self._nothing_new(TIMEOUT), events=readings.events)
         self._last = readings
         if is_lost:
             self._replace_later(f"it can't recover: {readings.errors}")
@@ -227,6 +269,8 @@ class _Child:
         self._process = process
         self._reader = reader
         self._writer = writer
+        self.events_seen = 0
+        self.woken = asyncio.Event()
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._why_ended = ""
@@ -311,6 +355,9 @@ class _Child:
                 answer.set_exception(_ChildEnded(self._why_ended))
 
     def _answer(self, message: Message) -> None:
+        if "wake" in message:
+            self.woken.set()
+            return
         # An answer that nobody waits for any more came too late.
         answer = self._waiting.get(message["id"])
         if answer is not None and not answer.done():
@@ -323,4 +370,5 @@ def _readings_from_json(message: Message) -> GpuReadings:
         samples=tuple(GpuSample(**fields) for fields in message["samples"]),
         errors=message["errors"],
         driver_version=message["driver_version"],
+        events=tuple(GpuEvent(**fields) for _, fields in message["events"]),
     )

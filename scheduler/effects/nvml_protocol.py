@@ -1,28 +1,33 @@
 """What the daemon and its NVML child say to each other: one JSON object a line, over a socket pair.
 
-    child:   {"protocol": 1}                                                     once, first
-    daemon:  {"id": 1, "do": "sample", "within_s": 1.0, "stuck_s": 60.0}
+    child:   {"protocol": 2}                                                     once, first
+    daemon:  {"id": 1, "do": "sample", "within_s": 1.0, "stuck_s": 60.0, "events_after": 0}
     child:   {"id": 1, "identities": [...], "samples": [...], "errors": {...}, "driver_version": "...",
-              "replace_me": false}
+              "replace_me": false, "events": [[1, {...}]]}
     daemon:  {"id": 2, "do": "holders", "uuid": "GPU-...", "within_s": 2.0}
     child:   {"id": 2, "holders": {...}}, or {"id": 2, "error": "ERROR_TIMEOUT", "message": "..."}
+    daemon:  {"id": 3, "do": "set_power_limit", "uuid": "GPU-...", "power_limit_w": 300.0, "within_s": 2.0}
+    child:   {"id": 3, "limit": {...}}, or an error as above
 
-Answers come in any order. The end of the stream, from either side, is the end of the child. The version is
-checked although both ends are one package: an upgrade exchanges the files beneath a daemon that runs.
+    child:   {"wake": true}                   there are events: ask for a sample now, not at your next time
+
+Answers come in any order. Events are numbered, and told until a request says that they arrived. The end of
+the stream, from either side, is the end of the child. The version is checked although both ends are one
+package: an upgrade exchanges the files beneath a daemon that runs.
 """
 
 import json
 from typing import Any
 
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuProcess, GpuSample
+from scheduler.model.gpus import GpuEvent, GpuHolders, GpuIdentity, GpuLimit, GpuProcess, GpuSample
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 # 16 GPUs take 10 KiB; 512 processes with the longest names, every letter escaped, 850 KiB.
 LINE_BYTES_MAX = 2**20
 TIMEOUT = "ERROR_TIMEOUT"  # a call that hangs: NVML's own word for it
 
 Message = dict[str, Any]
-Value = GpuIdentity | GpuSample | GpuProcess
+Value = GpuIdentity | GpuSample | GpuProcess | GpuEvent | GpuLimit
 
 
 def encode(message: Message) -> bytes:

@@ -25,12 +25,21 @@ class GpuIdentity:
     model: str  # NVML's name: "NVIDIA H100 80GB HBM3"
     memory_total_mib: int
     pci_bus_id: str = ""
-    numa_node: int | None = None
+    # Where it sits; numbers are unique within a node and mean nothing beyond "the same".
+    island: int | None = None  # GPUs that NVLinks join, directly or through switches
+    numa: int | None = None
+    switch: int | None = None  # GPUs below one PCIe switch
     minor_number: int | None = None
     power_limit_w_min: float | None = None
     power_limit_w_max: float | None = None
     power_limit_w_default: float | None = None
+    power_scope: str = ""  # what power means here: "gpu", or "module" with the CPU beside it
+    sm_clock_mhz_max: int | None = None
+    temperature_celsius_slowdown: float | None = None
+    temperature_celsius_shutdown: float | None = None
+    compute_capability: str = ""  # "9.0"
     driver_version: str = ""
+    cuda_version: str = ""  # the newest that the driver serves: "12.8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +50,44 @@ class GpuSample:
     at_s: float  # Unix seconds, when it was read
     memory_used_mib: int | None = None
     utilization_ratio: float | None = None
-    power_w: float | None = None
-    power_limit_w: float | None = None
+    power_w: float | None = None  # instant where the GPU gives it, else the average
+    power_w_average: float | None = None  # over about a second
+    power_limit_w: float | None = None  # what was asked for
+    power_limit_w_enforced: float | None = None  # lower where somebody else caps too
+    power_capped_s: float | None = None  # for how long the limit has bound, since the driver was loaded
     energy_mj: int | None = None  # since the driver was loaded
     temperature_celsius: float | None = None
+    memory_temperature_celsius: float | None = None
     sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    clock_reasons: int | None = None  # what holds the clock back: NVML's bits
+    ecc_corrected: int | None = None  # since the driver was loaded
+    ecc_uncorrected: int | None = None
+    rows_remapped_corrected: int | None = None  # for good
+    rows_remapped_uncorrected: int | None = None
+    is_remap_pending: bool | None = None  # takes effect at the next reset
+    has_remap_failed: bool | None = None
+    recovery_action: int | None = None  # the driver's own verdict, 0 = none needed
+    is_power_smoothed: bool | None = None  # it may not shed at once
+    ramp_down_w_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEvent:
+    """Something that the driver told of a GPU by itself."""
+
+    uuid: str
+    at_s: float  # Unix seconds, when it was heard
+    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable" or "recovery_action"
+    code: int  # the XID; else what the driver adds
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLimit:
+    """What a GPU says of its limit after it was set."""
+
+    power_limit_w: float | None
+    power_limit_w_enforced: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +99,7 @@ class GpuProcess:
     kind: str = "compute"  # or "graphics"
     user: str = ""
     command: str = ""  # base name of the executable
+    utilization_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,8 @@ class GpuColumns:
         for name in ("island", "switch", "numa"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.full(len(self.uuid), UNKNOWN, dtype=np.int64))
+        # Here and not in the snapshot: they outlive many.
+        _check_gpus(_Table("gpus", self, lambda row: self.uuid[row]), self)
 
     def __len__(self) -> int:
         return len(self.uuid)
@@ -164,14 +166,15 @@ class Snapshot:
         of_gpus = _Table("gpus", gpus, lambda row: gpus.uuid[row])
         of_nodes = _Table("nodes", nodes, lambda row: f"node {row}")
         of_holdings = _Table("holdings", holdings, lambda row: gpus.uuid[holdings.gpu[row]])
-        for table in (of_jobs, of_gpus, of_nodes, of_holdings):
+        for table in (of_jobs, of_nodes, of_holdings):
             table.check_shape()
         if self.model_fits.shape[1:] != (len(gpus),) or self.model_fits.dtype != _BOOL:
             raise SnapshotError(
                 f"model_fits is {self.model_fits.dtype} of shape {self.model_fits.shape} for {len(gpus)} GPUs"
             )
         _check_nodes(of_nodes, nodes)
-        _check_gpus(of_gpus, gpus, len(nodes))
+        if len(gpus):
+            of_gpus.within("node", 0, len(nodes) - 1)
         _check_jobs(of_jobs, jobs, len(nodes), len(self.model_fits))
         _check_holdings(of_holdings, holdings, jobs, gpus)
 
@@ -254,11 +257,12 @@ def _check_nodes(table: _Table, nodes: NodeColumns) -> None:
         table.at_most(drain=DRAINING_STOP)
 
 
-def _check_gpus(table: _Table, gpus: GpuColumns, nodes: int) -> None:
+def _check_gpus(table: _Table, gpus: GpuColumns) -> None:
+    table.check_shape()
     if not len(gpus):
         return
-    table.not_negative("node", "state", "memory_mib")
-    table.at_most(node=nodes - 1, state=CLOSED)
+    table.not_negative("state", "memory_mib")
+    table.at_most(state=CLOSED)
     if len(set(gpus.uuid)) != len(gpus):
         first = {uuid: row for row, uuid in reversed(list(enumerate(gpus.uuid)))}
         unique = np.array([first[uuid] == row for row, uuid in enumerate(gpus.uuid)])

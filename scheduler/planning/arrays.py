@@ -22,6 +22,7 @@ __all__ = [
     "lists",
     "on_backend",
     "pool_mib",
+    "release",
     "rows_where",
     "unknown_as_zero",
     "xp",
@@ -107,11 +108,17 @@ def finish() -> None:
 
 
 def pool_mib() -> float:
-    """The most GPU memory that CuPy has held at once for arrays; 0 on numpy."""
+    """The most GPU memory that CuPy has held at once for arrays since `release`; 0 on numpy."""
     if xp.__name__ != "cupy":
         return 0.0
-    # Nothing is handed back to the driver before the end, so what is held now is the most that was.
+    # Nothing else hands memory back to the driver, so what is held now is the most that was.
     return float(xp.get_default_memory_pool().total_bytes()) / _MIB
+
+
+def release() -> None:
+    """Hand back to the driver what CuPy holds beyond its living arrays; numpy keeps nothing."""
+    if xp.__name__ == "cupy":
+        xp.get_default_memory_pool().free_all_blocks()
 
 
 def rows_where(mask: Any) -> Any:

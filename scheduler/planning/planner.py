@@ -92,6 +92,8 @@ class Planner:
         self._first_blocked: Blocked | None = None
         # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
         self._strict: dict[bool, Blocked] = {}
+        jobs = snapshot.jobs
+        self._timed = rows_where((jobs.time_limit_us != UNKNOWN) | (jobs.deadline_us != UNKNOWN))
         stopping = self._stop_what_is_over()
         self.world = World(snapshot, policy, stopping, layout)
         self._horizons = Horizons(self.world, policy.order)
@@ -128,24 +130,24 @@ class Planner:
 
     def _stop_what_is_over(self) -> frozenset[int]:
         """Order the stops that are due; the numbers of the jobs that they stop."""
-        jobs, now_us = self._snapshot.jobs, self.now_us
-        running = jobs.state == RUNNING
-        started = xp.where(jobs.started_us == UNKNOWN, now_us, jobs.started_us)
-        limited = running & (jobs.time_limit_us != UNKNOWN) & (started + jobs.time_limit_us <= now_us)
-        missed = (
-            (running | (jobs.state == SUSPENDED))
-            & (jobs.deadline_us != UNKNOWN)
-            & (jobs.deadline_us <= now_us)
-        )
+        jobs, now_us, timed = self._snapshot.jobs, self.now_us, self._timed
         order: dict[int, Action] = {}
         draining = rows_where(self._snapshot.nodes.drain == DRAINING_STOP)
         if len(draining):
-            live = (jobs.state == STARTING) | running | (jobs.state == SUSPENDED)
+            live = (jobs.state == STARTING) | (jobs.state == RUNNING) | (jobs.state == SUSPENDED)
             for number in jobs.number[live & xp.isin(jobs.node, draining)].tolist():
                 order[number] = RequeueJob(number, Reason.NODE_DRAINED)
-        for where, reason in ((missed, Reason.DEADLINE_MISSED), (limited, Reason.TIME_LIMIT)):
-            if where.any():
-                order.update((number, StopJob(number, reason)) for number in jobs.number[where].tolist())
+        if len(timed):
+            running = jobs.state[timed] == RUNNING
+            started_us, limit_us = jobs.started_us[timed], jobs.time_limit_us[timed]
+            ran_us = xp.where(started_us == UNKNOWN, 0, now_us - started_us)
+            limited = running & (limit_us != UNKNOWN) & (ran_us >= limit_us)
+            deadline_us = jobs.deadline_us[timed]
+            live = running | (jobs.state[timed] == SUSPENDED)
+            missed = live & (deadline_us != UNKNOWN) & (deadline_us <= now_us)
+            for where, reason in ((missed, Reason.DEADLINE_MISSED), (limited, Reason.TIME_LIMIT)):
+                numbers = jobs.number[timed[where]].tolist()
+                order.update((number, StopJob(number, reason)) for number in numbers)
         self._stops = [order[number] for number in sorted(order)]
         return frozenset(order)
 
@@ -255,24 +257,22 @@ class Planner:
 
     def _wake_us(self) -> int | None:
         """The next moment at which time alone could change the plan."""
-        jobs, now_us, codes = self._snapshot.jobs, self.now_us, self.queue.codes
-        running = jobs.state == RUNNING
-        waits = codes >= 0
-        moments = [] if self.promise is None else [self.promise.start_us]
-        dated = jobs.deadline_us != UNKNOWN
-        late_us = jobs.deadline_us + 1
-        if dated.any():
-            late_us = late_us - unknown_as_zero(jobs.expected_us)
-        for where, moment in (
-            (running & (jobs.time_limit_us != UNKNOWN), jobs.started_us + jobs.time_limit_us),
-            (dated & (running | (jobs.state == SUSPENDED)), jobs.deadline_us),
-            (dated & waits, late_us),
-            (codes == WAIT_CODE[Reason.BACKING_OFF], jobs.eligible_us),
-        ):
-            if where.any():
-                moments.append(int(xp.where(where & (moment > now_us), moment, NEVER).min()))
-        if waits.any():
-            yields_us = self.world.incumbents.yields_us
-            later = yields_us[yields_us > now_us]
-            moments += [int(later.min())] if len(later) else []
-        return min((moment for moment in moments if now_us < moment < NEVER), default=None)
+        jobs, now_us, codes, timed = self._snapshot.jobs, self.now_us, self.queue.codes, self._timed
+        promised = [] if self.promise is None else [xp.asarray([self.promise.start_us])]
+        backing_off = rows_where(codes == WAIT_CODE[Reason.BACKING_OFF])
+        moments = [*promised, jobs.eligible_us[backing_off]]
+        if len(timed):
+            running = jobs.state[timed] == RUNNING
+            limited = timed[running & (jobs.time_limit_us[timed] != UNKNOWN)]
+            dated = jobs.deadline_us[timed] != UNKNOWN
+            late = timed[dated & (codes[timed] >= 0)]
+            moments += [
+                jobs.started_us[limited] + jobs.time_limit_us[limited],
+                jobs.deadline_us[timed[dated & (running | (jobs.state[timed] == SUSPENDED))]],
+                jobs.deadline_us[late] + 1 - unknown_as_zero(jobs.expected_us[late]),
+            ]
+        if (codes >= 0).any():
+            moments.append(self.world.incumbents.yields_us)
+        moment_us = xp.concatenate(moments)
+        moment_us = moment_us[(moment_us > now_us) & (moment_us < NEVER)]
+        return int(moment_us.min()) if len(moment_us) else None

@@ -27,7 +27,7 @@ from scheduler.effects.launcher import (
     StopOrder,
 )
 from scheduler.errors import ConfigError, GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuProcess, GpuSample
+from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuProcess, GpuSample
 
 GPUS_MAX = 64
 DRIVER_VERSION = "simulated"
@@ -76,6 +76,7 @@ class _Board:
     at_s: float = 0.0
     # By attempt: its main pid, None between the order and the report.
     jobs: dict[AttemptKey, int] = field(default_factory=dict)
+    power_limit_w: float | None = None  # as it was set; None = the board's own
 
 
 def parse(text: str) -> list[Profile]:
@@ -116,7 +117,7 @@ class SimulatedGpus:
                 model=profile.model,
                 memory_total_mib=profile.memory_mib,
                 pci_bus_id=f"00000000:{0x10 + index:02X}:00.0",
-                numa_node=0 if index < len(boards) / 2 else 1,
+                numa=0 if index < len(boards) / 2 else 1,
                 minor_number=index,
                 power_limit_w_min=profile.power_limit_w_min,
                 power_limit_w_max=profile.power_limit_w_max,
@@ -134,6 +135,19 @@ class SimulatedGpus:
         if board is None or self._released:
             raise GpuReadError("ERROR_NOT_FOUND", f"no simulated GPU {uuid}")
         return GpuHolders(uuid, self._clock.now_s(), tuple(self._processes(board)), self._memory_mib(board))
+
+    async def set_power_limit(self, uuid: str, power_limit_w: float) -> GpuLimit:
+        board = self._boards.get(uuid)
+        if board is None or self._released:
+            raise GpuReadError("ERROR_NOT_FOUND", f"no simulated GPU {uuid}")
+        low, high = board.profile.power_limit_w_min, board.profile.power_limit_w_max
+        if not low <= power_limit_w <= high:
+            raise GpuReadError(
+                "ERROR_INVALID_ARGUMENT", f"GPU {uuid}: {power_limit_w} W is not in {low} to {high} W"
+            )
+        self._sampled(board, self._clock.now_s())  # what was drawn until now was drawn under the old limit
+        board.power_limit_w = power_limit_w
+        return GpuLimit(power_limit_w, power_limit_w)
 
     async def release(self) -> None:
         self._released = True
@@ -174,7 +188,8 @@ class SimulatedGpus:
     def _sampled(self, board: _Board, now_s: float) -> GpuSample:
         busy = bool(self._processes(board))
         profile = board.profile
-        target_w = profile.power_limit_w_max * _BUSY_RATIO if busy else profile.idle_w
+        limit_w = board.power_limit_w or profile.power_limit_w_max
+        target_w = min(profile.power_limit_w_max * _BUSY_RATIO, limit_w) if busy else profile.idle_w
         elapsed_s = max(0.0, now_s - board.at_s)
         before_w = board.power_w
         board.power_w = target_w + (before_w - target_w) * math.exp(-elapsed_s / _SETTLING_S)
@@ -186,7 +201,7 @@ class SimulatedGpus:
             memory_used_mib=self._memory_mib(board),
             utilization_ratio=0.95 if busy else 0.0,
             power_w=round(board.power_w, 1),
-            power_limit_w=profile.power_limit_w_max,
+            power_limit_w=limit_w,
             energy_mj=round(board.energy_mj),
             temperature_celsius=round(_IDLE_TEMPERATURE_C + board.power_w * _TEMPERATURE_C_PER_W, 1),
             sm_clock_mhz=profile.sm_clock_mhz if busy else 345,

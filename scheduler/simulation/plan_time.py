@@ -22,7 +22,7 @@ import numpy as np
 from scheduler.model.actions import Plan, PreemptJob, StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.snapshot import Snapshot
-from scheduler.planning.arrays import finish, on_backend, pool_mib, xp
+from scheduler.planning.arrays import finish, on_backend, pool_mib, release, xp
 from scheduler.planning.planner import Memo, digest, plan
 from scheduler.simulation.changes import carried_out, changed, held_gpus
 from scheduler.simulation.worlds import world
@@ -88,7 +88,8 @@ def measure(jobs: int, gpus: int, seed: int, told: Callable[[str, int], None]) -
 
 
 def forget_peak_memory() -> None:
-    """Let the process's peak of memory begin anew, where the kernel allows it."""
+    """Let the process's peak of memory begin anew, where the kernel allows it, and that of CuPy's pool."""
+    release()
     try:
         # 5 resets the peak of the resident set (Linux, Documentation/filesystems/proc.rst). Where /proc is
         # read-only the figure holds what building the world took, too.

@@ -48,6 +48,8 @@ CPUS_PER_GPU = 16
 MEMORY_MIB_PER_GPU = 131_072
 # H100 80GB, A100 80GB, L40S: memory that jobs may book, and how many nodes of ten have it.
 MODEL_MEMORY_MIB = (81_559, 81_920, 46_068)
+NVLINK_MODELS = (0, 1)  # all GPUs of such a node are one island
+SWITCH_GPUS, NUMA_GPUS = 2, 4
 MODELS: Weighted = ((0, 5), (1, 3), (2, 2))
 # Which models a set accepts: any, H100, H100 or A100, L40S.
 MODEL_SETS = ((0, 1, 2), (0,), (0, 1), (2,))
@@ -117,6 +119,9 @@ def world(jobs: int, gpus: int, seed: int) -> Snapshot:
             node=gpu_node,
             memory_mib=memory_mib,
             state=np.where(closed, CLOSED, OPEN),
+            island=np.where(np.isin(model, NVLINK_MODELS), 0, UNKNOWN),
+            switch=np.arange(gpus, dtype=np.int64) % NODE_GPUS // SWITCH_GPUS,
+            numa=np.arange(gpus, dtype=np.int64) % NODE_GPUS // NUMA_GPUS,
         ),
         nodes=_nodes(random, np.bincount(gpu_node, minlength=nodes)),
         holdings=HoldingColumns(**holdings),

@@ -23,6 +23,7 @@ import grpc
 import idle
 import latency
 import measure
+import nvml_child
 import recovery
 import throughput
 from measure import DidNotWork, Figure
@@ -39,6 +40,7 @@ FIGURES: dict[str, Callable[["Bench"], Figure]] = {
     "restart": recovery.restart,
     "crash": recovery.crash,
     "idle": idle.idle,
+    "nvml_child": nvml_child.nvml_child,
 }
 CRASH_INSTANTS = 20
 CRASH_INSTANTS_QUICK = 3

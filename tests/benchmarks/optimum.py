@@ -6,21 +6,24 @@ The worlds are seeded and of five kinds (`tests/fakes/contested.py`), the policy
 hysteresis. `tests/properties/optimum.py` says what a plan is worth and what the optima may choose. Ratios are
 of the proved bound of the optimum; `unproved` counts the programs that were stopped before they met it.
 
-Between plan and optimum stand what the rules cost and what the planner could do better:
+Between nothing and the optimum stand what the planner could do better and what the rules cost:
 
-    optimum                 anybody may be left out
-    optimum_by_rank         only who does not fit at its turn may (R4); the best places and victims
-    plan                    the planner
-    plan_with_hour          the planner, were a victim's loss to count what it would have earned, too
-    plan_with_hour_and_bar  and were the value that displaces a job to make up for its unsaved work, too
+    nothing             all goes on as it is
+    plan                the planner
+    plan_with_hour      the planner, were a victim's loss to count what it would have earned, too
+    plan_worth_it       and were nobody to displace victims whose loss is more than it earns itself
+    optimum_by_rank     the best places and victims; only who does not fit at its turn is left out (R4)
+    optimum             anybody may be left out
 
-The last two are the planner itself in a changed world, its decision judged in the true one: a checkpoint an
-hour older adds the hour to a loss; restart loss in the place of unsaved work adds that to the bar.
+The two in the middle are the planner itself in a changed world, its decision judged in the true one: a
+checkpoint an hour older adds the hour to a loss; who is not worth its victims is set aside and the plan made
+anew.
 """
 
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,11 +31,12 @@ from itertools import repeat
 
 import numpy as np
 
+from scheduler.model.actions import PreemptJob
 from scheduler.model.policy import Order, Policy
 from scheduler.planning.planner import plan
 from tests.fakes.contested import KINDS, contested
 from tests.fakes.worlds import HOUR_US, UNKNOWN, J, W, snapshot
-from tests.properties.optimum import Decision, Rules, decided, optimum, worth_microusd
+from tests.properties.optimum import Decision, Rules, decided, hourly_microusd, optimum, worth_microusd
 from tests.properties.oracle import Oracle
 
 WORLDS = 1000
@@ -66,67 +70,77 @@ class Judged:
 def judge(kind: str, seed: int) -> Judged:
     """Plan the world, find its optima."""
     world = contested(kind, seed)
-    worth = {name: worth_microusd(world, POLICY, decide(changed(world))) for name, changed in PLANS.items()}
+    worth = {name: worth_microusd(world, POLICY, decide(world)) for name, decide in DECIDE.items()}
     unproved = 0
     for name, rules in (("optimum_by_rank", Rules.BY_RANK), ("optimum", Rules.ANY)):
         best = optimum(world, POLICY, rules)
-        assert best is not None, "to do nothing is always allowed where nothing is wanted"
+        assert best is not None, "without a fixed decision there is always one"
         worth[name] = best.microusd_max
         unproved += best.microusd_max > best.microusd
     return Judged(kind, seed, worth, unproved)
 
 
-def decide(world: W) -> Decision:
+def nothing(world: W) -> Decision:
+    """Nobody starts, nobody goes."""
+    return Decision(frozenset(), frozenset())
+
+
+def planned(world: W) -> Decision:
     """What the planner decides."""
     return decided(plan(snapshot(world), POLICY))
 
 
-def unchanged(world: W) -> W:
-    """The world itself."""
-    return world
+def with_hour(world: W) -> Decision:
+    """What it decides where victims lose, beside their work, what they would have earned in the hour."""
+    return planned(priced_by_the_hour(world))
 
 
-def with_hour(world: W) -> W:
-    """The world in which victims lose, beside their work, what they would have earned in the hour."""
-    return _with_live(world, lambda job: _unsaved(world, job, _unsaved_us(world, job) + HOUR_US))
+def worth_it(world: W) -> Decision:
+    """The same, where nobody displaces victims that lose more than it earns in the hour."""
+    priced = priced_by_the_hour(world)
+    while True:
+        made = plan(snapshot(priced), POLICY)
+        cost = Counter[int]()
+        for action in made.actions:
+            if isinstance(action, PreemptJob):
+                cost[action.preemptor] += action.loss_microusd
+        too_dear = [world.job(number) for number in cost if cost[number] > hourly_microusd(world.job(number))]
+        if not too_dear:
+            return decided(made)
+        # Who ranks lower may be worth its victims once this one does not take them: one at a time.
+        first = min(too_dear, key=Oracle(world, POLICY).rank)
+        later = replace(first, eligible_us=world.now_us + HOUR_US)
+        priced = replace(
+            priced, jobs=tuple(later if job.number == first.number else job for job in priced.jobs)
+        )
 
 
-def with_hour_and_bar(world: W) -> W:
-    """The same, and whoever displaces a job must be worth its unsaved work as well as its restart."""
-
-    def changed(job: J) -> J:
-        lost_us = job.restart_loss_us + _unsaved_us(world, job)
-        return replace(_unsaved(world, job, HOUR_US), restart_loss_us=lost_us)
-
-    return _with_live(world, changed)
-
-
-PLANS: dict[str, Callable[[W], W]] = {
-    "plan": unchanged,
+DECIDE: dict[str, Callable[[W], Decision]] = {
+    "nothing": nothing,
+    "plan": planned,
     "plan_with_hour": with_hour,
-    "plan_with_hour_and_bar": with_hour_and_bar,
+    "plan_worth_it": worth_it,
 }
-LADDER = (*PLANS, "optimum_by_rank", "optimum")
+RUNGS = (*DECIDE, "optimum_by_rank")
 
 
-def _with_live(world: W, changed: Callable[[J], J]) -> W:
-    return replace(world, jobs=tuple(changed(job) if job.is_live else job for job in world.jobs))
+def priced_by_the_hour(world: W) -> W:
+    """The world in which every live job saved its work an hour earlier and may be displaced as before."""
+    return replace(
+        world, jobs=tuple(_an_hour_older(world, job) if job.is_live else job for job in world.jobs)
+    )
 
 
-def _unsaved_us(world: W, job: J) -> int:
-    """Work since the last checkpoint, or half the interval that is assumed of who reports none."""
-    ran_us = world.now_us - job.started_us
+def _an_hour_older(world: W, job: J) -> J:
+    unsaved_us = world.now_us - job.started_us
     if job.checkpoint_us != UNKNOWN:
-        return min(ran_us, world.now_us - job.checkpoint_us)
-    return min(ran_us, round(POLICY.assumed_checkpoint_interval_s * 1e6) // 2)
-
-
-def _unsaved(world: W, job: J, unsaved_us: int) -> J:
-    """The job with this much unsaved work, running for longer by an hour, and as free to be displaced."""
+        unsaved_us = min(unsaved_us, world.now_us - job.checkpoint_us)
+    else:  # half the interval that is assumed of who reports no checkpoint
+        unsaved_us = min(unsaved_us, round(POLICY.assumed_checkpoint_interval_s * 1e6) // 2)
     is_free = Oracle(world, POLICY).protected_until(job) <= world.now_us
     return replace(
         job,
-        checkpoint_us=world.now_us - unsaved_us,
+        checkpoint_us=world.now_us - unsaved_us - HOUR_US,
         started_us=job.started_us - HOUR_US,
         preemptible=job.preemptible and is_free,
         min_runtime_us=0,
@@ -138,12 +152,13 @@ def summary(judged: list[Judged]) -> dict[str, object]:
     ratios = {
         f"{of}_over_{to}": [world.ratio(of, to) for world in judged]
         for of, to in (
-            *((rung, "optimum") for rung in LADDER[:-1]),
+            *((rung, "optimum") for rung in RUNGS),
             ("plan", "optimum_by_rank"),
         )
     }
     free = [world.ratio("plan", "optimum") for world in judged if not world.is_bound_by_rank]
-    worst = sorted(judged, key=lambda world: (world.ratio("plan", "optimum"), world.kind, world.seed))
+    missed = [world for world in judged if world.worth_microusd["optimum"] > world.worth_microusd["plan"]]
+    worst = sorted(missed, key=lambda world: (world.ratio("plan", "optimum"), world.kind, world.seed))
     return {
         "worlds": len(judged),
         "unproved": sum(world.unproved for world in judged),
@@ -154,7 +169,7 @@ def summary(judged: list[Judged]) -> dict[str, object]:
             {
                 "kind": world.kind,
                 "seed": world.seed,
-                **{rung: round(world.ratio(rung, "optimum"), 4) for rung in LADDER[:-1]},
+                **{rung: round(world.ratio(rung, "optimum"), 4) for rung in RUNGS},
             }
             for world in worst[:WORST]
         ],

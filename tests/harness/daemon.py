@@ -87,7 +87,10 @@ def word(reason: int) -> str:
 
 
 class Daemon:
-    """One daemon, its launcher and its jobs; a context that leaves nothing behind."""
+    """One daemon, its launcher and its jobs; a context that leaves nothing behind.
+
+    Without `gpus` it reads them through NVML, as far as its `environment` has one.
+    """
 
     def __init__(self, *, gpus: str = "4xH100", config: str = "", directory: Path | None = None) -> None:
         # Unix sockets have short paths, and pytest's directories long ones.
@@ -118,8 +121,9 @@ class Daemon:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    WATTSHIFT, "serve", "--simulate", self.gpus, "--config", self.config,
-                    "--state-dir", self.state, "--listen", self.address, "--metrics-listen", "127.0.0.1:0",
+                    WATTSHIFT, "serve", *(("--simulate", self.gpus) if self.gpus else ()),
+                    "--config", self.config, "--state-dir", self.state, "--listen", self.address,
+                    "--metrics-listen", "127.0.0.1:0",
                 ],
                 stdout=subprocess.DEVNULL,
                 stderr=log,

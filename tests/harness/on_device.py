@@ -18,13 +18,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = Path(__file__).with_name("on_device_allowed.txt")
-# Those that go through a whole plan; the others call its parts with numpy's arrays.
-PLANNER_TESTS = (
-    "tests/unit/test_planner_explain.py",
-    "tests/unit/test_planner_placement.py",
-    "tests/unit/test_planner_preemption.py",
-    "tests/unit/test_planner_time.py",
-    "tests/properties/test_planner_stability.py",
+# Those that go through a whole plan; properties call parts of the planner with numpy's arrays.
+PLANNER_TESTS = tuple(
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "tests/unit").glob("test_planner_*.py"))
+    if path.stem not in ("test_planner_on_device", "test_planner_cupy")
 )
 REPORT_VARIABLE = "WATTSHIFT_DEVICE_REPORT"
 

@@ -334,7 +334,7 @@ async def test_a_child_of_another_version_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = FakeNvml(tmp_path)
-    monkeypatch.setattr(nvml_client, "PROTOCOL_VERSION", 2)
+    monkeypatch.setattr(nvml_client, "PROTOCOL_VERSION", nvml_client.PROTOCOL_VERSION + 1)
     async with reading(fake) as read:
         assert read.first == GpuReadings((), (), {"driver": "ERROR_UNINITIALIZED"})
         assert "it speaks protocol 1, not 2" in caplog.text

@@ -232,8 +232,8 @@ async def test_holders_are_answered_while_a_round_waits_for_another_gpu(tmp_path
     patient = dataclasses.replace(LIMITS, round_s=PATIENCE_S)
     async with reading(fake, patient, period_s=PATIENCE_S) as read:
         await read.gpus.release()
-        answered = fake.rule("nvmlDeviceGetClockInfo", gpu=0)
-        waited_for = fake.rule("nvmlDeviceGetClockInfo", gpu=1, hang=True)
+        answered = fake.rule("nvmlDeviceGetTotalEnergyConsumption", gpu=0)
+        waited_for = fake.rule("nvmlDeviceGetTotalEnergyConsumption", gpu=1, hang=True)
         await read.gpus.acquire()
         await eventually(lambda: answered.calls == 1 and waited_for.inside == 1)
         assert read.rounds.empty()

@@ -35,7 +35,9 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
     gpu.memory_used, gpu.utilization_percent, gpu.energy_mj = 1234 * MIB + 5, 37, 2**53 + 1
     gpu.power_instant_mw, gpu.power_average_mw, gpu.limit_mw = 612_345, 600_000, 650_000
     gpu.limit_enforced_mw, gpu.temperature_celsius, gpu.sm_clock_mhz = 640_000, 71, 1980
-    gpu.minor_number = 3
+    gpu.minor_number, gpu.power_capped_ns, gpu.clock_reasons = 3, 1_500_000_000, 0x4
+    gpu.ecc_corrected, gpu.ecc_uncorrected, gpu.recovery_action = 7, 1, 1
+    gpu.remapped_corrected, gpu.remapped_uncorrected, gpu.remap_pending = 3, 2, 1
     before_s = time.time()
     readings = await first_round(fake)
     assert before_s <= readings.samples[0].at_s <= time.time()
@@ -47,12 +49,20 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
                 model="NVIDIA H100 80GB HBM3",
                 memory_total_mib=81559,
                 pci_bus_id="00000000:10:00.0",
-                numa_node=None,
+                island=0,
+                numa=None,
+                switch=None,  # nobody is there to be compared with
                 minor_number=3,
                 power_limit_w_min=200.0,
                 power_limit_w_max=700.0,
                 power_limit_w_default=700.0,
+                power_scope="gpu",
+                sm_clock_mhz_max=1980,
+                temperature_celsius_slowdown=87,
+                temperature_celsius_shutdown=92,
+                compute_capability="9.0",
                 driver_version="570.86.15",
+                cuda_version="12.8",
             ),
         ),
         samples=(
@@ -62,10 +72,23 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
                 memory_used_mib=1234,
                 utilization_ratio=0.37,
                 power_w=612.345,
+                power_w_average=600.0,
                 power_limit_w=650.0,
+                power_limit_w_enforced=640.0,
+                power_capped_s=1.5,
                 energy_mj=2**53 + 1,
                 temperature_celsius=71.0,
+                memory_temperature_celsius=38.0,
                 sm_clock_mhz=1980,
+                memory_clock_mhz=2619,
+                clock_reasons=0x4,
+                ecc_corrected=7,
+                ecc_uncorrected=1,
+                rows_remapped_corrected=3,
+                rows_remapped_uncorrected=2,
+                is_remap_pending=True,
+                has_remap_failed=False,
+                recovery_action=1,
             ),
         ),
         errors={},
@@ -96,7 +119,9 @@ async def test_what_a_gpu_does_not_report_is_absent_and_not_zero(tmp_path: Path)
             model="NVIDIA H100 80GB HBM3",
             memory_total_mib=0,
             pci_bus_id="00000000:10:00.0",
+            island=0,
             driver_version="570.86.15",
+            cuda_version="12.8",
         ),
     )
 
@@ -243,7 +268,7 @@ async def test_a_gpu_that_hangs_costs_only_itself_and_nothing_is_stacked_on_it(t
     fake = FakeNvml(tmp_path, gpus=3)
     hung = fake.gpus[1].uuid
     others = [fake.gpus[0].uuid, fake.gpus[2].uuid]
-    sampled = [fake.rule("nvmlDeviceGetClockInfo", gpu=index) for index in range(2)]
+    sampled = [fake.rule("nvmlDeviceGetTotalEnergyConsumption", gpu=index) for index in range(2)]
     async with reading(fake) as read:
         rule = fake.rule("nvmlDeviceGetUtilizationRates", gpu=1, hang=True)
         await read.until(lambda readings: readings.errors == {hung: "ERROR_TIMEOUT"})

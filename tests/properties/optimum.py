@@ -235,6 +235,8 @@ class Step:
         self._program = Program()
         self._room = {key: Sum(amount) for key, amount in self._there.items()}
         self._gone = {victim.number: Sum() for victim in self._movable}
+        self._used = [Sum() for _ in self._bins]
+        self._alike = self._find_alike()
         self._is_served: dict[int, int] = {}
         self._displaces: dict[tuple[int, int], int] = {}
         for job in self._pending:
@@ -296,6 +298,20 @@ class Step:
                 bins.setdefault((holder.get(gpu.uuid), users), []).append(gpu.uuid)
         return [tuple(uuids) for uuids in bins.values()]
 
+    def _find_alike(self) -> dict[int, int]:
+        """Of empty bins that nothing tells apart each but the first, with the one before it."""
+        before: dict[tuple[object, ...], int] = {}
+        alike: dict[int, int] = {}
+        held = {key[0] for has in self._held.values() for key in has}
+        for place, uuids in enumerate(self._bins):
+            users = frozenset(number for number, suiting in self._suiting.items() if uuids[0] in suiting)
+            kind = (users, self._there[place, MILLI], self._there[place, MIB])
+            if place not in held:
+                if kind in before:
+                    alike[place] = before[kind]
+                before[kind] = place
+        return alike
+
     def _amounts(self, amount: Amount) -> dict[Key, int]:
         of_bins = {
             (place, kind): sum(amount.gpus.get(uuid, [0, 0])[kind] for uuid in uuids)
@@ -356,6 +372,10 @@ class Step:
         for variable in on.values():
             placed.add(variable)
         program.equal(placed, Sum().add(served, job.gpus))
+        for place, variable in on.items():
+            self._used[place].add(variable)
+            if place in self._alike:  # of GPUs that are alike the first is used first: one order is enough
+                program.at_most(Sum().add(variable), self._used[self._alike[place]])
         for key in self._keys:
             taken = Sum()
             if isinstance(key, str):

@@ -68,6 +68,13 @@ def used_by(job: J, uuids: tuple[str, ...]) -> Amount:
     return Amount({uuid: [job.share_milli, mib] for uuid in uuids}, [job.cpus, job.memory_mib, 1])
 
 
+def rank(order: Order, job: J) -> tuple[int, ...]:
+    """The smaller, the higher the job ranks."""
+    if order is Order.CLASS:
+        return (job.job_class, -job.priority, -job.value, job.number)
+    return (-job.value, job.job_class, -job.priority, job.number)
+
+
 class Oracle:
     """The state of a world while its plan is checked."""
 
@@ -139,9 +146,7 @@ class Oracle:
     # Who may do what -----------------------------------------------------------------------------
 
     def rank(self, job: J) -> tuple[int, ...]:
-        if self.policy.order is Order.CLASS:
-            return (job.job_class, -job.priority, -job.value, job.number)
-        return (-job.value, job.job_class, -job.priority, job.number)
+        return rank(self.policy.order, job)
 
     def outranks(self, challenger: J, incumbent: J) -> bool:
         """Worth the incumbent, and the larger of 0.3 of it and its restart loss spread over an hour."""

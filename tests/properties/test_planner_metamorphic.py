@@ -21,7 +21,7 @@ from tests.fakes.worlds import (
     outcome,
     snapshot,
 )
-from tests.properties.oracle import Oracle
+from tests.properties.oracle import rank
 from tests.properties.strategies import SHARES, any_worlds, contested, fleets, policies
 
 MOMENTS = ("eligible_us", "deadline_us", "started_us", "checkpoint_us", "stop_us")
@@ -119,12 +119,11 @@ def test_a_memo_of_any_other_plan_changes_nothing(before: W, world: W, policy: P
 @given(contested() | fleets(), policies())
 def test_without_any_one_of_its_victims_a_job_is_not_served(world: W, policy: Policy) -> None:
     world = with_sets(world)
-    rank = Oracle(world, policy).rank
     preempts = [a for a in planned(world, policy).actions if isinstance(a, PreemptJob)]
     assume(preempts)
     for preempt in preempts:
-        top = rank(world.job(preempt.preemptor))
-        alone = replace(world, jobs=tuple(j for j in world.jobs if j.is_live or rank(j) <= top))
+        top = rank(policy.order, world.job(preempt.preemptor))
+        alone = replace(world, jobs=tuple(j for j in world.jobs if j.is_live or rank(policy.order, j) <= top))
         made = planned(alone, policy)
         assert preempt in made.actions, "jobs of lower rank had a part in it"
         spared = replace(made, actions=tuple(each for each in made.actions if each != preempt))

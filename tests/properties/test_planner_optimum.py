@@ -6,8 +6,16 @@ from hypothesis import assume, given
 from scheduler.model.policy import Order, Policy
 from scheduler.planning.planner import plan
 from tests.fakes.contested import KINDS, contested
-from tests.fakes.worlds import NOW_US, J, W, gpus, running, snapshot
-from tests.properties.optimum import Decision, Rules, decided, exhaustive_microusd, optimum, worth_microusd
+from tests.fakes.worlds import HOUR_US, NOW_US, J, W, gpus, running, snapshot
+from tests.properties.optimum import (
+    Decision,
+    Optimum,
+    Rules,
+    decided,
+    exhaustive_microusd,
+    optimum,
+    worth_microusd,
+)
 from tests.properties.strategies import policies, worlds
 
 BY_VALUE = Policy(order=Order.VALUE, hysteresis_ratio=0.0)
@@ -28,6 +36,17 @@ def test_the_program_finds_what_trying_everything_finds(world: W, policy: Policy
         assert found.microusd == pytest.approx(
             exhaustive_microusd(world, policy, rules), rel=0, abs=EQUAL_MICROUSD
         )
+
+
+def test_what_a_victim_did_not_save_is_taken_off_what_a_plan_earns() -> None:
+    incumbent = running(1, "GPU-0", value=2_000_000, ran_s=9000, checkpoint_us=NOW_US - 2 * HOUR_US)
+    world = W(jobs=(incumbent, J(2, value=5_000_000)), gpus=gpus(1))
+    displacing = Decision(frozenset({2}), frozenset({(1, 2)}))
+    assert worth_microusd(world, BY_VALUE, displacing) == 1_000_000
+    best = {rules: optimum(world, BY_VALUE, rules) for rules in Rules}
+    # By rank the richer job takes its right; it would be worth more to leave it.
+    assert best[Rules.BY_RANK] == Optimum(displacing, 1_000_000, 1_000_000)
+    assert best[Rules.ANY] == Optimum(Decision(frozenset(), frozenset()), 2_000_000, 2_000_000)
 
 
 @pytest.mark.parametrize("other_share_milli", [1000, 500])

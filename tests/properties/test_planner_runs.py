@@ -5,20 +5,15 @@ from dataclasses import replace
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scheduler.model.actions import PreemptJob, StartJob
-from scheduler.model.jobs import JobClass
-from scheduler.model.policy import Policy, aged_priority, backoff_s
+from scheduler.model.policy import Policy
 from scheduler.planning.planner import plan
 from tests.fakes.worlds import (
     BATCH,
     INFERENCE,
     MINING,
     NOW_US,
-    PENDING,
-    PREEMPTING,
     RUNNING,
     SECOND_US,
-    STARTING,
     STOPPING,
     SUSPENDED,
     TRAINING,
@@ -26,109 +21,16 @@ from tests.fakes.worlds import (
     J,
     N,
     W,
-    applied,
     gpus,
     outcome,
     running,
     snapshot,
 )
+from tests.properties.runs import Run
 from tests.properties.strategies import policies, worlds
 
-ROUNDS_MAX = 400
 # Four preemptions take the poorest to the top of its class; the rest is room for back-off.
 ARRIVALS_MAX = 100
-
-
-class Run:
-    """A world under a clock. A job needs `needs_us` of running in one piece; None = it never ends."""
-
-    def __init__(self, world: W, policy: Policy, needs_us: dict[int, int | None]) -> None:
-        self.world = world
-        self.policy = policy
-        self.needs_us = needs_us
-        self.priority = {job.number: job.priority for job in world.jobs}
-        self.preempted = dict.fromkeys(self.priority, 0)
-        self.by_own_class = dict.fromkeys(self.priority, 0)
-        self.started_us: dict[int, int] = {}
-        self.done: set[int] = set()
-        self.wake_us: int | None = None
-
-    def submit(self, job: J, needs_us: int | None) -> None:
-        self.world = self.world.with_jobs(job)
-        self.needs_us[job.number] = needs_us
-        self.priority[job.number] = job.priority
-        self.preempted[job.number] = self.by_own_class[job.number] = 0
-
-    def plan(self) -> int:
-        """Plan and carry it out; returns how many actions there were."""
-        made = outcome(plan(snapshot(self.world), self.policy))
-        for action in made.actions:
-            if isinstance(action, PreemptJob):
-                self.preempted[action.job] += 1
-                mine, other = self.world.job(action.job), self.world.job(action.preemptor)
-                self.by_own_class[action.job] += mine.job_class == other.job_class
-            if isinstance(action, StartJob):
-                self.started_us.setdefault(action.job, self.world.now_us)
-        self.world = applied(self.world, made)  # type: ignore[arg-type]
-        self.wake_us = made.wake_us
-        jobs = (
-            replace(job, state=RUNNING, started_us=self.world.now_us) if job.state == STARTING else job
-            for job in self.world.jobs
-        )
-        self.world = replace(self.world, jobs=tuple(jobs))
-        return len(made.actions)
-
-    def next_us(self) -> int | None:
-        """When something happens by itself: a grace or a job ends, the plan wakes."""
-        moments = [] if self.wake_us is None else [self.wake_us]
-        for job in self.world.jobs:
-            if job.state in (PREEMPTING, STOPPING):
-                moments.append(max(self.world.now_us, job.stop_us + job.grace_us))
-            elif job.state == RUNNING and self.needs_us[job.number] is not None:
-                moments.append(job.started_us + self.needs_us[job.number])
-        return min(moments, default=None)
-
-    def pass_to(self, now_us: int) -> None:
-        """Let time pass: who was told to stop stops, who is done ends."""
-        jobs = []
-        for job in self.world.jobs:
-            need_us = self.needs_us[job.number]
-            if job.state in (PREEMPTING, STOPPING) and job.stop_us + job.grace_us <= now_us:
-                if job.state == PREEMPTING:
-                    jobs.append(self.requeued(job, now_us))
-            elif job.state == RUNNING and need_us is not None and job.started_us + need_us <= now_us:
-                self.done.add(job.number)
-            else:
-                jobs.append(job)
-        self.world = replace(self.world, jobs=tuple(jobs), now_us=now_us, handovers=())
-
-    def requeued(self, job: J, now_us: int) -> J:
-        count = self.preempted[job.number]
-        policy = self.policy
-        wait_s = backoff_s(policy.preemption_backoff_s, policy.preemption_backoff_s_max, count - 1)
-        priority = aged_priority(JobClass(job.job_class), self.priority[job.number], count, policy)
-        return replace(
-            job,
-            state=PENDING,
-            on=(),
-            node=UNKNOWN,
-            priority=priority,
-            eligible_us=now_us + round(wait_s * SECOND_US),
-            started_us=UNKNOWN,
-            checkpoint_us=UNKNOWN,
-            preemptor=UNKNOWN,
-            stop_us=UNKNOWN,
-        )
-
-    def settle(self) -> int:
-        """Go on until nothing happens any more; returns after how many rounds."""
-        for rounds in range(ROUNDS_MAX):
-            actions = self.plan()
-            next_us = self.next_us()
-            if next_us is None and not actions:
-                return rounds
-            self.pass_to(max(self.world.now_us, self.world.now_us if next_us is None else next_us))
-        raise AssertionError(f"still turning after {ROUNDS_MAX} rounds: {self.preempted}")
 
 
 def without_limits(world: W) -> W:

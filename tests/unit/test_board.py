@@ -1,6 +1,7 @@
 """The board: which GPUs are there, what they show when empty, and what a hand-over leaves."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,20 @@ def test_a_gpu_that_says_it_is_lost_is_not_there(board: GpuBoard) -> None:
     assert states(board) == {"GPU-a": GpuState.LOST, "GPU-b": GpuState.FREE}
     assert board.snapshot(0.0).gpus.state.tolist() == [CLOSED, OPEN]
     assert board.read(GpuReadings((A, B), (), {})) == (A,)
+
+
+def test_what_a_gpu_learns_of_its_place_later_is_taken(board: GpuBoard) -> None:
+    placed = replace(A, switch=0, island=0)
+    assert board.read(GpuReadings((placed, B), (), {})) == (), "it is no new GPU for that"
+    assert board.identities == (placed, B)
+
+
+def test_the_planner_sees_which_gpus_are_near_each_other(board: GpuBoard) -> None:
+    board.read(GpuReadings((replace(A, island=3, switch=1, numa=0), replace(B, island=3)), (), {}))
+    columns = board.snapshot(0.0).gpus
+    assert columns.island.tolist() == [3, 3]
+    assert columns.switch.tolist() == [1, UNKNOWN]
+    assert columns.numa.tolist() == [0, UNKNOWN]
 
 
 def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:

@@ -281,7 +281,7 @@ def identity(uuid: str, index: int) -> GpuIdentity:
         model="NVIDIA H100",
         memory_total_mib=80_000,
         pci_bus_id=f"0000:{index}",
-        numa_node=0,
+        numa=0,
         minor_number=index,
         power_limit_w_min=200.0,
         power_limit_w_max=700.0,

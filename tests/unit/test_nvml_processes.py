@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.effects import nvml
+from scheduler.effects import nvml_processes
 from scheduler.model.gpus import GpuProcess
 
 PID = 4711
@@ -15,7 +15,7 @@ NO_SUCH_UID = 2**31 - 3
 @pytest.fixture
 def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Process 4711, of which only the kernel's status is readable."""
-    monkeypatch.setattr(nvml, "PROC", tmp_path)
+    monkeypatch.setattr(nvml_processes, "PROC", tmp_path)
     folder = tmp_path / str(PID)
     folder.mkdir()
     (folder / "status").write_text(
@@ -25,12 +25,12 @@ def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command_of(pid: int) -> str:
-    (process,) = nvml.merge_processes([("compute", pid, None)])
+    (process,) = nvml_processes.merge_processes([("compute", pid, None)])
     return process.command
 
 
 def test_a_user_without_a_name_is_named_by_number_and_by_who_started_it(process: Path) -> None:
-    assert nvml.merge_processes([("compute", PID, 2**20)]) == (
+    assert nvml_processes.merge_processes([("compute", PID, 2**20)]) == (
         GpuProcess(PID, 1, "compute", str(NO_SUCH_UID), ""),
     )
 
@@ -66,22 +66,24 @@ def test_a_name_can_not_steer_a_terminal_and_is_bounded(process: Path) -> None:
 
 
 def test_a_pid_without_a_process_is_an_unknown_holder(process: Path) -> None:
-    assert nvml.merge_processes([("graphics", PID + 1, 2**30)]) == (GpuProcess(0, 1024, "graphics"),)
+    assert nvml_processes.merge_processes([("graphics", PID + 1, 2**30)]) == (
+        GpuProcess(0, 1024, "graphics"),
+    )
 
 
 @pytest.mark.parametrize("pid", [0, 2**32 - 1, 2**32])
 def test_an_impossible_pid_is_an_unknown_holder_each_time(process: Path, pid: int) -> None:
     twice = [("compute", pid, None), ("graphics", pid, None)]
-    assert nvml.merge_processes(twice) == (GpuProcess(0), GpuProcess(0, kind="graphics"))
+    assert nvml_processes.merge_processes(twice) == (GpuProcess(0), GpuProcess(0, kind="graphics"))
 
 
 def test_the_order_of_the_lists_does_not_matter_but_for_the_kind(process: Path) -> None:
     me = os.getpid()
     (process.parent / str(me)).symlink_to(process)
     entries = [("compute", PID, 2**20), ("compute", me, 2**21)]
-    assert nvml.merge_processes(entries) == nvml.merge_processes(entries[::-1])
+    assert nvml_processes.merge_processes(entries) == nvml_processes.merge_processes(entries[::-1])
 
 
 def test_a_flood_of_processes_is_bounded(process: Path) -> None:
-    flood = [("compute", 0, None)] * (nvml.PROCESSES_MAX + 1)
-    assert len(nvml.merge_processes(flood)) == nvml.PROCESSES_MAX
+    flood = [("compute", 0, None)] * (nvml_processes.PROCESSES_MAX + 1)
+    assert len(nvml_processes.merge_processes(flood)) == nvml_processes.PROCESSES_MAX

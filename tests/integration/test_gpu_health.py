@@ -1,0 +1,138 @@
+"""A real daemon on the fake driver: GPUs that fail in each state, and what becomes of the jobs on them."""
+
+import getpass
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scheduler.v1 import node_pb2
+from tests.fakes.nvml.fake import GIB, FakeNvml
+from tests.fakes.nvml.reading import needs_gcc
+from tests.harness.daemon import FAILED, PENDING, RUNNING, Daemon, reason_of, until, word
+
+pytestmark = needs_gcc
+
+CONFIG = f"""
+[jobs]
+user = "{getpass.getuser()}"
+
+[sampling]
+period_s = 0.1
+
+[policy]
+handover_timeout_s = 1
+"""
+SLEEPS = "echo ready; exec sleep 600"
+QUARANTINED = node_pb2.GPU_STATE_QUARANTINED
+LOST = node_pb2.GPU_STATE_LOST
+FREE = node_pb2.GPU_STATE_FREE
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeNvml:
+    return FakeNvml(tmp_path, gpus=2)
+
+
+@pytest.fixture
+def daemon(fake: FakeNvml) -> Iterator[Daemon]:
+    with Daemon(gpus="", config=CONFIG) as daemon:
+        daemon.environment = fake.environment()
+        daemon.start()
+        until("both GPUs are free", lambda: [gpu.state for gpu in gpus(daemon)] == [FREE, FREE])
+        yield daemon
+
+
+def gpus(daemon: Daemon) -> list[node_pb2.Gpu]:
+    return list(daemon.get_node().gpus)
+
+
+def place(fake: FakeNvml, uuid: str) -> int:
+    return [fake.gpus[index].uuid for index in range(2)].index(uuid)
+
+
+def test_a_job_on_a_gpu_that_falls_off_the_bus_goes_on_on_another(fake: FakeNvml, daemon: Daemon) -> None:
+    job = daemon.run_ready(SLEEPS, job_class="inference", gpus=1)
+    (uuid,) = job.attempts[-1].gpus
+    fake.gpus[place(fake, uuid)].lost = 1
+    fake.xid(place(fake, uuid), 79)
+    moved = daemon.wait_attempt(job.id, 2)
+    assert list(moved.attempts[-1].gpus) == [fake.gpus[1 - place(fake, uuid)].uuid]
+    assert word(moved.attempts[0].notice.reason) == "GPU_FAILED"
+    gpu = gpus(daemon)[place(fake, uuid)]
+    assert gpu.state == LOST
+    until(
+        "it is counted",
+        lambda: f'wattshift_gpu_errors_total{{gpu="{uuid}",kind="xid_79"}} 1.0' in daemon.metrics(),
+    )
+
+
+def test_a_job_that_fails_of_its_own_error_says_what_its_gpu_reported(
+    fake: FakeNvml, daemon: Daemon, tmp_path: Path
+) -> None:
+    fails = tmp_path / "fails"
+    script = f"echo ready; while [ ! -e {fails} ]; do sleep 0.02; done; exit 3"
+    job = daemon.run_ready(script, gpus=1)
+    (uuid,) = job.attempts[-1].gpus
+    fake.xid(place(fake, uuid), 31)
+    until("the XID was heard", lambda: 'kind="xid_31"' in daemon.metrics())
+    fails.touch()
+    assert daemon.wait(job.id, FAILED).detail == f"exit code 3; GPU {uuid} reported XID 31"
+    until("the GPU stays in use", lambda: gpus(daemon)[place(fake, uuid)].state == FREE)
+
+
+def test_a_job_that_dies_of_its_gpus_error_is_started_again_elsewhere(fake: FakeNvml, daemon: Daemon) -> None:
+    job = daemon.run_ready("echo ready; trap 'exit 3' TERM; while :; do sleep 0.02; done", gpus=1)
+    (uuid,) = job.attempts[-1].gpus
+    fake.xid(place(fake, uuid), 119)
+    again = daemon.wait_attempt(job.id, 2)
+    assert (again.attempts[0].exit_code, word(again.attempts[0].end_reason)) == (3, "GPU_FAILED")
+    assert list(again.attempts[-1].gpus) != [uuid]
+
+
+def test_a_gpu_that_is_lost_while_it_is_free_is_given_to_nobody(fake: FakeNvml, daemon: Daemon) -> None:
+    fake.gpus[0].lost = 1
+    until("it is seen", lambda: gpus(daemon)[0].state == LOST)
+    first = daemon.run_ready(SLEEPS, gpus=1)
+    assert list(first.attempts[-1].gpus) == [fake.gpus[1].uuid]
+    second = daemon.submit("true", gpus=1)
+    assert daemon.get(second.id).state == PENDING
+
+
+def test_a_gpu_that_is_lost_in_mid_hand_over_is_quarantined_and_its_victim_is_not_held_up(
+    fake: FakeNvml, daemon: Daemon
+) -> None:
+    job = daemon.run_ready(SLEEPS, job_class="mining", gpus=1)
+    (uuid,) = job.attempts[-1].gpus
+    index = place(fake, uuid)
+    fake.gpus[index].set_processes([(os.getpid(), GIB)])  # who keeps it from being proved free
+    daemon.requeue(job.id)
+    until("it has ended", lambda: daemon.get(job.id).attempts[0].HasField("exited_at"))
+    fake.gpus[index].lost = 1
+    again = daemon.wait_attempt(job.id, 2)
+    assert list(again.attempts[-1].gpus) == [fake.gpus[1 - index].uuid]
+    until("it is marked", lambda: gpus(daemon)[index].state == LOST)
+    fake.gpus[index].lost = 0
+    until("it is back", lambda: gpus(daemon)[index].state == QUARANTINED)
+    assert reason_of(gpus(daemon)[index]) in ("GPU_NEEDS_REBOOT", "HANDOVER_TIMED_OUT")
+
+
+def test_xids_that_follow_our_own_kill_leave_the_gpu_free(fake: FakeNvml, daemon: Daemon) -> None:
+    job = daemon.run_ready(SLEEPS, gpus=1)
+    index = place(fake, job.attempts[-1].gpus[0])
+    daemon.cancel(job.id)
+    fake.xid(index, 45)
+    fake.xid(index, 43)
+    until("both were heard", lambda: 'kind="own_kill"} 2.0' in daemon.metrics())
+    until("it is free", lambda: gpus(daemon)[index].state == FREE)
+
+
+def test_a_quarantined_gpu_says_why_and_an_operator_may_end_it(fake: FakeNvml, daemon: Daemon) -> None:
+    fake.xid(0, 54)
+    until("it is quarantined", lambda: gpus(daemon)[0].state == QUARANTINED)
+    gpu = gpus(daemon)[0]
+    assert (reason_of(gpu), gpu.detail.partition(" (")[0]) == ("GPU_NEEDS_SERVICE", "XID 54")
+    assert daemon.cli("uncordon", gpu.uuid).returncode == 0
+    until("it is free again", lambda: gpus(daemon)[0].state == FREE)
+    assert daemon.run_ready(SLEEPS, gpus=2).state == RUNNING

@@ -1,0 +1,71 @@
+"""The tool that measures plan time: which cells it tries, and what it writes where."""
+
+import pytest
+
+from tools import plan_time
+
+CELL = {
+    "plan_seconds_p50": 0.012345,
+    "plan_seconds_p90": 0.02,
+    "next_tick_seconds_p50": 0.5,
+    "jobs_placed": 1234,
+    "gpus_used": 8,
+    "victims": 5,
+    "plan_digest": "0",
+    "peak_memory_mib": 41.6,
+    "memory_floor_seconds": 0.0001,
+}
+
+
+def test_what_is_larger_in_both_directions_than_what_was_given_up_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = []
+
+    def measured(jobs: int, gpus: int, *_: object) -> plan_time.Cell:
+        tried.append((jobs, gpus))
+        return None if (jobs, gpus) in ((1_000_000, 64), (10_000, 1_000)) else CELL
+
+    monkeypatch.setattr(plan_time, "measured", measured)
+    cells = plan_time.table(1.0, 0, "numpy")
+    assert len(cells) == len(plan_time.JOBS) * len(plan_time.GPUS)
+    given_up = {size for size, cell in cells.items() if cell is None}
+    assert given_up - set(tried) == {
+        (jobs, gpus)
+        for gpus in (1_000, 10_000, 100_000)
+        for jobs in (10_000, 100_000, 1_000_000)
+        if (jobs, gpus) != (10_000, 1_000)
+    }
+
+
+def test_a_cell_shows_times_and_what_was_placed_and_one_given_up_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_time, "JOBS", (1_000, 10_000))
+    monkeypatch.setattr(plan_time, "GPUS", (8,))
+    lines = plan_time.plan_times({(1_000, 8): CELL, (10_000, 8): None})
+    assert lines == [
+        "### Seconds: cold plan p50 / next tick p50",
+        "",
+        "| jobs | 8 GPUs | floor |",
+        "|--:|--:|--:|",
+        "| 1,000 | 0.012 / 0.5 | 0.0001 |",
+        "| 10,000 | given up | – |",
+        "",
+        "### Jobs placed / victims / peak MiB",
+        "",
+        "| jobs | 8 GPUs |",
+        "|--:|--:|",
+        "| 1,000 | 1,234 / 5 / 42 |",
+        "| 10,000 | – |",
+        "",
+    ]
+
+
+def test_only_what_stands_between_the_marks_is_rewritten() -> None:
+    page = plan_time.PAGE.read_text(encoding="utf-8")
+    once = plan_time.rewritten(page, ["new"])
+    assert f"{plan_time.BEGIN}\n\nnew\n{plan_time.END}" in once
+    assert once.partition(plan_time.BEGIN)[0] == page.partition(plan_time.BEGIN)[0]
+    assert once.partition(plan_time.END)[2] == page.partition(plan_time.END)[2]
+    assert plan_time.rewritten(once, ["new"]) == once
