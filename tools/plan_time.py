@@ -15,6 +15,7 @@ import platform
 import pstats
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,20 @@ def profiles(seed: int) -> list[str]:
             "",
             f"{total_s:.2f} s under the profiler, which makes small calls look dearer than they are.",
             "",
-            "| function | calls | own time |",
-            "|--|--:|--:|",
+            "| file | own time | | function | calls | own time |",
+            "|--|--:|--|--|--:|--:|",
         ]
-        for (file, line, name), (_, calls, own_s, _, _) in sorted(places, key=_own_time_first)[:PROFILE_ROWS]:
+        by_file: Counter[str] = Counter()
+        for (file, _, _), (_, _, own_s, _, _) in places:
+            by_file[Path(file).name if file.endswith(".py") else "built in"] += own_s
+        files = sorted(by_file.items(), key=lambda entry: (-entry[1], entry[0]))[:PROFILE_ROWS]
+        functions = sorted(places, key=_own_time_first)[:PROFILE_ROWS]
+        for (whole, file_s), ((file, line, name), (_, calls, own_s, _, _)) in zip(
+            files, functions, strict=False
+        ):
             place = f"{Path(file).name}: {name}" if line else name
-            lines.append(f"| `{place}` | {calls:,} | {own_s / total_s:.0%} |")
+            shares = f"{file_s / total_s:.0%} | | `{place}` | {calls:,} | {own_s / total_s:.0%}"
+            lines.append(f"| `{whole}` | {shares} |")
         lines.append("")
     return lines
 

@@ -30,6 +30,29 @@ _SAMPLED: tuple[tuple[str, str, Callable[[GpuSample], float | None]], ...] = (
     ("gpu_power_limit_watts", "Board power limit in force.", lambda s: s.power_limit_w),
     ("gpu_temperature_celsius", "Temperature of the GPU.", lambda s: s.temperature_celsius),
     ("gpu_sm_clock_hertz", "Clock of the multiprocessors.", lambda s: _scaled(s.sm_clock_mhz, 1e6)),
+    ("gpu_power_average_watts", "Board draw over about a second.", lambda s: s.power_w_average),
+    (
+        "gpu_power_limit_enforced_watts",
+        "Limit that holds; below the one that was asked for, somebody else caps too.",
+        lambda s: s.power_limit_w_enforced,
+    ),
+    (
+        "gpu_memory_temperature_celsius",
+        "Temperature of the GPU's memory.",
+        lambda s: s.memory_temperature_celsius,
+    ),
+    ("gpu_memory_clock_hertz", "Clock of the GPU's memory.", lambda s: _scaled(s.memory_clock_mhz, 1e6)),
+    ("gpu_clock_reasons", "What holds the clock back: NVML's bits.", lambda s: s.clock_reasons),
+    (
+        "gpu_remap_pending",
+        "1 where a row of memory is remapped at the next reset.",
+        lambda s: s.is_remap_pending,
+    ),
+    (
+        "gpu_recovery_action",
+        "What the driver says that the GPU needs, 0 = nothing.",
+        lambda s: s.recovery_action,
+    ),
 )
 
 
@@ -79,6 +102,12 @@ class NodeCollector(Collector):
             "gpu_energy_joules",
             "Energy that the GPU counted since its driver was loaded.",
             {(uuid,): s.energy_mj / 1000.0 for uuid, s in samples if s.energy_mj is not None},
+            ("gpu",),
+        )
+        yield _counter(
+            "gpu_power_capped_seconds",
+            "Time for which the power limit held the clock back, since the driver was loaded.",
+            {(uuid,): s.power_capped_s for uuid, s in samples if s.power_capped_s is not None},
             ("gpu",),
         )
         state = GaugeMetricFamily(

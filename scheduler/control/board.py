@@ -107,11 +107,27 @@ class GpuBoard:
         # What a GPU says of itself grows: its switch is known once its neighbour is there.
         if present != self._present or readings.identities != self._read:
             known = {gpu.uuid: gpu for gpu in (*self.identities, *readings.identities)}
+            for uuid in self._cut_away(known.values(), readings.identities):
+                del known[uuid]
+                self.samples.pop(uuid, None)
+                self._unproved.discard(uuid)
             self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
             self._present, self._read = present, readings.identities
             self._ledger.table.see_gpus(self.identities)
         return fresh
+
+    def _cut_away(self, known: Iterable[GpuIdentity], there: tuple[GpuIdentity, ...]) -> set[str]:
+        """Those that a new MIG layout ended and nobody holds: they are not lost, they are no more."""
+        names = {gpu.uuid for gpu in there}
+        parents = {gpu.parent_uuid for gpu in there if gpu.parent_uuid}
+        leaving = {uuid for uuid, occupants in self.occupants().items() if any(o.job_id for o in occupants)}
+        # A layout is only known of a GPU that is there: whole, or in other parts.
+        return {
+            gpu.uuid
+            for gpu in known
+            if gpu.uuid not in names and (gpu.uuid in parents or gpu.parent_uuid in names | parents)
+        } - {*self.holders(), *leaving}
 
     def is_present(self, uuid: str) -> bool:
         """Whether the last round of readings saw the GPU."""

@@ -167,20 +167,7 @@ class OpenGpu:
             GpuReadError: A list can't be read. A GPU without a list of compute processes raises too, for
                 an empty answer would read as "free".
         """
-        at_s = time.time()
-        entries: list[tuple[str, int, int | None]] = []
-        for place, (kind, functions) in enumerate(PROCESS_LISTS):
-            try:
-                entries += ((kind, entry.pid, entry.usedGpuMemory) for entry in self._list(functions))
-            except GpuReadError as error:
-                if place == 0 or error.code not in ABSENT:
-                    raise
-        return GpuHolders(
-            uuid=self.identity.uuid,
-            at_s=at_s,
-            processes=merge_processes(entries, self._utilization() if entries else {}),
-            memory_used_mib=_or_none(_memory_used_mib, self.handle),
-        )
+        return holders_of(self.handle, self.identity.uuid, self._utilization)
 
     def set_power_limit(self, power_limit_w: float) -> GpuLimit:
         """Set the limit; return what the GPU says of it now.
@@ -213,16 +200,6 @@ class OpenGpu:
                 failures.append(error.code)
             return None
 
-    def _list(self, functions: tuple[str, ...]) -> list[Any]:
-        for tries in range(1, LIST_TRIES_MAX + 1):
-            try:
-                return list(_first(*((function, self.handle) for function in functions)))
-            except GpuReadError as error:
-                # The list grew between the call that sizes it and the call that reads it.
-                if error.code != "ERROR_INSUFFICIENT_SIZE" or tries == LIST_TRIES_MAX:
-                    raise
-        raise AssertionError("the last try returns or raises")
-
     def _utilization(self) -> dict[int, float]:
         """Return by PID how busy each kept the GPU since the last look; no new sample, no entry."""
         samples = unless_dead("nvmlDeviceGetProcessUtilization", self.handle, self._utilization_since_us)
@@ -234,8 +211,44 @@ class OpenGpu:
         return {pid: ratio for pid, (_, ratio) in newest.items()}
 
 
+def holders_of(
+    handle: Any, uuid: str, utilization: Callable[[], dict[int, float]] = dict[int, float]
+) -> GpuHolders:
+    """Return who is on the GPU or the instance; `utilization` tells of PIDs how busy they keep it.
+
+    Raises:
+        GpuReadError: A list can't be read. A GPU without a list of compute processes raises too, for an
+            empty answer would read as "free".
+    """
+    at_s = time.time()
+    entries: list[tuple[str, int, int | None]] = []
+    for place, (kind, functions) in enumerate(PROCESS_LISTS):
+        try:
+            entries += ((kind, entry.pid, entry.usedGpuMemory) for entry in _listed(handle, functions))
+        except GpuReadError as error:
+            if place == 0 or error.code not in ABSENT:
+                raise
+    return GpuHolders(
+        uuid=uuid,
+        at_s=at_s,
+        processes=merge_processes(entries, utilization() if entries else {}),
+        memory_used_mib=or_none(memory_used_mib, handle),
+    )
+
+
+def _listed(handle: Any, functions: tuple[str, ...]) -> list[Any]:
+    for tries in range(1, LIST_TRIES_MAX + 1):
+        try:
+            return list(_first(*((function, handle) for function in functions)))
+        except GpuReadError as error:
+            # The list grew between the call that sizes it and the call that reads it.
+            if error.code != "ERROR_INSUFFICIENT_SIZE" or tries == LIST_TRIES_MAX:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
 def _identity(handle: Any, index: int, library: Library, power_scope: str) -> GpuIdentity:
-    memory = _or_none(_memory, handle)
+    size = or_none(memory, handle)
     limits_mw = unless_dead("nvmlDeviceGetPowerManagementLimitConstraints", handle)
     pci = unless_dead("nvmlDeviceGetPciInfo", handle)
     pci_bus_id = pci.busId if pci else ""
@@ -244,7 +257,7 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
         uuid=printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX),
         index=index,
         model=printable(call("nvmlDeviceGetName", handle), NAME_LENGTH_MAX),
-        memory_total_mib=memory.total // BYTES_PER_MIB if memory else 0,
+        memory_total_mib=size.total // BYTES_PER_MIB if size else 0,
         pci_bus_id=pci_bus_id,
         numa=_numa(handle, pci_bus_id),
         minor_number=unless_dead("nvmlDeviceGetMinorNumber", handle),
@@ -302,7 +315,8 @@ def _watts(mw: int | None) -> float | None:
 # Fields of a sample, by a call each ------------------------------------------------------------
 
 
-def _memory(handle: Any) -> Any:
+def memory(handle: Any) -> Any:
+    """Return the library's struct of a GPU's or an instance's memory, in bytes."""
     # The older struct counts the driver's reserve as used.
     return _first(
         ("nvmlDeviceGetMemoryInfo", handle, getattr(_pynvml(), "nvmlMemory_v2", None)),
@@ -310,8 +324,9 @@ def _memory(handle: Any) -> Any:
     )
 
 
-def _memory_used_mib(handle: Any) -> int:
-    used: int = _memory(handle).used
+def memory_used_mib(handle: Any) -> int:
+    """Return how much of a GPU's or an instance's memory is used."""
+    used: int = memory(handle).used
     return used // BYTES_PER_MIB
 
 
@@ -361,7 +376,7 @@ def _clock_reasons(handle: Any) -> int:
 
 
 SAMPLE_CALLS: dict[str, Callable[[Any], Any]] = {
-    "memory_used_mib": _memory_used_mib,
+    "memory_used_mib": memory_used_mib,
     "utilization_ratio": _utilization_ratio,
     "power_limit_w": _power_limit_w,
     "power_limit_w_enforced": _power_limit_w_enforced,
@@ -485,7 +500,7 @@ def unless_dead(function: str, *arguments: Any) -> Any:
         return None
 
 
-def _or_none(reader: Callable[..., Any], *arguments: Any) -> Any:
+def or_none(reader: Callable[..., Any], *arguments: Any) -> Any:
     """Return what the reader returns, or None where it is absent."""
     try:
         return reader(*arguments)

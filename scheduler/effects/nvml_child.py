@@ -20,9 +20,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from scheduler.effects import nvml
 from scheduler.effects.nvml_events import EventWatch
+from scheduler.effects.nvml_mig import EVERY_INSTANCE, Instance, Instances
 from scheduler.effects.nvml_protocol import (
     LINE_BYTES_MAX,
     PROTOCOL_VERSION,
@@ -35,7 +37,7 @@ from scheduler.effects.nvml_protocol import (
 )
 from scheduler.effects.nvml_topology import Neighbours
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuIdentity, GpuSample
+from scheduler.model.gpus import GpuEvent, GpuIdentity, GpuSample
 
 # One sample and a hand-over's checks, each of which the daemon gives up before it asks again.
 LANE_WAITING_MAX = 8
@@ -44,6 +46,8 @@ TWICE = "UUID_TWICE"  # ours: a second GPU says that it is the first
 GPUS_MAX = 64  # a lane each; the largest boards hold 16
 # Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
 ORDERLY_END_S = 0.5
+
+Readable = nvml.OpenGpu | Instance
 
 
 def main() -> None:
@@ -96,10 +100,10 @@ class Server:
         events = self._gpus.events_after(request["events_after"])
         self._send({"id": request["id"], **readings, "events": events})
 
-    def _ask_gpu(self, request: Message, work: Callable[[nvml.OpenGpu], Message]) -> None:
+    def _ask_gpu(self, request: Message, work: Callable[[Readable], Message]) -> None:
         """Answer with what the work returns, done in the GPU's lane: one call after the other."""
 
-        def answer(gpu: nvml.OpenGpu) -> None:
+        def answer(gpu: Readable) -> None:
             try:
                 self._send({"id": request["id"], **work(gpu)})
             except GpuReadError as error:
@@ -175,17 +179,49 @@ class GpuLane:
     def __init__(self, index: int, driver: "Driver", changed: threading.Condition) -> None:
         self.index = index
         self.gpu: nvml.OpenGpu | None = None
+        self._instances: Instances | None = None
         self.lane = Lane(f"gpu-{index}")
         self._driver = driver
         self._registered = 0  # the generation of events in which it is heard
         self._changed = changed
         self.is_sampling = False
-        self._result: tuple[GpuSample | None, str] | None = None
+        self._result: tuple[tuple[GpuSample, ...], str] | None = None
 
     @property
     def name(self) -> str:
         """Return the UUID, or "index N" while it isn't known."""
         return self.gpu.identity.uuid if self.gpu else f"index {self.index}"
+
+    @property
+    def names(self) -> list[str]:
+        """Return the UUIDs of all that can be used of it: its own, or those of its instances."""
+        return [one.uuid for one in self._parts] if self._is_cut else [self.name]
+
+    @property
+    def _is_cut(self) -> bool:
+        return self._instances is not None and self._instances.is_on
+
+    @property
+    def _parts(self) -> tuple[Instance, ...]:
+        return self._instances.present if self._instances else ()
+
+    def find(self, uuid: str) -> Readable | None:
+        """Return what of it has that UUID and can be used."""
+        if self._is_cut:
+            return next((one for one in self._parts if one.uuid == uuid), None)
+        return self.gpu if self.gpu and self.name == uuid else None
+
+    def identities(self, whole: GpuIdentity) -> list[GpuIdentity]:
+        """Return who can be used of it, given who it is as a whole."""
+        return [one.identity(whole) for one in self._parts] if self._is_cut else [whole]
+
+    def events(self, event: GpuEvent, instance: int) -> list[GpuEvent]:
+        """Return the event as it concerns those who can be used: with MIG the driver tells it of the GPU."""
+        if not self._is_cut:
+            return [event]
+        return [
+            replace(event, uuid=one.uuid) for one in self._parts if instance in (one.number, EVERY_INSTANCE)
+        ]
 
     def begin_sample(self) -> bool:
         """Start a sample; False while the one before hangs."""
@@ -194,25 +230,28 @@ class GpuLane:
         self.is_sampling = self.lane.submit(self._sample)
         return self.is_sampling
 
-    def take(self) -> tuple[GpuSample | None, str]:
-        """Return the sample and the failure of the last one that came back; each is given once."""
+    def take(self) -> tuple[tuple[GpuSample, ...], str]:
+        """Return the samples and the failure of the last one that came back; each is given once."""
         result, self._result = self._result, None
-        return (None, TIMEOUT) if result is None else result
+        return ((), TIMEOUT) if result is None else result
 
     def _sample(self) -> None:
-        result: tuple[GpuSample | None, str] = (None, "ERROR_UNKNOWN")
+        result: tuple[tuple[GpuSample, ...], str] = ((), "ERROR_UNKNOWN")
         try:
             if self.gpu is None:
                 gpu = nvml.OpenGpu(self.index, self._driver.library)
                 self._driver.neighbours.add(gpu)
+                self._instances = Instances(gpu)
                 self.gpu = gpu
+            assert self._instances is not None
             if self._registered != self._driver.events.generation:
                 generation = self._driver.events.generation
                 self._driver.events.register(self.gpu)
                 self._registered = generation
-            result = self.gpu.sample()
+            whole, failure = self.gpu.sample()
+            result = (self._instances.samples(whole), failure)
         except GpuReadError as error:
-            result = (None, error.code)
+            result = ((), error.code)
         finally:
             with self._changed:
                 self.is_sampling = False
@@ -247,16 +286,14 @@ class GpuLanes:
                 message = self._round(until_s, stuck_s)
             return message
 
-    def submit(self, uuid: str, work: Callable[[nvml.OpenGpu], None], within_s: float) -> None:
+    def submit(self, uuid: str, work: Callable[[Readable], None], within_s: float) -> None:
         """Do the work in the GPU's lane.
 
         Raises:
             GpuReadError: There is no such GPU, or its lane hangs.
         """
         with self._changed:
-            found = next(
-                ((each.lane, each.gpu) for each in self._gpus if each.gpu and each.name == uuid), None
-            )
+            found = next(((each.lane, gpu) for each in self._gpus if (gpu := each.find(uuid))), None)
             failure = self._failure or "ERROR_NOT_FOUND"
         if found is None:
             raise GpuReadError(failure, f"no GPU {uuid} is open: {failure}")
@@ -286,7 +323,14 @@ class GpuLanes:
     def events_after(self, number: int) -> list[tuple[int, Message]]:
         """Return what the driver told after the event of that number."""
         driver = self._driver
-        return [(n, value_to_json(event)) for n, event in driver.events.after(number)] if driver else []
+        if driver is None:
+            return []
+        lanes = {lane.name: lane for lane in self._gpus}
+        return [
+            (number, value_to_json(each))
+            for number, event, instance in driver.events.after(number)
+            for each in (lanes[event.uuid].events(event, instance) if event.uuid in lanes else [event])
+        ]
 
     def _wait(self, is_met: Callable[[], bool], until_s: float) -> bool:
         return self._changed.wait_for(is_met, max(0.0, until_s - time.monotonic()))
@@ -328,10 +372,12 @@ class GpuLanes:
         if answers and answers <= nvml.DRIVER_GONE:
             return self._lose_driver(min(answers), stuck_s)
         identities, twice = self._identities()
-        errors = {gpu.name: failure for gpu, _, failure in results if failure}
+        errors = {name: failure for gpu, _, failure in results if failure for name in gpu.names}
         return {
             "identities": [value_to_json(identity) for identity in identities],
-            "samples": [value_to_json(sample) for gpu, sample, _ in results if sample and gpu not in twice],
+            "samples": [
+                value_to_json(sample) for gpu, samples, _ in results if gpu not in twice for sample in samples
+            ],
             "errors": errors | {f"index {gpu.index}": TWICE for gpu in twice},
             "driver_version": self._driver_version,
             "replace_me": all(gpu.lane.busy_s > stuck_s for gpu in self._gpus),
@@ -339,15 +385,17 @@ class GpuLanes:
 
     def _identities(self) -> tuple[tuple[GpuIdentity, ...], list[GpuLane]]:
         """Return who is there, and the GPUs that can't be told from one before them."""
-        by_uuid: dict[str, GpuIdentity] = {}
+        by_uuid: dict[str, GpuLane] = {}
         twice = []
         for lane in self._gpus:
-            if lane.gpu and lane.gpu.identity.uuid in by_uuid:
+            if lane.gpu and lane.name in by_uuid:
                 twice.append(lane)
             elif lane.gpu:
-                by_uuid[lane.gpu.identity.uuid] = lane.gpu.identity
+                by_uuid[lane.name] = lane
         assert self._driver is not None, "a lane has the driver that made it"
-        return self._driver.neighbours.place(tuple(by_uuid.values())), twice
+        wholes = tuple(lane.gpu.identity for lane in by_uuid.values() if lane.gpu)
+        placed = self._driver.neighbours.place(wholes)
+        return tuple(part for whole in placed for part in by_uuid[whole.uuid].identities(whole)), twice
 
     @property
     def _driver_version(self) -> str:

@@ -4,6 +4,7 @@ Heard by a thread of the NVML child; each GPU's lane registers its own GPU, so t
 keeps nobody else from being heard. Nothing that happened before the registration is told.
 """
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -41,8 +42,9 @@ class EventWatch:
         self.generation = 0  # of the set: lanes register again in each
         self._set: Any = None
         self._uuids: dict[int, str] = {}
-        self._registering = threading.Lock()
-        self._events: deque[tuple[int, GpuEvent]] = deque(maxlen=EVENTS_KEPT_MAX)
+        self._lock = threading.Lock()  # never held over a call
+        self._registering = 0  # lanes that use the set now
+        self._events: deque[tuple[int, GpuEvent, int]] = deque(maxlen=EVENTS_KEPT_MAX)
         self._heard = 0
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -55,16 +57,20 @@ class EventWatch:
         Raises:
             GpuReadError: The GPU or the driver is gone.
         """
-        if self._set is None:
-            return
-        with self._registering:
+        with self._lock:
+            into = self._set
+            self._registering += 1
+        try:
             supported = nvml.unless_dead("nvmlDeviceGetSupportedEventTypes", gpu.handle) or 0
-            if supported & MASK:
+            if into is not None and supported & MASK:
                 self._uuids[_address(gpu.handle)] = gpu.identity.uuid
-                nvml.unless_dead("nvmlDeviceRegisterEvents", gpu.handle, supported & MASK, self._set)
+                nvml.unless_dead("nvmlDeviceRegisterEvents", gpu.handle, supported & MASK, into)
+        finally:
+            with self._lock:
+                self._registering -= 1
 
-    def after(self, number: int) -> list[tuple[int, GpuEvent]]:
-        """Return what was heard after the event of that number, oldest first, with their numbers."""
+    def after(self, number: int) -> list[tuple[int, GpuEvent, int]]:
+        """Return what was heard after the event of that number, oldest first: number, event, MIG instance."""
         self._is_told = False
         return [one for one in self._events.copy() if one[0] > number]
 
@@ -75,27 +81,31 @@ class EventWatch:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while self._set is not None and not self._is_closing:
-            try:
-                self._hear(nvml.call("nvmlEventSetWait_v2", self._set, WAIT_MS))
-            except GpuReadError as error:
-                if error.code == NO_EVENT:
-                    continue
-                if error.code in nvml.DRIVER_GONE:
-                    return  # whoever reads the GPUs opens the library anew, with a new watch
-                # That says nothing of any one GPU: each is judged by what it answers itself.
-                time.sleep(RENEW_S)
-                self._renew()
+        # When the driver is gone, whoever reads the GPUs opens the library anew, with a new watch.
+        with contextlib.suppress(GpuReadError):
+            while self._set is not None and not self._is_closing:
+                try:
+                    self._hear(nvml.call("nvmlEventSetWait_v2", self._set, WAIT_MS))
+                except GpuReadError as error:
+                    if error.code == NO_EVENT:
+                        continue
+                    if error.code in nvml.DRIVER_GONE:
+                        raise
+                    # That says nothing of any one GPU: each is judged by what it answers itself.
+                    time.sleep(RENEW_S)
+                    self._renew()
 
     def _renew(self) -> None:
-        # A GPU that hangs while it is registered keeps the old set; it goes with the library.
-        if self._set is not None and self._registering.acquire(timeout=RENEW_S):
-            try:
-                nvml.unless_dead("nvmlEventSetFree", self._set)
-            finally:
-                self._registering.release()
-        self._set = nvml.unless_dead("nvmlEventSetCreate")
-        self.generation += 1
+        with self._lock:
+            old, self._set = self._set, None
+            is_used = self._registering > 0
+        # A GPU that hangs while it is registered keeps the old set; that goes with the library.
+        if old is not None and not is_used:
+            nvml.unless_dead("nvmlEventSetFree", old)
+        fresh = nvml.unless_dead("nvmlEventSetCreate")
+        with self._lock:
+            self._set = fresh
+            self.generation += 1
 
     def _hear(self, data: Any) -> None:
         address = _address(data.device)
@@ -104,7 +114,7 @@ class EventWatch:
         if uuid and kind:
             self._heard += 1
             event = GpuEvent(uuid=uuid, at_s=time.time(), kind=kind, code=data.eventData)
-            self._events.append((self._heard, event))
+            self._events.append((self._heard, event, data.gpuInstanceId))
             if not self._is_told:
                 self._is_told = True
                 self._tell()

@@ -40,6 +40,8 @@ class GpuIdentity:
     compute_capability: str = ""  # "9.0"
     driver_version: str = ""
     cuda_version: str = ""  # the newest that the driver serves: "12.8"
+    parent_uuid: str = ""  # of a MIG instance: the GPU that it is a part of
+    slices: int | None = None  # of a MIG instance: compute slices
 
 
 @dataclass(frozen=True, slots=True)

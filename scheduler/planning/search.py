@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.allocator import (
     NO_PENALTY,
     Found,
@@ -43,16 +42,18 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 
     On a node that is limited by a promise only where there is no other.
     """
+    if len(world.drains) == 1:
+        node, penalty = _as_limited(world, 0, limits)
+        positions = None if node is None or node.drains else place(request, node, node.free, penalty)
+        return None if node is None or positions is None else Found(node, positions)
     mask = world.free_for(request)
     if mask is None:
         return None
     own = _limit(mask, request, limits)
-    if len(mask) == 1:
-        row, position = (0, NO_POSITION) if mask[0] else (UNKNOWN, NO_POSITION)
-    else:
-        row, position = world.placement.best(request, world.nearest(request, mask)) or (UNKNOWN, NO_POSITION)
-    if row == UNKNOWN:
+    found = world.placement.best(request, world.nearest(request, mask))
+    if found is None:
         return own
+    row, position = found
     node = world.node(row)
     if position != NO_POSITION:
         return Found(node, (position,))

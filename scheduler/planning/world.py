@@ -106,38 +106,42 @@ class World:
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
         self._unfree: set[tuple[int, ...]] = set()  # of GPUs what free ones can't serve, nor ever will here
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
+        self._changed: dict[int, Node] = {}  # since the columns were looked at
+        self._soon: Pool | None = None
+        self._placement: Fragmentation | None = None
         self._split(snapshot)
-        self._count(snapshot)
+        self._free = self._made_free(snapshot)
 
     # Layers that not every plan needs -----------------------------------------------------------
 
-    @cached_property
+    @property
+    def free(self) -> Pool:
+        """What nobody has."""
+        self._flush()
+        return self._free
+
+    @property
+    def soon(self) -> Pool:
+        """What is free, and what leaves without a further decision."""
+        self._flush()
+        if self._soon is None:
+            self._soon = self._made_soon()
+        return self._soon
+
+    @property
     def placement(self) -> Fragmentation:
         """Chooses among the nodes on which something free fits."""
-        mix = self._snapshot.mix
-        return Fragmentation(self.free, mix_of(self._snapshot.jobs) if mix is None else mix)
+        self._flush()
+        if self._placement is None:
+            mix = self._snapshot.mix
+            mix = mix_of(self._snapshot.jobs) if mix is None else mix
+            self._placement = Fragmentation(self._free, mix)
+        return self._placement
 
     @cached_property
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
-
-    @cached_property
-    def soon(self) -> Pool:
-        """What is free, and what leaves without a further decision."""
-        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
-        goes = rows_where(self._goes_away)
-        leavers = rows_where(self._goes)
-        soon = self.free.plus(
-            self._cell[goes],
-            holdings.share_milli[goes],
-            self._mib[goes],
-            jobs.node[leavers],
-            (jobs.cpus[leavers], jobs.memory_mib[leavers], xp.ones(len(leavers))),
-        )
-        for node in self._nodes.values():
-            soon.put(node, node.spare_with(node.leaving))
-        return soon
 
     # Nodes as objects ---------------------------------------------------------------------------
 
@@ -180,13 +184,20 @@ class World:
             hold.served = served
 
     def changed(self, node: Node) -> None:
-        """Take over into the columns what the node has given away or got back."""
+        """Take over into the columns, when they are looked at next, what the node gave away or got back."""
+        self._changed[node.row] = node
+
+    def _flush(self) -> None:
+        if not self._changed:
+            return
+        for node in self._changed.values():
+            self._free.put(node, node.free)
+            if self._soon is not None:
+                self._soon.put(node, node.spare_with(node.leaving))
+            if self._placement is not None:
+                self._placement.changed(node.row)
+        self._changed.clear()
         self._reaches.clear()
-        self.free.put(node, node.free)
-        if "placement" in self.__dict__:
-            self.placement.changed(node.row)
-        if "soon" in self.__dict__:  # else it is made from the nodes as they are
-            self.soon.put(node, node.spare_with(node.leaving))
 
     # Looks --------------------------------------------------------------------------------------
 
@@ -220,6 +231,7 @@ class World:
 
     def within_reach(self, request: Request) -> "Reach":
         """What is free, leaves, or is held by jobs that the request may displace."""
+        self._flush()
         outranked = self.displaceable(request)
         key = outranked.tobytes()
         known = self._reaches.get(key)
@@ -315,8 +327,7 @@ class World:
         since_us = xp.minimum(xp.where(checkpoint_us == UNKNOWN, unsaved_us, saved_us), _UNSAVED_US_MAX)
         return (since_us + jobs.restart_loss_us[rows]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
 
-    def _count(self, snapshot: Snapshot) -> None:
-        """What is free and what leaves, by node and position."""
+    def _made_free(self, snapshot: Snapshot) -> Pool:
         layout, jobs, sizes = self.layout, snapshot.jobs, snapshot.nodes
         milli = snapshot.holdings.share_milli
         self._goes_away = (self._holder == UNKNOWN) | ~self._stays[self._holder] if len(jobs) else milli > 0
@@ -331,7 +342,7 @@ class World:
         self._mib_free = layout.memory_mib - summed(self._cell, self._mib, layout.cells).reshape(shape)
         nodes = len(sizes)
         on = jobs.node[live]
-        self.free = Pool(
+        return Pool(
             xp.where(layout.is_open, self._milli, 0),
             xp.where(layout.is_open, self._mib_free, 0),
             sizes.cpus - summed(on, jobs.cpus[live], nodes),
@@ -341,15 +352,30 @@ class World:
             layout.is_open,
         )
 
+    def _made_soon(self) -> Pool:
+        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
+        goes = rows_where(self._goes_away)
+        leavers = rows_where(self._goes)
+        soon = self._free.plus(
+            self._cell[goes],
+            holdings.share_milli[goes],
+            self._mib[goes],
+            jobs.node[leavers],
+            (jobs.cpus[leavers], jobs.memory_mib[leavers], xp.ones(len(leavers))),
+        )
+        for node in self._nodes.values():
+            soon.put(node, node.spare_with(node.leaving))
+        return soon
+
     def _made_node(self, row: int) -> Node:
         gpus = self.layout.gpus(row)
         count = len(gpus)
         free = Spare(
             self._milli[row, :count].tolist(),
             self._mib_free[row, :count].tolist(),
-            int(self.free.cpus[row]),
-            int(self.free.memory_mib[row]),
-            int(self.free.slots[row]),
+            int(self._free.cpus[row]),
+            int(self._free.memory_mib[row]),
+            int(self._free.slots[row]),
         )
         leaving = self._made_leaving(row) if self.leaving[row] else []
         # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).

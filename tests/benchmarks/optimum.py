@@ -8,14 +8,15 @@ of the proved bound of the optimum; `unproved` counts the programs that were sto
 
 Between nothing and the optimum stand what the planner could do better and what the rules cost:
 
-    nothing             all goes on as it is
-    plan                the planner
-    plan_with_hour      the planner, were a victim's loss to count what it would have earned, too
-    plan_worth_it       and were nobody to displace victims whose loss is more than it earns itself
-    optimum_by_rank     the best places and victims; only who does not fit at its turn is left out (R4)
-    optimum             anybody may be left out
+    nothing               all goes on as it is
+    plan                  the planner
+    plan_with_hysteresis  the planner under the default hysteresis
+    plan_with_hour        the planner, were a victim's loss to count what it would have earned, too
+    plan_worth_it         and were nobody to displace victims whose loss is more than it earns itself
+    optimum_by_rank       the best places and victims; only who does not fit at its turn is left out (R4)
+    optimum               anybody may be left out
 
-The two in the middle are the planner itself in a changed world, its decision judged in the true one: a
+The last two plans are the planner itself in a changed world, its decision judged in the true one: a
 checkpoint an hour older adds the hour to a loss; who is not worth its victims is set aside and the plan made
 anew.
 """
@@ -55,6 +56,7 @@ class Judged:
     seed: int
     worth_microusd: dict[str, int]
     unproved: int
+    breaks_a_rule: bool  # the plan is none of the choices that the rules leave
 
     def ratio(self, of: str, to: str) -> float:
         """One worth over another; 1 where there is nothing to earn."""
@@ -71,13 +73,15 @@ def judge(kind: str, seed: int) -> Judged:
     """Plan the world, find its optima."""
     world = contested(kind, seed)
     worth = {name: worth_microusd(world, POLICY, decide(world)) for name, decide in DECIDE.items()}
+    chosen = optimum(world, POLICY, Rules.BY_RANK, fixed=planned(world))
+    breaks_a_rule = chosen is None or chosen.microusd != worth["plan"]
     unproved = 0
     for name, rules in (("optimum_by_rank", Rules.BY_RANK), ("optimum", Rules.ANY)):
         best = optimum(world, POLICY, rules)
         assert best is not None, "without a fixed decision there is always one"
         worth[name] = best.microusd_max
         unproved += best.microusd_max > best.microusd
-    return Judged(kind, seed, worth, unproved)
+    return Judged(kind, seed, worth, unproved, breaks_a_rule)
 
 
 def nothing(world: W) -> Decision:
@@ -88,6 +92,11 @@ def nothing(world: W) -> Decision:
 def planned(world: W) -> Decision:
     """What the planner decides."""
     return decided(plan(snapshot(world), POLICY))
+
+
+def with_hysteresis(world: W) -> Decision:
+    """What it decides where a challenger must be worth a share more than the incumbent."""
+    return decided(plan(snapshot(world), Policy(order=Order.VALUE)))
 
 
 def with_hour(world: W) -> Decision:
@@ -118,6 +127,7 @@ def worth_it(world: W) -> Decision:
 DECIDE: dict[str, Callable[[W], Decision]] = {
     "nothing": nothing,
     "plan": planned,
+    "plan_with_hysteresis": with_hysteresis,
     "plan_with_hour": with_hour,
     "plan_worth_it": worth_it,
 }
@@ -157,23 +167,30 @@ def summary(judged: list[Judged]) -> dict[str, object]:
         )
     }
     free = [world.ratio("plan", "optimum") for world in judged if not world.is_bound_by_rank]
-    missed = [world for world in judged if world.worth_microusd["optimum"] > world.worth_microusd["plan"]]
-    worst = sorted(missed, key=lambda world: (world.ratio("plan", "optimum"), world.kind, world.seed))
     return {
         "worlds": len(judged),
         "unproved": sum(world.unproved for world in judged),
+        "plans_that_break_a_rule": sum(world.breaks_a_rule for world in judged),
         "bound_by_rank": len(judged) - len(free),
         **{name: distribution(values) for name, values in ratios.items()},
         "plan_over_optimum_where_rank_does_not_bind": distribution(free),
-        "worst": [
-            {
-                "kind": world.kind,
-                "seed": world.seed,
-                **{rung: round(world.ratio(rung, "optimum"), 4) for rung in RUNGS},
-            }
-            for world in worst[:WORST]
-        ],
+        "worst": worst(judged, "optimum"),
+        "worst_by_rank": worst(judged, "optimum_by_rank"),
     }
+
+
+def worst(judged: list[Judged], than: str) -> list[dict[str, object]]:
+    """The worlds in which the plan falls furthest behind this rung, each with its ratios to the optimum."""
+    missed = [world for world in judged if world.worth_microusd[than] > world.worth_microusd["plan"]]
+    missed.sort(key=lambda world: (world.ratio("plan", than), world.kind, world.seed))
+    return [
+        {
+            "kind": world.kind,
+            "seed": world.seed,
+            **{rung: round(world.ratio(rung, "optimum"), 4) for rung in RUNGS},
+        }
+        for world in missed[:WORST]
+    ]
 
 
 def distribution(ratios: list[float]) -> dict[str, float]:

@@ -71,10 +71,11 @@ def contested(kind: str, seed: int) -> W:
             jobs.append(_live(rng, job, on))
         else:
             jobs.append(job)
-    pending = [job for job in jobs if not job.is_live]
+    # What a restart would lose would keep some from giving way to a promised job of nearly their value.
+    pending = [replace(job, restart_loss_us=0) for job in jobs if not job.is_live]
     wanted = rng.sample(pending, rng.randint(min(2, len(pending)), len(pending)))
-    kept = {job.number for job in wanted}
-    return W(jobs=tuple(job for job in jobs if job.is_live or job.number in kept), gpus=gpus, nodes=(node,))
+    live = (job for job in jobs if job.is_live)
+    return W(jobs=tuple(sorted((*live, *wanted), key=lambda job: job.number)), gpus=gpus, nodes=(node,))
 
 
 def _gpus(rng: random.Random) -> tuple[G, ...]:

@@ -128,6 +128,41 @@ def test_xids_that_follow_our_own_kill_leave_the_gpu_free(fake: FakeNvml, daemon
     until("it is free", lambda: gpus(daemon)[index].state == FREE)
 
 
+def test_what_a_gpu_reports_of_power_and_health_is_on_the_metrics_page(
+    fake: FakeNvml, daemon: Daemon
+) -> None:
+    fake.become(0, "RTX4090")  # which has no verdict, no rows, no sensor at its memory
+    figures = {
+        "limit_outside_mw": 600_000,
+        "power_average_mw": 500_000,
+        "power_capped_ns": 2_500_000_000,
+        "clock_reasons": 0x84,
+        "remap_pending": 1,
+        "memory_temperature_celsius": 91,
+    }
+    for figure, value in figures.items():
+        setattr(fake.gpus[1], figure, value)
+
+    def page() -> dict[str, str]:
+        lines = [line for line in daemon.metrics().splitlines() if fake.gpus[1].uuid in line]
+        return {name.partition("{")[0]: value for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    expected = {
+        "wattshift_gpu_power_average_watts": "500.0",
+        "wattshift_gpu_power_limit_watts": "700.0",
+        "wattshift_gpu_power_limit_enforced_watts": "600.0",
+        "wattshift_gpu_power_capped_seconds_total": "2.5",
+        "wattshift_gpu_clock_reasons": "132.0",
+        "wattshift_gpu_remap_pending": "1.0",
+        "wattshift_gpu_recovery_action": "0.0",
+        "wattshift_gpu_memory_temperature_celsius": "91.0",
+        "wattshift_gpu_memory_clock_hertz": "2.619e+09",
+    }
+    until("all of it is there", lambda: expected.items() <= page().items())
+    absent = ("gpu_recovery_action", "gpu_remap_pending", "gpu_memory_temperature_celsius")
+    assert not any(f'{name}{{gpu="{fake.gpus[0].uuid}"' in daemon.metrics() for name in absent)
+
+
 def test_a_quarantined_gpu_says_why_and_an_operator_may_end_it(fake: FakeNvml, daemon: Daemon) -> None:
     fake.xid(0, 54)
     until("it is quarantined", lambda: gpus(daemon)[0].state == QUARANTINED)

@@ -274,6 +274,23 @@ async def test_a_gpu_that_hangs_does_not_keep_the_events_of_another_back(tmp_pat
         rule.hang = 0
 
 
+async def test_a_gpu_that_hangs_while_it_is_registered_costs_only_itself(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path, gpus=3)
+    rule = fake.rule("nvmlDeviceRegisterEvents", gpu=0, hang=True)
+    later = [fake.rule("nvmlDeviceGetName", gpu=index, hang=True) for index in (1, 2)]
+    async with reading(fake, dataclasses.replace(LIMITS, first_round_s=0.2)) as read:
+        await eventually(lambda: rule.inside == 1)
+        for one in later:
+            one.hang = 0
+        readings = await read.until(lambda readings: len(readings.samples) == 2)
+        assert readings.errors == {fake.gpus[0].uuid: "ERROR_TIMEOUT"}
+        fake.xid(2, 31)
+        readings = await read.until(lambda readings: bool(readings.events))
+        assert [event.uuid for event in readings.events] == [fake.gpus[2].uuid]
+        rule.hang = 0
+        await read.until(is_whole)
+
+
 @pytest.mark.parametrize("code", [15, 999])
 async def test_a_wait_that_fails_condemns_no_gpu_and_events_go_on(tmp_path: Path, code: int) -> None:
     fake = FakeNvml(tmp_path, gpus=2)

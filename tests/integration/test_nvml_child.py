@@ -337,7 +337,8 @@ async def test_a_child_of_another_version_is_not_believed(
     monkeypatch.setattr(nvml_client, "PROTOCOL_VERSION", nvml_client.PROTOCOL_VERSION + 1)
     async with reading(fake) as read:
         assert read.first == GpuReadings((), (), {"driver": "ERROR_UNINITIALIZED"})
-        assert "it speaks protocol 1, not 2" in caplog.text
+        told = nvml_client.PROTOCOL_VERSION - 1
+        assert f"it speaks protocol {told}, not {told + 1}" in caplog.text
         monkeypatch.undo()
         await read.until(is_whole)
 

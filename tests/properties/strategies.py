@@ -124,7 +124,7 @@ def _incumbent(draw: st.DrawFn, number: int, node: int, on: tuple[str, ...], sha
     saved_us = draw(st.sampled_from((UNKNOWN, NOW_US - min(ran_us, saved_us))))
     return J(
         number,
-        job_class=draw(st.sampled_from((TRAINING, BATCH, MINING, MINING))),
+        job_class=draw(st.sampled_from((TRAINING, TRAINING, BATCH, MINING))),
         state=state,
         on=on,
         priority=draw(st.sampled_from((500, 500, 100))),

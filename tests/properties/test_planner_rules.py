@@ -1,6 +1,6 @@
 """DESIGN section 6, rule by rule, against an exhaustive search."""
 
-from hypothesis import given
+from hypothesis import given, settings
 
 from scheduler.model.actions import WAIT_REASONS, Plan, StartJob
 from scheduler.model.policy import Policy
@@ -11,6 +11,8 @@ from tests.fakes.worlds import W, snapshot
 from tests.properties.oracle import Chosen, Oracle
 from tests.properties.strategies import contested, fleets, policies, worlds
 
+# An example takes milliseconds, and few worlds of a hundred show what a wrong comparison of ranks would do.
+MANY = settings(max_examples=3 * settings.default.max_examples)
 HANDOVER = WAIT_REASONS.index(Reason.WAITING_FOR_HANDOVER)
 
 
@@ -33,26 +35,31 @@ def check(world: W, policy: Policy) -> None:
     Oracle(world, policy).check(made, claims(world, policy, made))
 
 
+@MANY
 @given(worlds(), policies())
 def test_every_job_is_served_in_the_least_disruptive_way_that_rank_allows(world: W, policy: Policy) -> None:
     check(world, policy)
 
 
+@MANY
 @given(worlds(plain=True), policies())
 def test_the_same_holds_where_only_gpus_count(world: W, policy: Policy) -> None:
     check(world, policy)
 
 
+@MANY
 @given(fleets(), policies())
 def test_the_same_holds_of_several_nodes(world: W, policy: Policy) -> None:
     check(world, policy)
 
 
+@MANY
 @given(fleets(plain=True), policies())
 def test_the_same_holds_of_several_nodes_where_only_gpus_count(world: W, policy: Policy) -> None:
     check(world, policy)
 
 
+@MANY
 @given(contested(), policies())
 def test_of_full_nodes_gangs_whole_jobs_and_shares_give_way_at_the_least_loss(
     world: W, policy: Policy

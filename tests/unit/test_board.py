@@ -66,6 +66,27 @@ def test_the_planner_sees_which_gpus_are_near_each_other(board: GpuBoard) -> Non
     assert columns.numa.tolist() == [0, UNKNOWN]
 
 
+def test_instances_that_a_new_layout_ended_are_no_more_but_those_that_a_job_holds(
+    board: GpuBoard, ledger: Ledger
+) -> None:
+    parts = [replace(B, uuid=f"MIG-{n}", parent_uuid="GPU-b", slices=1) for n in range(4)]
+    board.read(GpuReadings((A, *parts[:2]), (), {}))
+    assert list(states(board)) == ["GPU-a", "MIG-0", "MIG-1"], "cut, it can't be used whole"
+    for event in (submission(1), start(1, 1, 1.0, "MIG-1"), started(1)):
+        ledger.apply(event)
+    board.read(GpuReadings((A, *parts[2:]), (), {}))
+    assert states(board) == {
+        "GPU-a": GpuState.FREE,
+        "MIG-1": GpuState.LOST,
+        "MIG-2": GpuState.FREE,
+        "MIG-3": GpuState.FREE,
+    }
+    board.read(GpuReadings((A,), (), {}))
+    assert states(board)["MIG-2"] is GpuState.LOST, "that its GPU is gone is no new layout"
+    board.read(GpuReadings((A, B), (), {}))
+    assert list(states(board)) == ["GPU-a", "GPU-b", "MIG-1"]
+
+
 def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:
     for used_mib in (512, 540, 570, 500):
         board.learn_baseline("GPU-a", used_mib)

@@ -1,0 +1,144 @@
+"""MIG: the instances of a GPU, each a GPU of its own with a share of its parent's power.
+
+A GPU in MIG mode can't be used whole, so it is not listed beside its instances. Power and energy are the
+whole GPU's: they are split over the instances that there are by their compute slices, so that the sum is the
+GPU's. What happens to the GPU happens to all of them: heat, clocks, errors and verdicts are the parent's.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scheduler.effects import nvml
+from scheduler.effects.nvml_processes import BYTES_PER_MIB, printable
+from scheduler.errors import GpuReadError
+from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
+
+EMPTY_SLOT = "ERROR_NOT_FOUND"
+EVERY_INSTANCE = 2**32 - 1  # what an event says that concerns the whole GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One instance, as it was when the GPU was last sampled."""
+
+    uuid: str
+    model: str
+    number: int  # of the GPU instance, which events name
+    slices: int
+    memory_total_mib: int
+    handle: Any
+
+    def identity(self, parent: GpuIdentity) -> GpuIdentity:
+        """Return who it is; limits are its parent's, and links it has none."""
+        return replace(
+            parent,
+            uuid=self.uuid,
+            model=self.model,
+            memory_total_mib=self.memory_total_mib,
+            parent_uuid=parent.uuid,
+            slices=self.slices,
+            island=None,
+            power_limit_w_min=None,
+            power_limit_w_max=None,
+            power_limit_w_default=None,
+        )
+
+    def holders(self) -> GpuHolders:
+        """Return who is on it.
+
+        Raises:
+            GpuReadError: It could not be read, or the handle has come to mean another instance.
+        """
+        if nvml.call("nvmlDeviceGetUUID", self.handle) != self.uuid:
+            raise GpuReadError(EMPTY_SLOT, f"instance {self.uuid} is gone")
+        return nvml.holders_of(self.handle, self.uuid)
+
+    def set_power_limit(self, power_limit_w: float) -> GpuLimit:
+        """Refuse: the limit is the whole GPU's.
+
+        Raises:
+            GpuReadError: Always.
+        """
+        raise GpuReadError(
+            "ERROR_NOT_SUPPORTED", f"{self.uuid} is a MIG instance: {power_limit_w} W can't be its own limit"
+        )
+
+
+class Instances:
+    """The instances of one GPU. They are looked up with each sample: handles do not outlive a layout."""
+
+    def __init__(self, gpu: nvml.OpenGpu) -> None:
+        self._gpu = gpu
+        self._energy_mj: dict[str, float] = {}
+        self._parent_energy_mj: int | None = None
+        self.is_on = False
+        self.present: tuple[Instance, ...] = ()
+
+    def samples(self, parent: GpuSample) -> tuple[GpuSample, ...]:
+        """Return the samples of the instances that there are now, or the GPU's own out of MIG mode.
+
+        Raises:
+            GpuReadError: The GPU or the driver is gone.
+        """
+        handle = self._gpu.handle
+        mode = nvml.unless_dead("nvmlDeviceGetMigMode", handle)
+        is_on = bool(mode and mode[0])
+        self.present = self._found() if is_on else ()
+        self.is_on = is_on
+        if not is_on:
+            self._energy_mj, self._parent_energy_mj = {}, None
+            return (parent,)
+        self._book(parent.energy_mj)
+        return tuple(self._sample(one, parent) for one in self.present)
+
+    def _found(self) -> tuple[Instance, ...]:
+        found = []
+        for slot in range(nvml.unless_dead("nvmlDeviceGetMaxMigDeviceCount", self._gpu.handle) or 0):
+            try:
+                handle = nvml.call("nvmlDeviceGetMigDeviceHandleByIndex", self._gpu.handle, slot)
+                found.append(_instance(handle))
+            except GpuReadError as error:
+                # Empty, or taken away while we looked: whoever is there is found.
+                if error.code in nvml.DEAD:
+                    raise
+        return tuple(found)
+
+    def _book(self, parent_energy_mj: int | None) -> None:
+        """Share out what the GPU used since the last sample; a counter that began anew counts from zero."""
+        before, self._parent_energy_mj = self._parent_energy_mj, parent_energy_mj
+        used_mj = 0
+        if before is not None and parent_energy_mj is not None:
+            used_mj = parent_energy_mj - before if parent_energy_mj >= before else parent_energy_mj
+        self._energy_mj = {
+            one.uuid: self._energy_mj.get(one.uuid, 0.0) + used_mj * self._share(one) for one in self.present
+        }
+
+    def _share(self, one: Instance) -> float:
+        return one.slices / sum(each.slices for each in self.present)
+
+    def _sample(self, one: Instance, parent: GpuSample) -> GpuSample:
+        share = self._share(one)
+        return replace(
+            parent,
+            uuid=one.uuid,
+            memory_used_mib=nvml.or_none(nvml.memory_used_mib, one.handle),
+            utilization_ratio=None,
+            power_w=None if parent.power_w is None else parent.power_w * share,
+            power_w_average=None if parent.power_w_average is None else parent.power_w_average * share,
+            power_limit_w=None,
+            power_limit_w_enforced=None,
+            energy_mj=None if parent.energy_mj is None else round(self._energy_mj[one.uuid]),
+        )
+
+
+def _instance(handle: Any) -> Instance:
+    attributes = nvml.call("nvmlDeviceGetAttributes", handle)
+    memory = nvml.or_none(nvml.memory, handle)
+    return Instance(
+        uuid=printable(nvml.call("nvmlDeviceGetUUID", handle), nvml.NAME_LENGTH_MAX),
+        model=printable(nvml.call("nvmlDeviceGetName", handle), nvml.NAME_LENGTH_MAX),
+        number=nvml.call("nvmlDeviceGetGpuInstanceId", handle),
+        slices=max(1, attributes.computeInstanceSliceCount),
+        memory_total_mib=memory.total // BYTES_PER_MIB if memory else attributes.memorySizeMB,
+        handle=handle,
+    )

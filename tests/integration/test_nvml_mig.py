@@ -1,0 +1,165 @@
+"""MIG: instances as GPUs of their own, through the real pynvml from the fake, and with jobs on them."""
+
+import getpass
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scheduler.errors import GpuReadError
+from scheduler.v1 import node_pb2
+from tests.fakes.nvml.fake import GIB, FakeNvml
+from tests.fakes.nvml.reading import needs_gcc, reading
+from tests.harness.daemon import Daemon, until
+
+pytestmark = needs_gcc
+
+CONFIG = f"""
+[jobs]
+user = "{getpass.getuser()}"
+
+[sampling]
+period_s = 0.1
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeNvml:
+    """A whole A100, and one in three instances of 3, 2 and 1 sevenths."""
+    fake = FakeNvml(tmp_path, gpus=2, profile="A100", is_live=True)
+    fake.stop_clock()
+    fake.gpus[1].partition(3, 2, 1)
+    return fake
+
+
+def instances_of(fake: FakeNvml) -> list[str]:
+    return [one.uuid for one in fake.gpus[1].instances if one.uuid]
+
+
+async def test_instances_are_gpus_of_their_own_beside_whole_ones(fake: FakeNvml) -> None:
+    async with reading(fake) as read:
+        whole, *parts = read.first.identities
+        assert (whole.uuid, whole.parent_uuid, whole.slices) == (fake.gpus[0].uuid, "", None)
+        assert [gpu.uuid for gpu in parts] == instances_of(fake)
+        assert [(gpu.model, gpu.memory_total_mib, gpu.slices) for gpu in parts] == [
+            ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40_960, 3),
+            ("NVIDIA A100-SXM4-80GB MIG 2g.20gb", 20_480, 2),
+            ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10_240, 1),
+        ]
+        assert {(gpu.parent_uuid, gpu.index, gpu.switch, gpu.island) for gpu in parts} == {
+            (fake.gpus[1].uuid, 1, 0, None)
+        }
+        assert read.first.errors == {}
+
+
+async def test_power_and_energy_of_the_instances_are_their_gpus(fake: FakeNvml) -> None:
+    async with reading(fake) as read:
+        fake.load(1, 1.0)
+        fake.advance(10.0)
+        readings = await read.until(lambda readings: readings.samples[0].energy_mj == 537_000)
+        parts = readings.samples[1:]
+        assert [sample.power_w for sample in parts] == [200.0, pytest.approx(400 / 3), pytest.approx(400 / 6)]
+        # The first sample of each was its beginning, at rest or not.
+        assert sum(sample.energy_mj or 0 for sample in parts) == pytest.approx(4_000_000, abs=2)
+        assert parts[0].energy_mj == pytest.approx(2_000_000, abs=1)
+        assert [sample.power_limit_w for sample in parts] == [None] * 3
+        assert [sample.utilization_ratio for sample in parts] == [None] * 3
+
+
+async def test_processes_and_memory_are_each_instances_own(fake: FakeNvml) -> None:
+    gpu = fake.gpus[1]
+    gpu.instances[1].memory_used = 3 * GIB
+    gpu.set_processes([(os.getpid(), 2 * GIB)], instance=gpu.instances[1].instance)
+    async with reading(fake) as read:
+        found = [await read.gpus.holders(uuid) for uuid in instances_of(fake)]
+        assert [[process.pid for process in holders.processes] for holders in found] == [
+            [],
+            [os.getpid()],
+            [],
+        ]
+        assert [holders.memory_used_mib for holders in found] == [12, 3 * 1024, 12]
+        assert [sample.memory_used_mib for sample in read.first.samples[1:]] == [12, 3 * 1024, 12]
+        for uuid in (gpu.uuid, "MIG-none"):
+            with pytest.raises(GpuReadError) as caught:
+                await read.gpus.holders(uuid)
+            assert caught.value.code == "ERROR_NOT_FOUND"
+        with pytest.raises(GpuReadError) as caught:
+            await read.gpus.set_power_limit(instances_of(fake)[0], 300.0)
+        assert caught.value.code == "ERROR_NOT_SUPPORTED"
+
+
+async def test_another_layout_is_noticed_and_old_handles_mean_nobody(fake: FakeNvml) -> None:
+    before = instances_of(fake)
+    async with reading(fake) as read:
+        fake.gpus[1].partition(4, 3)
+        readings = await read.until(lambda readings: len(readings.identities) == 3)
+        assert [gpu.uuid for gpu in readings.identities[1:]] == instances_of(fake)
+        with pytest.raises(GpuReadError):
+            await read.gpus.holders(before[0])
+        fake.gpus[1].partition()
+        readings = await read.until(lambda readings: len(readings.identities) == 2)
+        assert [gpu.uuid for gpu in readings.identities] == [fake.gpus[0].uuid, fake.gpus[1].uuid]
+
+
+async def test_a_gpu_that_is_cut_and_has_no_instances_can_not_be_used(fake: FakeNvml) -> None:
+    async with reading(fake) as read:
+        fake.gpus[1].partition()
+        fake.gpus[1].mig_mode = 1
+        readings = await read.until(lambda readings: len(readings.identities) == 1)
+        assert (readings.identities[0].uuid, readings.errors) == (fake.gpus[0].uuid, {})
+
+
+async def test_what_happens_to_the_gpu_happens_to_its_instances(fake: FakeNvml) -> None:
+    async with reading(fake) as read:
+        fake.xid(1, 95)
+        readings = await read.until(lambda readings: bool(readings.events))
+        assert [(event.uuid, event.code) for event in readings.events] == [
+            (uuid, 95) for uuid in instances_of(fake)
+        ]
+        fake.event(1, 0x8, 31, instance=fake.gpus[1].instances[2].instance)
+        readings = await read.until(lambda readings: bool(readings.events))
+        assert [(event.uuid, event.code) for event in readings.events] == [(instances_of(fake)[2], 31)]
+        fake.gpus[1].lost = 1
+        readings = await read.until(lambda readings: bool(readings.errors))
+        assert readings.errors == dict.fromkeys(instances_of(fake), "ERROR_GPU_IS_LOST")
+        assert [sample.uuid for sample in readings.samples] == [fake.gpus[0].uuid]
+
+
+# With jobs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def daemon(fake: FakeNvml) -> Iterator[Daemon]:
+    with Daemon(gpus="", config=CONFIG) as daemon:
+        daemon.environment = fake.environment()
+        daemon.start()
+        until("all are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 4)
+        yield daemon
+
+
+def states(daemon: Daemon) -> list[int]:
+    return [gpu.state for gpu in daemon.get_node().gpus]
+
+
+def uuids(daemon: Daemon) -> list[str]:
+    return [gpu.uuid for gpu in daemon.get_node().gpus]
+
+
+def test_a_job_runs_on_an_instance_and_sees_only_that(fake: FakeNvml, daemon: Daemon) -> None:
+    job = daemon.finish("/bin/sh", "-c", "echo $CUDA_VISIBLE_DEVICES", gpus=1, gpu_models=["1g.10gb"])
+    assert list(job.attempts[-1].gpus) == [instances_of(fake)[2]]
+    assert daemon.output(job.id).strip() == instances_of(fake)[2]
+
+
+def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
+    fake: FakeNvml, daemon: Daemon
+) -> None:
+    assert daemon.cli("release").returncode == 0
+    before = instances_of(fake)
+    fake.gpus[1].partition(7)
+    assert daemon.cli("undrain").returncode == 0
+    until("it is seen", lambda: uuids(daemon) == [fake.gpus[0].uuid, *instances_of(fake)])
+    until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
+    assert not set(before) & set(instances_of(fake))
+    assert "GPU_STATE_LOST" not in str(daemon.get_node())
