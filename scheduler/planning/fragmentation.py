@@ -20,6 +20,7 @@ Whole GPUs are assumed to be taken by pressure, then the smallest, then by posit
 Scores are kept by request shape and renewed only where a node has changed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -47,7 +48,7 @@ _FIT_PARTS = 100
 _PRESSURE_PARTS = 10**12
 # Scores kept for all shapes together, 16 bytes each; the shape that was asked for longest ago goes first.
 _SCORES_MAX = 1 << 22
-# Cells of one intermediate (rows, kinds, width) array: a fleet is prepared in parts of this size.
+# Cells of one intermediate (rows, kinds, width) array: a fleet is rated in parts of this size.
 _CELLS_MAX = 1 << 20
 # So that no weighted sum of thousandths leaves int64.
 _WEIGHT_SUM_MAX = 1 << 40
@@ -179,8 +180,9 @@ class Fragmentation:
             return None
         scores = self._scores(request)
         if scores.at < self._last_change:
-            rows = rows_where(self._changed > scores.at)
-            scores.keys[rows], scores.positions[rows] = self._rated(request, rows)
+            self._prepare()
+            for rows in self._parts(rows_where(self._changed > scores.at)):
+                scores.keys[rows], scores.positions[rows] = self._rated(request, rows)
             scores.at = self._last_change
         keys = scores.keys if among is None else xp.where(among, scores.keys, _NEVER)
         node: int = keys.argmin().item()
@@ -207,7 +209,6 @@ class Fragmentation:
 
     def _rated(self, request: Request, rows: Any) -> tuple[Any, Any]:
         """Keys and positions of these nodes. Shape (rows,) each."""
-        self._prepare()
         pool = self._pool
         keys, positions = _nowhere(len(rows))
         fits = pool.slots[rows] >= 1
@@ -317,15 +318,18 @@ class Fragmentation:
         """Bring what is known of each node and kind up to date."""
         if self._prepared == self._last_change:
             return
-        pool, stale = self._pool, rows_where(self._changed > self._prepared)
-        part = max(1, _CELLS_MAX // max(1, self._accepted.shape[1] * self._accepted.shape[2]))
-        for start in range(0, len(stale), part):
-            rows = stale[start : start + part]
+        pool = self._pool
+        for rows in self._parts(rows_where(self._changed > self._prepared)):
             large = self._large(rows, pool.milli[rows], pool.mib[rows])
             self._large_milli[rows], self._large_gpus[rows] = large
             host = _Host(pool.cpus[rows], pool.memory_mib[rows], pool.slots[rows])
             self._usable[rows] = self._usable_weighted(*large, host)
         self._prepared = self._last_change
+
+    def _parts(self, rows: Any) -> Iterator[Any]:
+        """The rows in parts whose intermediate arrays are of bounded size."""
+        size = max(1, _CELLS_MAX // max(1, self._accepted.shape[1] * self._accepted.shape[2]))
+        return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _large(self, rows: Any, milli: Any, mib: Any) -> tuple[Any, Any]:
         """By kind, thousandths on GPUs large enough for it, and how many those are. Shape (rows, kinds)."""

@@ -36,8 +36,6 @@ SEEDS = (42, 43, 44, 45, 46)
 WORKLOADS = ("default", "cpu200", "gpushare40", "gpuspec33", "multigpu20")
 ALLOCATED_AT_PERCENT = (100, 130)
 DRAW_AT_PERCENT = (50, 80)
-# Kinds of requests in the mix: the most frequent that make up this much of the tasks.
-MIX_PERCENT = 100
 # Idle and busy watts of one GPU.
 GPU_W = {
     "T4": (10, 70),
@@ -156,11 +154,8 @@ def read_workload(folder: Path, name: str) -> Workload:
 
 
 def mix_of(tasks: Iterable[Task]) -> MixColumns:
-    """The most frequent requests that make up MIX_PERCENT of the tasks, as columns."""
-    counts = sorted(Counter(tasks).items(), key=lambda entry: (-entry[1], entry[0]))
-    wanted = MIX_PERCENT * sum(count for _, count in counts) / 100
-    before = np.cumsum([0, *(count for _, count in counts)])[:-1]
-    kinds = [entry for entry, covered in zip(counts, before, strict=True) if covered < wanted]
+    """All kinds of requests among the tasks, the most frequent first, as columns."""
+    kinds = sorted(Counter(tasks).items(), key=lambda entry: (-entry[1], entry[0]))
     columns = {name: np.array([getattr(task, name) for task, _ in kinds]) for name in Task._fields}
     return MixColumns(**columns, weight=np.array([count for _, count in kinds]))
 

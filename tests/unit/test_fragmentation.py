@@ -1,6 +1,7 @@
 """Where a request goes so that what stays free can still be asked for."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,6 +192,19 @@ def test_best_fit_weighs_cpus_and_gpus_by_what_the_mix_asks_of_each() -> None:
     assert best((many_cpus, many_gpus), WHOLE, by_gpus, sets=1) == (1, NO_POSITION)
 
 
+def test_more_cpus_in_use_than_there_are_leave_as_little_as_none() -> None:
+    nodes = (node(1000, 1000, cpus=-50), node(1000, cpus=0))
+    assert best(nodes, WHOLE, ((Ask(cpus=1, models=0), 1),), sets=1) == (1, NO_POSITION)
+
+
+def test_few_gpus_that_are_asked_for_by_name_are_left_before_many_that_more_ask_for() -> None:
+    # On either kind those who name the other lose nothing: 20 or 30 thousandths less, the same quantum.
+    kinds = ((Ask(models=0), 3), (Ask(models=1), 2), (share(1), 95))
+    rare, common = (Node((Gpu(serves=frozenset({models})),)) for models in (1, 0))
+    assert best((rare, common, common, common, common), WHOLE, kinds, sets=2) == (1, NO_POSITION)
+    assert best((rare, common), WHOLE, kinds, sets=2) == (0, NO_POSITION)
+
+
 def test_equal_nodes_go_by_row_or_by_the_rank_that_is_given() -> None:
     nodes = (node(1000), node(1000), node(1000))
     assert best(nodes, WHOLE) == (0, NO_POSITION)
@@ -273,6 +287,27 @@ def test_scores_of_shapes_long_not_asked_for_are_forgotten_and_computed_again(
 
 
 def test_a_large_pool_is_prepared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node(1000), node(1000, 1000), node(700, 600, 1000), node(600, 1000), node(800)]
+    kinds = ((WHOLE, 2), (share(500), 3), (Ask(gpus=2), 1))
+    asks = [share(milli) for milli in range(50, 1000, 50)]
+    at_once = [best(nodes, ask, kinds) for ask in asks]
     monkeypatch.setattr(fragmentation, "_CELLS_MAX", 3)
-    nodes = [node(1000, 1000)] * 3 + [node(600, 1000), node(1000, 1000)]
-    assert best(nodes, share(300)) == (3, 0)
+    assert [best(nodes, ask, kinds) for ask in asks] == at_once
+    assert len(set(at_once)) > 3
+
+
+def test_requests_that_differ_in_one_thing_are_not_taken_for_one_another() -> None:
+    gpu = Gpu(mib=500, serves=frozenset({0}))
+    placement = Fragmentation(pool((Node((gpu,), cpus=4, memory_mib=40),), 2), mix(ANY_MIX))
+    fits = Ask(gpu_memory_mib=500, models=0, cpus=4, memory_mib=40)
+    assert placement.best(fits) == (0, NO_POSITION)
+    for name, value in (
+        ("gpus", 2),
+        ("share_milli", 900),
+        ("gpu_memory_mib", 501),
+        ("models", 1),
+        ("cpus", 5),
+        ("memory_mib", 41),
+    ):
+        choice = placement.best(replace(fits, **{name: value}))
+        assert choice == ((0, 0) if name == "share_milli" else None), name
