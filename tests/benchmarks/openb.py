@@ -25,8 +25,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from scheduler.model.snapshot import UNKNOWN, MixColumns
-from scheduler.planning.fragmentation import WHOLE_MILLI, Fragmentation, WattColumns
+from scheduler.model.actions import StartJob
+from scheduler.model.policy import Policy as Rules
+from scheduler.model.snapshot import (
+    NOT_DRAINING,
+    OPEN,
+    PENDING,
+    UNKNOWN,
+    GpuColumns,
+    HoldingColumns,
+    JobColumns,
+    MixColumns,
+    NodeColumns,
+    Snapshot,
+)
+from scheduler.planning.fragmentation import NO_POSITION, WHOLE_MILLI, Fragmentation, WattColumns
+from scheduler.planning.planner import plan
 from scheduler.planning.pool import Pool
 from tests.benchmarks.openb_policies import BestFit, Fgd, Task
 
@@ -116,7 +130,7 @@ class Result:
     draw_kw: dict[int, float]
 
 
-Make = Callable[[Cluster, Workload, Pool, Any], Policy]
+Make = Callable[[Cluster, Workload, Pool, int], Policy]
 
 
 def read_cluster(folder: Path) -> Cluster:
@@ -160,20 +174,86 @@ def mix_of(tasks: Iterable[Task]) -> MixColumns:
     return MixColumns(**columns, weight=np.array([count for _, count in kinds]))
 
 
-def _ours(cluster: Cluster, workload: Workload, pool: Pool, tie_rank: Any) -> Policy:
-    return Fragmentation(pool, mix_of(workload.tasks), tie_rank=tie_rank)
+def _ours(cluster: Cluster, workload: Workload, pool: Pool, seed: int) -> Policy:
+    return Fragmentation(pool, mix_of(workload.tasks), tie_rank=workload.tie_ranks[seed])
 
 
-def _ours_with_power(cluster: Cluster, workload: Workload, pool: Pool, tie_rank: Any) -> Policy:
-    return Fragmentation(pool, mix_of(workload.tasks), cluster.watts(), tie_rank)
+def _ours_with_power(cluster: Cluster, workload: Workload, pool: Pool, seed: int) -> Policy:
+    return Fragmentation(pool, mix_of(workload.tasks), cluster.watts(), workload.tie_ranks[seed])
 
 
-def _best_fit(cluster: Cluster, workload: Workload, pool: Pool, tie_rank: Any) -> Policy:
-    return BestFit(pool, tie_rank)
+def _planner(cluster: Cluster, workload: Workload, pool: Pool, seed: int) -> Policy:
+    return OnePlan(cluster, workload, seed)
 
 
-def _fgd(cluster: Cluster, workload: Workload, pool: Pool, tie_rank: Any) -> Policy:
-    return Fgd(pool, tie_rank, workload.tasks, workload.specs)
+def _best_fit(cluster: Cluster, workload: Workload, pool: Pool, seed: int) -> Policy:
+    return BestFit(pool, workload.tie_ranks[seed])
+
+
+def _fgd(cluster: Cluster, workload: Workload, pool: Pool, seed: int) -> Policy:
+    return Fgd(pool, workload.tie_ranks[seed], workload.tasks, workload.specs)
+
+
+class OnePlan:
+    """The planner itself: one plan of an empty cluster and of all tasks, which wait in the order of arrival.
+
+    It knows of the workload what waits, and breaks ties by row.
+    """
+
+    def __init__(self, cluster: Cluster, workload: Workload, seed: int) -> None:
+        tasks = [workload.tasks[index] for index in workload.arrivals[seed].tolist()]
+        node, position = np.nonzero(cluster.there)
+        width = cluster.there.shape[1]
+        gpus = GpuColumns(
+            uuid=tuple(f"{row * width + place:06d}" for row, place in zip(node, position, strict=True)),
+            index=position,
+            node=node,
+            memory_mib=np.zeros(len(node), np.int64),
+            state=np.full(len(node), OPEN),
+        )
+        nodes = len(cluster.models)
+        snapshot = Snapshot(
+            now_us=0,
+            jobs=_waiting(tasks, len(workload.specs)),
+            gpus=gpus,
+            nodes=NodeColumns(
+                cluster.cpu_milli,
+                cluster.memory_mib,
+                np.full(nodes, _ENDLESS_SLOTS),
+                np.full(nodes, NOT_DRAINING),
+            ),
+            holdings=HoldingColumns(*(np.zeros(0, np.int64) for _ in range(4))),
+            model_fits=np.vstack(
+                [cluster.pool(workload.specs).fits[:, node, position], np.ones((1, len(node)), bool)]
+            ),
+        )
+        self._choices: list[tuple[int, int] | None] = [None] * len(tasks)
+        for action in plan(snapshot, Rules()).actions:
+            assert isinstance(action, StartJob), "nothing runs that could give way"
+            place = int(action.gpus[0]) % width if action.gpus else NO_POSITION
+            self._choices[action.job - 1] = (action.node, place)
+        self._arrived = 0
+
+    def best(self, request: Task, /) -> tuple[int, int] | None:
+        """What the plan says of the task that arrives next."""
+        self._arrived += 1
+        return self._choices[self._arrived - 1]
+
+    def changed(self, node: int, /) -> None:
+        """It was known beforehand."""
+
+
+def _waiting(tasks: Sequence[Task], any_model: int) -> JobColumns:
+    """The tasks as pending jobs of equal rank, numbered in the order of arrival."""
+    constant = {
+        "state": PENDING, "job_class": 1, "priority": 500, "value": 0, "preemptible": True, "eligible_us": 0,
+        "min_runtime_us": 0, "grace_us": 0, "restart_loss_us": 0,
+    }  # fmt: skip
+    columns = {name: np.full(len(tasks), constant.get(name, UNKNOWN)) for name in JobColumns.__slots__}
+    columns |= {name: np.array([getattr(task, name) for task in tasks]) for name in Task._fields}
+    columns["models"] = np.where(columns["models"] == UNKNOWN, any_model, columns["models"])
+    columns["preemptible"] = np.ones(len(tasks), bool)
+    return JobColumns(**{**columns, "number": np.arange(1, len(tasks) + 1)})
 
 
 POLICIES: dict[str, Make] = {
@@ -181,13 +261,14 @@ POLICIES: dict[str, Make] = {
     "fgd": _fgd,
     "ours": _ours,
     "ours_with_power": _ours_with_power,
+    "planner": _planner,
 }
 
 
 def replay(cluster: Cluster, workload: Workload, seed: int, make: Make) -> Result:
     """Let the tasks arrive and go where the policy says; returns what came of it."""
     pool, watts = cluster.pool(workload.specs), cluster.watts()
-    policy = make(cluster, workload, pool, workload.tie_ranks[seed])
+    policy = make(cluster, workload, pool, seed)
     capacity = int(pool.milli.sum())
     every_node = np.arange(len(cluster.models))
     draw_w = draw_of(pool, watts, every_node)

@@ -145,3 +145,13 @@ def test_the_mix_counts_each_kind_of_request() -> None:
         "models": [0, -1],
         "weight": [2, 1],
     }
+
+
+def test_one_plan_of_all_that_arrives_allocates_as_much_as_the_replay(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openb, "ALLOCATED_AT_PERCENT", (0, 63, 75, 138))
+    monkeypatch.setattr(openb, "DRAW_AT_PERCENT", (0, 13))
+    cluster, workload = read_cluster(folder), read_workload(folder, "small")
+    planned = replay(cluster, workload, SEED, POLICIES["planner"])
+    assert planned.allocated_percent == {0: 0.0, 63: 62.5, 75: 75.0, 138: 75.0}
