@@ -249,7 +249,7 @@ class Server:
             else:
                 log(f"{key}: an order to forget what is not over")
         else:
-            raise WireError(f"an order that version 1 does not know: {order!r}")
+            raise WireError(f"an order that version 2 does not know: {order!r}")
         return False
 
     def _prepare(self, key: Key, order: Message) -> None:

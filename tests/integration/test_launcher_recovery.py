@@ -469,7 +469,7 @@ async def test_newer_fields_are_ignored_and_a_newer_daemon_is_answered_in_the_ol
         (answer,) = await talk(
             bench.socket_path, b'{"order": "hello", "oldest": 1, "newest": 9, "colour": "blue"}\n'
         )
-        assert answer["version"] == 1
+        assert answer["version"] == 2
 
 
 async def test_silent_connections_do_not_add_up(tmp_path: Path) -> None:
