@@ -16,10 +16,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from scheduler.model.snapshot import UNKNOWN
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
 from scheduler.planning.topology import Near, best_connected
-
-WHOLE_MILLI = 1000
 
 NOT_SERVED = 1 << 62
 # When a hold's turn is: not its own victim, when its stop was decided, how its preemptor ranks, its number.

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from scheduler.model.policy import Order, Policy
-from scheduler.model.snapshot import UNKNOWN
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
 from scheduler.planning.allocator import (
     NO_PENALTY,
-    WHOLE_MILLI,
     Claim,
     Found,
     Hold,
@@ -32,7 +31,7 @@ from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.queue import Queue
 from scheduler.planning.search import NODES_TRIED_MAX, Limits
-from scheduler.planning.valuation import value_bar, value_bars
+from scheduler.planning.valuation import outranked, value_bar, value_bars
 from scheduler.planning.world import NEVER, World
 
 
@@ -132,13 +131,8 @@ def ends_in_time(request: Request, to: Blocked, start_us: int) -> bool:
 def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool) -> Any:
     """Bool, shape (jobs,): who, started now, doesn't give way (a) and, if that counts, doesn't end (b)."""
     jobs, request = queue.jobs, to.request
-    lower = request.value >= value_bars(jobs.value, jobs.restart_loss_us, policy)
-    if policy.order is Order.CLASS:
-        lower &= jobs.priority == request.priority
-        lower |= jobs.priority < request.priority
-        lower &= jobs.job_class == request.job_class
-        lower |= jobs.job_class > request.job_class
-    lower &= jobs.preemptible
+    bars = value_bars(jobs.value, jobs.restart_loss_us, policy)
+    lower = outranked(request, policy.order, jobs.job_class, jobs.priority, bars) & jobs.preemptible
     if to.is_promised:
         lower &= now_us + jobs.min_runtime_us <= to.start_us
     if may_end:

@@ -24,14 +24,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from scheduler.model.snapshot import UNKNOWN, MixColumns
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
 from scheduler.planning.arrays import rows_where, xp
 
 if TYPE_CHECKING:
     from scheduler.planning.pool import Pool
 
 NO_POSITION: Final = -1
-WHOLE_MILLI: Final = 1000
 # FGD truncates 100 · sigmoid(change / 1000): at its steepest, around no change, a step is 40 thousandths.
 QUANTUM_MILLI: Final = 40
 # How many more watts are worth a quantum less of fragmentation. From 15 to 60 the published experiment gives

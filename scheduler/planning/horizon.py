@@ -9,7 +9,8 @@ changes its row only.
 from typing import Any
 
 from scheduler.model.policy import Order
-from scheduler.planning.allocator import WHOLE_MILLI, Node, Request
+from scheduler.model.snapshot import WHOLE_MILLI
+from scheduler.planning.allocator import Node, Request
 from scheduler.planning.arrays import xp
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.preemption import Live

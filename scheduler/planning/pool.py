@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler.model.snapshot import UNKNOWN
-from scheduler.planning.allocator import WHOLE_MILLI, Node, Request, Spare
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
+from scheduler.planning.allocator import Node, Request, Spare
 from scheduler.planning.arrays import xp
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from scheduler.model.policy import Order
+from scheduler.model.snapshot import WHOLE_MILLI
 from scheduler.planning.allocator import (
-    WHOLE_MILLI,
     Hold,
     Node,
     Request,

@@ -9,6 +9,7 @@ from typing import Any
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import JobColumns
+from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import lists, xp
 
 # Bits of a packed key: int64 without its sign.
@@ -72,6 +73,17 @@ def value_bar(value: int, restart_loss_us: int, policy: Policy) -> int:
     restart_ms = min(restart_loss_us // _US_PER_MS, _BAR_RESTART_MS_MAX)
     restart = -(-min(max(value, 0), _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
     return value + max(share, restart, 1)
+
+
+def outranked(request: Request, order: Order, job_class: Any, priority: Any, bars: Any) -> Any:
+    """Bool for each row: who ranks below the request by the hysteresis (`preemption.outranks`)."""
+    lower = request.value >= bars
+    if order is Order.CLASS:
+        lower &= priority == request.priority
+        lower |= priority < request.priority
+        lower &= job_class == request.job_class
+        lower |= job_class > request.job_class
+    return lower
 
 
 def value_bars(value: Any, restart_loss_us: Any, policy: Policy) -> Any:

@@ -19,16 +19,17 @@ from scheduler.model.snapshot import (
     PREEMPTING,
     STOPPING,
     UNKNOWN,
+    WHOLE_MILLI,
     Snapshot,
 )
-from scheduler.planning.allocator import WHOLE_MILLI, Hold, Node, Request, Spare
+from scheduler.planning.allocator import Hold, Node, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.layout import Layout
 from scheduler.planning.mix import mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.preemption import Live
-from scheduler.planning.valuation import value_bars
+from scheduler.planning.valuation import outranked, value_bars
 
 # Later than any moment that a snapshot can name.
 NEVER = 1 << 62
@@ -67,13 +68,7 @@ class Incumbents:
 
     def outranked(self, request: Request, order: Order) -> Any:
         """Bool, shape (incumbents,): who ranks low enough to be displaced by the request."""
-        lower = request.value >= self.value_bar
-        if order is Order.CLASS:
-            lower &= self.priority == request.priority
-            lower |= self.priority < request.priority
-            lower &= self.job_class == request.job_class
-            lower |= self.job_class > request.job_class
-        return lower
+        return outranked(request, order, self.job_class, self.priority, self.value_bar)
 
 
 @dataclass(frozen=True, slots=True)

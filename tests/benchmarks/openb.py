@@ -32,6 +32,7 @@ from scheduler.model.snapshot import (
     OPEN,
     PENDING,
     UNKNOWN,
+    WHOLE_MILLI,
     GpuColumns,
     HoldingColumns,
     JobColumns,
@@ -39,7 +40,7 @@ from scheduler.model.snapshot import (
     NodeColumns,
     Snapshot,
 )
-from scheduler.planning.fragmentation import NO_POSITION, WHOLE_MILLI, Fragmentation, WattColumns
+from scheduler.planning.fragmentation import NO_POSITION, Fragmentation, WattColumns
 from scheduler.planning.planner import plan
 from scheduler.planning.pool import Pool
 from tests.benchmarks.openb_policies import BestFit, Fgd, Task

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scheduler.model.snapshot import UNKNOWN
-from scheduler.planning.fragmentation import NO_POSITION, WHOLE_MILLI
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
+from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.pool import Pool
 
 Column = Any

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from scheduler.model.snapshot import UNKNOWN, MixColumns
-from scheduler.planning.fragmentation import WHOLE_MILLI, WattColumns
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
+from scheduler.planning.fragmentation import WattColumns
 from scheduler.planning.pool import Pool
 
 GPU_MIB = 1_000

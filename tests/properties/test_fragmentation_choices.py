@@ -8,13 +8,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.model.snapshot import UNKNOWN, MixColumns
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
 from scheduler.planning import arrays
 from scheduler.planning.fragmentation import (
     NO_POSITION,
     QUANTUM_MILLI,
     W_PER_QUANTUM,
-    WHOLE_MILLI,
     Fragmentation,
 )
 from scheduler.planning.pool import Pool
