@@ -22,13 +22,11 @@ Scores are kept by request shape and renewed only where a node has changed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
 from scheduler.planning.arrays import rows_where, xp
-
-if TYPE_CHECKING:
-    from scheduler.planning.pool import Pool
+from scheduler.planning.pool import Pool, Shape
 
 NO_POSITION: Final = -1
 # FGD truncates 100 · sigmoid(change / 1000): at its steepest, around no change, a step is 40 thousandths.
@@ -51,23 +49,6 @@ _SCORES_MAX = 1 << 22
 _CELLS_MAX = 1 << 20
 # So that no weighted sum of thousandths leaves int64.
 _WEIGHT_SUM_MAX = 1 << 40
-
-
-class Request(Protocol):
-    """What is asked for. `gpus` whole ones, or 1 with `share_milli` below 1000, or 0; 0 MiB, 0 CPUs = any."""
-
-    @property
-    def gpus(self) -> int: ...
-    @property
-    def share_milli(self) -> int: ...
-    @property
-    def gpu_memory_mib(self) -> int: ...
-    @property
-    def models(self) -> int: ...
-    @property
-    def cpus(self) -> int: ...
-    @property
-    def memory_mib(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +116,7 @@ class Fragmentation:
     """
 
     def __init__(
-        self, pool: "Pool", mix: MixColumns, watts: WattColumns | None = None, tie_rank: Any = None
+        self, pool: Pool, mix: MixColumns, watts: WattColumns | None = None, tie_rank: Any = None
     ) -> None:
         nodes, width = pool.milli.shape
         assert nodes < 1 << _RANK_BITS, "the tie rank has its bits"
@@ -170,7 +151,7 @@ class Fragmentation:
         self._last_change += 1
         self._changed[node] = self._last_change
 
-    def best(self, request: Request, among: Any = None) -> tuple[int, int] | None:
+    def best(self, request: Shape, among: Any = None) -> tuple[int, int] | None:
         """The node to start on, and for a share the position of its GPU, else NO_POSITION.
 
         `among`: bool, shape (nodes,), which nodes may be chosen; None: all. None where it fits on no node.
@@ -187,7 +168,7 @@ class Fragmentation:
         node: int = keys.argmin().item()
         return None if keys[node].item() == _NEVER else (node, scores.positions[node].item())
 
-    def _scores(self, request: Request) -> _Scores:
+    def _scores(self, request: Shape) -> _Scores:
         """What is known for requests of this shape, put last in the order of use."""
         shape = (
             request.gpus,
@@ -206,15 +187,11 @@ class Fragmentation:
         self._shapes[shape] = scores
         return scores
 
-    def _rated(self, request: Request, rows: Any) -> tuple[Any, Any]:
+    def _rated(self, request: Shape, rows: Any) -> tuple[Any, Any]:
         """Keys and positions of these nodes. Shape (rows,) each."""
         pool = self._pool
         keys, positions = _nowhere(len(rows))
-        fits = pool.slots[rows] >= 1
-        if request.cpus:
-            fits &= pool.cpus[rows] >= request.cpus
-        if request.memory_mib:
-            fits &= pool.memory_mib[rows] >= request.memory_mib
+        fits = pool.fit_host(request, rows)
         usable = self._usable_gpus(request, rows)
         if request.gpus:
             fits &= usable.sum(axis=1) >= request.gpus
@@ -235,19 +212,14 @@ class Fragmentation:
         keys[places] = self._key(request, rows, cost, pressure, after)
         return keys, positions
 
-    def _usable_gpus(self, request: Request, rows: Any) -> Any:
+    def _usable_gpus(self, request: Shape, rows: Any) -> Any:
         """Bool, shape (rows, width): GPUs that have what the request wants of each; none if it wants none."""
         pool = self._pool
         if request.gpus == 0:
             return xp.zeros((len(rows), pool.milli.shape[1]), dtype=bool)
-        usable = pool.milli[rows] >= request.share_milli
-        if request.gpu_memory_mib:
-            usable &= pool.mib[rows] >= request.gpu_memory_mib
-        if request.models != UNKNOWN:
-            usable &= pool.fits[request.models][rows]
-        return usable
+        return pool.usable(request, rows)
 
-    def _rate_shares(self, request: Request, rows: Any, usable: Any, after: _Host) -> tuple[Any, Any, Any]:
+    def _rate_shares(self, request: Shape, rows: Any, usable: Any, after: _Host) -> tuple[Any, Any, Any]:
         """Cost, pressure and position of the best GPU of each node for a share. Shape (rows,) each."""
         pool = self._pool
         places, at = xp.nonzero(usable)
@@ -268,7 +240,7 @@ class Fragmentation:
         each = xp.arange(len(rows))
         return costs[each, best], self._pressure[rows, best], best
 
-    def _rate_whole(self, request: Request, rows: Any, usable: Any, after: _Host) -> tuple[Any, Any]:
+    def _rate_whole(self, request: Shape, rows: Any, usable: Any, after: _Host) -> tuple[Any, Any]:
         """Cost and pressure of whole GPUs on each node. Shape (rows,) each."""
         pool = self._pool
         width = usable.shape[1]
@@ -288,7 +260,7 @@ class Fragmentation:
         pressure = xp.where(taken, self._pressure[rows], 0).max(axis=1)
         return self._cost(request, rows, left, taken, after), pressure
 
-    def _cost(self, request: Request, rows: Any, left: Any, taken: Any, after: _Host) -> Any:
+    def _cost(self, request: Shape, rows: Any, left: Any, taken: Any, after: _Host) -> Any:
         """What it costs that these GPUs are taken and `left` stays usable (weighted). Shape (rows,)."""
         # What it takes is free no more, and so no fragment: the rest of what was usable and is not, is one.
         asked = request.gpus * request.share_milli * self._weight
@@ -299,7 +271,7 @@ class Fragmentation:
         first_used = taken & (pool.milli[rows] == WHOLE_MILLI)
         return added * W_PER_QUANTUM + self._watts.added_w(rows, first_used, pool.cpus[rows], after.cpus)
 
-    def _key(self, request: Request, rows: Any, cost: Any, pressure: Any, after: _Host) -> Any:
+    def _key(self, request: Shape, rows: Any, cost: Any, pressure: Any, after: _Host) -> Any:
         """Cost, pressure, best fit and tie rank as one int64. Shape (rows,)."""
         milli = self._pool.milli[rows].sum(axis=1) - request.gpus * request.share_milli
         fit = xp.zeros(len(rows), dtype=xp.int64)
@@ -370,7 +342,7 @@ def _nowhere(rows: int) -> tuple[Any, Any]:
     return xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)
 
 
-def _pressure(pool: "Pool", mix: MixColumns) -> Any:
+def _pressure(pool: Pool, mix: MixColumns) -> Any:
     """How much the mix asks for each GPU by its model, 0 to the most in its bits. Shape (nodes, width).
 
     What is asked for of a set of models is spread over all GPUs that serve it. Requests that take any model

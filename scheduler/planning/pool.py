@@ -1,11 +1,28 @@
 """An amount of every node's resources as columns, and which nodes a request fits on."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
-from scheduler.planning.allocator import Node, Request, Spare
+from scheduler.planning.allocator import Node, Spare
 from scheduler.planning.arrays import xp
+
+
+class Shape(Protocol):
+    """What is asked for. `gpus` whole ones, or 1 with `share_milli` below 1000, or 0; 0 MiB, 0 CPUs = any."""
+
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def share_milli(self) -> int: ...
+    @property
+    def gpu_memory_mib(self) -> int: ...
+    @property
+    def models(self) -> int: ...
+    @property
+    def cpus(self) -> int: ...
+    @property
+    def memory_mib(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -23,16 +40,16 @@ class Pool:
     fits: Any  # bool (model sets, nodes, width): open GPUs that serve jobs with this set of models
     is_open: Any  # bool (nodes, width)
 
-    def usable(self, request: Request) -> Any:
-        """Bool, shape (nodes, width): the GPUs that have what the request wants of each."""
-        usable = self.milli >= request.share_milli
+    def usable(self, request: Shape, rows: Any = ...) -> Any:
+        """Bool, shape (rows, width): GPUs that have what the request wants of each; by default of all nodes."""
+        usable = self.milli[rows] >= request.share_milli
         if request.gpu_memory_mib:
             # Of a GPU that is wholly free all memory is, so that this is its size.
-            usable &= self.mib >= request.gpu_memory_mib
-        usable &= self.is_open if request.models == UNKNOWN else self.fits[request.models]
+            usable &= self.mib[rows] >= request.gpu_memory_mib
+        usable &= (self.is_open if request.models == UNKNOWN else self.fits[request.models])[rows]
         return usable
 
-    def fit_gpus(self, request: Request) -> Any:
+    def fit_gpus(self, request: Shape) -> Any:
         """Bool, shape (nodes,): where the GPU part of the request fits."""
         if request.gpus == 0:
             return xp.ones(len(self.cpus), dtype=bool)
@@ -40,16 +57,16 @@ class Pool:
             return self.usable(request).any(axis=1)
         return self.usable(request).sum(axis=1) >= request.gpus
 
-    def fit_host(self, request: Request) -> Any:
-        """Bool, shape (nodes,): where CPUs, host memory and a job slot are there; 0 is not accounted."""
-        fit = self.slots >= 1
+    def fit_host(self, request: Shape, rows: Any = ...) -> Any:
+        """Bool, shape (rows,): where CPUs, host memory and a job slot are there; 0 is not accounted."""
+        fit = self.slots[rows] >= 1
         if request.cpus:
-            fit &= self.cpus >= request.cpus
+            fit &= self.cpus[rows] >= request.cpus
         if request.memory_mib:
-            fit &= self.memory_mib >= request.memory_mib
+            fit &= self.memory_mib[rows] >= request.memory_mib
         return fit
 
-    def fit(self, request: Request) -> Any:
+    def fit(self, request: Shape) -> Any:
         """Bool, shape (nodes,): where the request fits in the amount."""
         return self.fit_gpus(request) & self.fit_host(request)
 
