@@ -41,7 +41,7 @@ class Pool:
     is_open: Any  # bool (nodes, width)
 
     def usable(self, request: Shape, rows: Any = ...) -> Any:
-        """Bool, shape (rows, width): GPUs that have what the request wants of each; by default of all nodes."""
+        """Bool, shape (rows, width): GPUs that have what the request wants of each."""
         usable = self.milli[rows] >= request.share_milli
         if request.gpu_memory_mib:
             # Of a GPU that is wholly free all memory is, so that this is its size.
