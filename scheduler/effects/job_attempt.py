@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 
 from scheduler.effects.job_files import (
+    CHECKPOINT_MARK,
     AttemptFiles,
     JobLog,
     JobUser,
@@ -445,7 +446,7 @@ class Attempt(Listener):
         files.close_checkpoints()
 
     def _checkpoint_directory_changed(self, name: bytes) -> None:
-        if name != b"checkpoint":
+        if name != CHECKPOINT_MARK:
             return
         if self._checkpoint_timer is not None:
             self._checkpoint_waits = True

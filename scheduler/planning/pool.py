@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
+from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.allocator import Node, Spare
 from scheduler.planning.arrays import xp
 
@@ -69,11 +69,6 @@ class Pool:
     def fit(self, request: Shape) -> Any:
         """Bool, shape (nodes,): where the request fits in the amount."""
         return self.fit_gpus(request) & self.fit_host(request)
-
-    @property
-    def whole_gpus(self) -> Any:
-        """Shape (nodes,): how many GPUs are there whole."""
-        return (self.milli == WHOLE_MILLI).sum(axis=1)
 
     def put(self, node: Node, spare: Spare) -> None:
         """Take over what a node has."""

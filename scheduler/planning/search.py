@@ -20,9 +20,10 @@ from scheduler.planning.horizon import Horizons
 from scheduler.planning.preemption import Live, choose_victims
 from scheduler.planning.world import NEVER, World
 
-# Nodes on which the exact cheapest victims are looked for, those first that promise to be cheapest. So few
-# nodes are all looked at, without promises.
+# Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least. The
+# first one or two nearly always have them; 64 are for equal bounds.
 NODES_TRIED_MAX = 64
+# So few nodes are looked at one by one: that costs less than the columns that would leave some out.
 NODES_ALL_TRIED_MAX = 2
 
 Candidates = Callable[[Node], list[Live]]
@@ -69,13 +70,13 @@ def find_leaving(request: Request, world: World, limits: Limits | None = None) -
         return None
     if len(leaving) > NODES_ALL_TRIED_MAX:
         leaving = leaving[world.soon.fit(request)[leaving]]
-    best: tuple[Turn, int, Found] | None = None
+    best: tuple[Turn, Found] | None = None
     for row in leaving.tolist():
         node, penalty = _as_limited(world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
         if found is not None and (best is None or found[0] < best[0]):
-            best = (found[0], row, found[1])
-    return None if best is None else best[2]
+            best = found
+    return None if best is None else best[1]
 
 
 def find_by_displacing(
