@@ -20,8 +20,8 @@ from scheduler.planning.horizon import Horizons
 from scheduler.planning.preemption import Live, choose_victims
 from scheduler.planning.world import NEVER, World
 
-# Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least: the
-# search ends at the first bound above the best found; the limit is for fleets on which many bounds are equal.
+# Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least.
+# The search ends at the first bound above the best found; the limit is for fleets of many equal bounds.
 NODES_TRIED_MAX = 64
 # So few nodes are looked at one by one: that costs less than the columns that would leave some out.
 NODES_ALL_TRIED_MAX = 2
