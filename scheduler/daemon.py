@@ -37,7 +37,8 @@ from scheduler.effects.systemd import Notifier, set_up_logging, watchdog_period_
 from scheduler.errors import ConfigError, InstallationError, NodeError, WattshiftError
 from scheduler.model.jobs import job_number
 from scheduler.model.settings import Config
-from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus, parse
+from scheduler.simulation.boards import parse
+from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus
 
 log = logging.getLogger("wattshift")
 

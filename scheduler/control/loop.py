@@ -185,15 +185,21 @@ class Controller:
                 return
 
     def stop(self) -> None:
-        """Tick no more. Jobs go on under the launcher."""
+        """Tick no more, with what was used booked. Jobs go on under the launcher."""
         if self._running:
             self._book_last()
+        self.halt()
+
+    def halt(self) -> None:
+        """Tick no more, and leave everything as it is: what a crash does."""
         self._running = False
         self.verifier.close()
         for task in self._looks:
             task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_lingering()
+        for timer in (self._timer, self._scheduled):
+            if timer is not None:
+                timer.cancel()
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
