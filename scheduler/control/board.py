@@ -4,7 +4,7 @@ A GPU's state is derived: from the last readings, from the operator's marks in t
 jobs that hold it, and from the hand-overs that are not yet proved. Nothing here is counted twice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from scheduler.model.snapshot import (
     GpuColumns,
     HoldingColumns,
     NodeColumns,
+    PowerColumns,
     Snapshot,
 )
 
@@ -87,6 +88,8 @@ class GpuBoard:
         self._read: tuple[GpuIdentity, ...] = ()
         self._gpus: tuple[object, GpuColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
+        # What makes the power columns; None while nobody sets a budget.
+        self.power: Callable[[], Callable[[Any], PowerColumns] | None] = lambda: None
 
     def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
         """Take a round of readings; return the GPUs that were not there in the round before.
@@ -225,10 +228,10 @@ class GpuBoard:
         """GPU memory that jobs may book: the total less what the empty GPU shows as used."""
         return gpu.memory_total_mib - self.baseline_mib.get(gpu.uuid, 0)
 
-    def snapshot(self, now_s: float) -> Snapshot:
-        """The world now, for the planner; valid until the next change."""
+    def snapshot(self, now_s: float, power: Callable[[Any], PowerColumns] | None = None) -> Snapshot:
+        """The world now, for the planner; valid until the next change. `power`: else as the budget says."""
         return self._ledger.table.snapshot(
-            now_s, self._gpu_columns(), self._node_columns(), self._holding_columns()
+            now_s, self._gpu_columns(), self._node_columns(), self._holding_columns(), power or self.power()
         )
 
     def _gpu_columns(self) -> GpuColumns:

@@ -40,6 +40,7 @@ from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
 from scheduler.planning.layout import Layout
+from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import Live, outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
 from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving
@@ -95,6 +96,10 @@ class Planner:
         jobs = snapshot.jobs
         self._timed = rows_where((jobs.time_limit_us != UNKNOWN) | (jobs.deadline_us != UNKNOWN))
         stopping = self._stop_what_is_over()
+        self.power: PowerStage | None = None
+        if snapshot.power is not None:
+            self.power = PowerStage(snapshot, policy, stopping)
+            stopping |= {shed.job for shed in self.power.sheds}
         self.world = World(snapshot, policy, stopping, layout)
         self._horizons = Horizons(self.world, policy.order)
         self.queue = Queue(snapshot, policy.order)
@@ -106,12 +111,21 @@ class Planner:
             self.queue.set_aside(self.world.layout)
             for row, request in self.queue.requests():
                 self._serve(row, request)
+        power = self.power
         return Plan(
-            actions=(*self._stops, *fails, *self._preempts, *self._starts),
+            actions=(
+                *(power.limits() if power else ()),
+                *(power.sheds if power else ()),
+                *self._stops,
+                *fails,
+                *self._preempts,
+                *self._starts,
+            ),
             waits=self._waits(),
             promise=self.promise,
             wake_us=self._wake_us(),
             awaited={number: claim.awaited for number, claim in self.claims.items() if not claim.is_free},
+            power=power.outlook if power else None,
         )
 
     def candidates(self, request: Request, node: Node) -> list[Live]:
@@ -164,8 +178,13 @@ class Planner:
             if found is None:
                 self._hold_back(row, request, holder)
                 return
+        admission = self._admit(row, request, found)
+        if admission is None:
+            self._refuse_for_power(row, request)
+            return
+        if holder is not None:
             book(found, request, holder)
-        self._commit(row, request, found)
+        self._commit(row, request, found, admission)
 
     def _find(self, request: Request, limits: Limits | None = None) -> Found | None:
         """Room for the request, the least disruptive there is."""
@@ -184,25 +203,75 @@ class Planner:
         yielding = [live.hold for live in self.candidates(request, holder.node)]
         return self._find(request, beside(request, holder, yielding))
 
-    def _commit(self, row: int, request: Request, found: Found) -> None:
+    def _admit(self, row: int, request: Request, found: Found) -> Admission | None:
+        """How the request fits the power budget; None: it doesn't."""
+        if self.power is None or not request.gpus:
+            return UNBOUNDED
+        gpus = self.world.layout.row[found.node.row]
+
+        def may_displace() -> set[int]:
+            rows = self.world.displaceable(request)
+            return set(self.world.incumbents.number[rows].tolist())
+
+        return self.power.admit(
+            request,
+            row,
+            tuple(int(gpus[position]) for position in found.positions),
+            found.victims,
+            may_displace,
+        )
+
+    def _refuse_for_power(self, row: int, request: Request) -> None:
+        """Let a request that doesn't fit the budget wait, and all that are alike and worth no more."""
+        assert self.power is not None
+        self.queue.wait(row, Reason.WAITING_FOR_POWER)
+        self.queue.refuse(request, Reason.WAITING_FOR_POWER, self.power.no_better(self.queue.jobs, row))
+        if not self._policy.backfill:
+            self._strict.setdefault(True, Blocked(request, None, NEVER, None))
+
+    def _commit(self, row: int, request: Request, found: Found, admission: Admission) -> None:
         """Start the job, or let it wait for what it claims."""
         node = self.world.node(found.node.row)
         for number in found.victims:
-            victim = self.world.leave(node, number, request.number)
-            lost = (victim.lost_gpu_ms, victim.loss_microusd)
-            self._preempts.append(PreemptJob(number, request.number, Reason.PREEMPTED_BY_HIGHER_RANK, *lost))
+            self._displace(node, number, request)
+        ready_us = max([self._displace_for_power(number, request) for number in admission.victims], default=0)
         claim = take(request, node, found.positions)
+        waits = Reason.WAITING_FOR_HANDOVER
+        if claim.is_free and not admission.starts_now:
+            claim.is_free, claim.ready_us, waits = False, ready_us, Reason.WAITING_FOR_POWER
+            claim.awaited = tuple(sorted({*admission.victims, *self._leaving_for(request.number)}))
         self.claims[request.number] = claim
         self.world.serve(request.number, len(self.claims))
         self.world.changed(node)
         self._horizons.changed(node)
         if not claim.is_free:
-            self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
+            self.queue.wait(row, waits)
             return
         reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
         gpus = self.world.uuids(node.row, claim.positions)
         self._starts.append(StartJob(request.number, gpus, reason, node.row))
         self.queue.start(row)
+
+    def _displace(self, node: Node, number: int, request: Request) -> Live:
+        """Let a live job go for the request."""
+        victim = self.world.leave(node, number, request.number)
+        lost = (victim.lost_gpu_ms, victim.loss_microusd)
+        self._preempts.append(PreemptJob(number, request.number, Reason.PREEMPTED_BY_HIGHER_RANK, *lost))
+        return victim
+
+    def _displace_for_power(self, number: int, request: Request) -> int:
+        """Let a live job on any node go for its watts; returns when it has gone at the latest."""
+        jobs = self.world.incumbents
+        node = self.world.node(int(jobs.node[jobs.number == number][0]))
+        victim = self._displace(node, number, request)
+        self.world.changed(node)
+        self._horizons.changed(node)
+        return victim.hold.ready_us
+
+    def _leaving_for(self, number: int) -> list[int]:
+        """The jobs that go for this one, told by an earlier plan."""
+        jobs = self._snapshot.jobs
+        return jobs.number[jobs.preemptor == number].tolist()  # type: ignore[no-any-return]
 
     def _block(self, request: Request) -> None:
         """Remember the highest job that can't be served, and what it can count on."""
