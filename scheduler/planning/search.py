@@ -48,13 +48,9 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
         node, penalty = _as_limited(world, 0, limits)
         positions = None if node is None or node.drains else place(request, node, node.free, penalty)
         return None if node is None or positions is None else Found(node, positions)
-    mask = world.free_for(request)
-    if mask is None:
-        return None
-    own = _limit(mask, request, limits)
-    found = world.placement.best(request, world.nearest(request, mask))
+    found = world.best_free(request, () if limits is None else (limits.row,))
     if found is None:
-        return own
+        return _on_limited(request, limits)
     row, position = found
     node = world.node(row)
     if position != NO_POSITION:
@@ -66,18 +62,19 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    leaving = rows_where(world.leaving & ~world.drains)
-    if not len(leaving):
-        return None
-    if len(leaving) > NODES_ALL_TRIED_MAX:
-        leaving = leaving[world.soon.fit(request)[leaving]]
     best: tuple[Turn, Found] | None = None
-    for row in leaving.tolist():
+    for row in _leaving(request, world):
         node, penalty = _as_limited(world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     return None if best is None else best[1]
+
+
+def _leaving(request: Request, world: World) -> list[int]:
+    if len(world.drains) <= NODES_ALL_TRIED_MAX:
+        return rows_where(world.leaving & ~world.drains).tolist()  # type: ignore[no-any-return]
+    return world.leaving_for(request)
 
 
 def find_by_displacing(
@@ -110,12 +107,9 @@ def find_by_displacing(
     return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
 
 
-def _limit(fits: Any, request: Request, limits: Limits | None) -> Found | None:
-    """Take the limited node out of those that fit; what is free on what is left of it."""
-    if limits is None:
-        return None
-    fits[limits.row] = False
-    if limits.node is None or limits.node.drains:
+def _on_limited(request: Request, limits: Limits | None) -> Found | None:
+    """What is free on what is left of the limited node."""
+    if limits is None or limits.node is None or limits.node.drains:
         return None
     positions = place(request, limits.node, limits.node.free, limits.penalty)
     return None if positions is None else Found(limits.node, positions)

@@ -7,7 +7,7 @@ Three layers: *free*, what nobody has; *soon*, that and what leaves without a fu
 it what incumbents hold, the live jobs that stay unless they are displaced.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from scheduler.model.snapshot import (
 from scheduler.planning.allocator import Hold, Node, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
+from scheduler.planning.kept import Kept
 from scheduler.planning.layout import Layout
 from scheduler.planning.mix import mix_of
 from scheduler.planning.pool import Pool, summed
@@ -99,10 +100,12 @@ class World:
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
-        self._unfree: set[tuple[int, ...]] = set()  # of GPUs what free ones can't serve, nor ever will here
+        # Whether free GPUs serve who wants so much of them. Once they don't, they never will: they only shrink.
+        self._free_can: dict[tuple[int, ...], bool] = {}
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
+        self._soon_fits = Kept(len(self.drains))
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -130,7 +133,8 @@ class World:
         if self._placement is None:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
-            self._placement = Fragmentation(self._free, mix)
+            nearness = self.layout.nearness
+            self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
         return self._placement
 
     @cached_property
@@ -191,33 +195,37 @@ class World:
                 self._soon.put(node, node.spare_with(node.leaving))
             if self._placement is not None:
                 self._placement.changed(node.row)
+            self._soon_fits.changed(node.row)
         self._changed.clear()
         self._reaches.clear()
 
     # Looks --------------------------------------------------------------------------------------
 
-    def nearest(self, request: Request, fits: Any) -> Any:
-        """Of the nodes in the mask those on which the request's GPUs can be nearest to each other."""
-        if request.gpus > 1 and self.layout.nearness:
-            usable = self.free.usable(request)
-            for same in self.layout.nearness:
-                together = (same & usable[:, None, :]).sum(axis=2)
-                near = fits & ((together >= request.gpus) & usable).any(axis=1)
-                if near.any():
-                    return near
-        return fits
+    def best_free(self, request: Request, without: Sequence[int] = ()) -> tuple[int, int] | None:
+        """Where the request fits into what is free: the node to start on and `Fragmentation.best`'s position.
 
-    def free_for(self, request: Request) -> Any | None:
-        """Bool, shape (nodes,): where the request fits into what is free; None: nowhere."""
+        None where it fits on no node, those at the rows `without` left out.
+        """
         wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        if wants in self._unfree:  # what is free only shrinks
+        can = self._free_can.get(wants)
+        if can is None:
+            can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
+        if not can:
             return None
-        fits = self.free.fit_gpus(request) & ~self.drains
-        if not fits.any():
-            self._unfree.add(wants)
-            return None
-        fits &= self.free.fit_host(request)
-        return fits if fits.any() else None
+        found = self.placement.best(request, without)
+        if found is None and not without:
+            del self._free_can[wants]  # looked at again, when somebody wants the same GPUs
+        return found
+
+    def leaving_for(self, request: Request) -> list[int]:
+        """Rows of the nodes on which something leaves and the request fits into that and what is free."""
+        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        key = (*wants, request.cpus, request.memory_mib)
+        soon = self.soon
+        fits: Any = self._soon_fits.column(
+            key, lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit(request, rows)
+        )
+        return rows_where(fits).tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace."""
