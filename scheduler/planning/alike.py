@@ -12,6 +12,8 @@ from scheduler.model.snapshot import MixColumns
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.pool import Pool, Shape
 
+# So few nodes are rated each by itself: that costs less than to find out which are alike.
+NODES_FEW = 64
 # States of GPUs that are told apart; beyond, all are numbered anew. Each is some 300 bytes.
 STATES_MAX = 1 << 17
 # Answers remembered for all questions together, 16 bytes for each of their columns and 8 for the state.
@@ -31,14 +33,16 @@ class States:
         self._cpus = xp.unique(mix.cpus)
         self._memory_mib = xp.unique(mix.memory_mib)
         levels = (len(self._cpus) + 1) * (len(self._memory_mib) + 1)
-        self.are_few = (levels**2 * _SLOTS).bit_length() + _NUMBER_BITS <= _KEY_BITS
+        fits = (levels**2 * _SLOTS).bit_length() + _NUMBER_BITS <= _KEY_BITS
+        self.are_of_use = fits and len(pool.cpus) > NODES_FEW
         self._levels = levels
-        self._sorts = _sorts(pool, nearness)
+        self._sorts = _sorts(pool, nearness) if self.are_of_use else []
         self._numbers: dict[Hashable, int] = {}
         self._number = xp.zeros(len(pool.cpus), dtype=xp.int64)
         self._known: dict[Hashable, tuple[Any, Any]] = {}
         self._answers = 0
-        self.renew(xp.arange(len(pool.cpus), dtype=xp.int64))
+        if self.are_of_use:
+            self.renew(xp.arange(len(pool.cpus), dtype=xp.int64))
 
     def renew(self, rows: Any) -> None:
         """Look at these nodes again."""

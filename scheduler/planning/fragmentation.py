@@ -128,7 +128,9 @@ class Fragmentation:
         self._watts = watts
         self._closed = closed
         self._nearness = nearness
-        self._states = States(pool, mix, nearness)
+        # What power a node draws for it depends on more than its state.
+        alike = States(pool, mix, nearness) if watts is None else None
+        self._alike = alike if alike is not None and alike.are_of_use else None
         self._kept = Kept(nodes)
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
         # A mix may be empty: then all costs the same, and the rules after it decide.
@@ -164,9 +166,9 @@ class Fragmentation:
         """
         if not len(self._rank):
             return None
-        if self._changed:
-            self._states.renew(xp.asarray(sorted(self._changed), dtype=xp.int64))
-            self._changed.clear()
+        if self._changed and self._alike is not None:
+            self._alike.renew(xp.asarray(sorted(self._changed), dtype=xp.int64))
+        self._changed.clear()
         shape = (
             request.gpus,
             request.share_milli,
@@ -195,8 +197,8 @@ class Fragmentation:
         if not len(places):
             return rated
         rows = rows[places]
-        if self._watts is None and self._states.are_few:
-            heads = self._states.answers(request, rows, lambda some: self._heads(request, some))
+        if self._alike is not None:
+            heads = self._alike.answers(request, rows, lambda some: self._heads(request, some))
         else:
             heads = self._heads(request, rows)
         rated[0, places] = self._key(request, rows, heads[0])
