@@ -10,10 +10,9 @@ from typing import Any
 
 from scheduler.model.policy import Order
 from scheduler.model.snapshot import WHOLE_MILLI
-from scheduler.planning.allocator import Node, Request
+from scheduler.planning.allocator import Live, Node, Request
 from scheduler.planning.arrays import xp
 from scheduler.planning.pool import Pool, summed
-from scheduler.planning.preemption import Live
 from scheduler.planning.world import NEVER, World
 
 
@@ -25,10 +24,9 @@ class Horizon:
         self._job_class = job_class
         jobs, soon = world.incumbents, world.soon
         goes = jobs.may_yield if job_class is None else jobs.may_yield & (jobs.job_class >= job_class)
-        holds = goes[jobs.holder]
-        host = (jobs.cpus[goes], jobs.memory_mib[goes], xp.ones(int(goes.sum())))
+        holds, hosts = goes[jobs.holder], jobs.hosts.of(goes)
         cell, holder = jobs.cell[holds], jobs.holder[holds]
-        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], jobs.node[goes], host)
+        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
         # A job's loss in equal parts on its GPUs: whoever takes some of them pays for all.
         gpus = xp.bincount(jobs.holder, minlength=len(jobs.row))
         part = (jobs.loss_microusd // xp.maximum(gpus, 1))[holder]
