@@ -1,6 +1,6 @@
 """Room for a request among all nodes: free, coming free, or by displacing; columns say where looking pays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from scheduler.planning.allocator import (
     Request,
     Turn,
     find_leaving_on,
+    lack_of_host,
     place,
 )
-from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.preemption import choose_victims
@@ -85,19 +86,23 @@ def find_by_displacing(
     request: Request, world: World, horizons: Horizons, candidates: Candidates, limits: Limits | None = None
 ) -> Found | None:
     """Room that the cheapest victims leave, on the node where they are cheapest."""
-    if not world.displaceable(request).any():
-        return None
     best: tuple[int, int, Node, list[Live], Penalty] | None = None
     best_loss = NEVER
-    for row, bound in _cheapest_first(request, world, horizons):
+    cheapest = _Cheapest(request, world, horizons)
+    for row, bound in cheapest.first():
         if bound > best_loss:
             break
         node, penalty = as_limited(request, world, row, limits)
         victims = [] if node is None else candidates(node)
         chosen = choose_victims(request, node, victims) if node is not None and victims else None
-        if node is not None and chosen is not None and (best is None or (chosen[0], row) < best[:2]):
+        if node is None or chosen is None:
+            continue
+        loss = sum(victim.loss_microusd for victim in chosen[1])
+        if limits is None or row not in limits.rows:
+            cheapest.learn(node, loss, len(victims))
+        if best is None or (chosen[0], row) < best[:2]:
             best = (chosen[0], row, node, chosen[1], penalty)
-            best_loss = sum(victim.loss_microusd for victim in chosen[1])
+            best_loss = loss
     if best is None:
         return None
     _, _, node, victims, penalty = best
@@ -134,19 +139,33 @@ def _placed(request: Request, node: Node | None, penalty: Penalty) -> Found | No
     return None if positions is None else Found((Part(request, node.row, positions),))
 
 
-def _cheapest_first(request: Request, world: World, horizons: Horizons) -> list[tuple[int, int]]:
-    """Rows of the nodes that the request could have, each with a loss that is not more than what it takes."""
-    if len(world.drains) <= NODES_ALL_TRIED_MAX:
-        return [(row, 0) for row in rows_where(~world.drains).tolist()]
-    horizon = horizons.of(request)
-    rows = rows_where(horizon.pool.fit(request) & ~world.drains)
-    if not len(rows):
-        return []
-    bounds = horizon.bounds(request, rows)
-    if len(rows) > NODES_TRIED_MAX:
-        # Of equal bounds the first rows, whatever the partition does with them.
-        last = xp.sort(xp.partition(bounds, NODES_TRIED_MAX - 1)[:NODES_TRIED_MAX])[-1]
-        near = rows_where(bounds <= last)
-        rows, bounds = rows[near], bounds[near]
-    first = xp.lexsort(xp.stack([rows, bounds]))[:NODES_TRIED_MAX]
-    return list(zip(*lists((rows, bounds), first), strict=True))
+class _Cheapest:
+    """The nodes that a request could have, by a loss that is not more than what it takes there."""
+
+    def __init__(self, request: Request, world: World, horizons: Horizons) -> None:
+        self._request = request
+        self._world = world
+        # So few nodes are looked at one by one: that costs less than the columns.
+        self._horizon = horizons.of(request) if len(world.drains) > NODES_ALL_TRIED_MAX else None
+
+    def first(self) -> Iterator[tuple[int, int]]:
+        """Rows of the nodes to look at, a bounded number, each with its bound; of equals the first row."""
+        if self._horizon is None:
+            yield from ((row, 0) for row in rows_where(~self._world.drains).tolist())
+            return
+        fits = self._horizon.pool.fit_host(self._request)
+        bounds = xp.where(fits, self._horizon.bounds(self._request), NEVER)
+        for _ in range(min(NODES_TRIED_MAX, len(bounds))):
+            row = int(bounds.argmin())
+            bound = int(bounds[row])
+            if bound == NEVER:
+                return
+            yield row, bound
+            bounds[row] = NEVER
+
+    def learn(self, node: Node, loss: int, victims: int) -> None:
+        """Remember what the request takes on a node for others that want the same GPUs."""
+        if self._horizon is not None and not any(
+            lack_of_host(self._request, node.spare_with(node.leaving))
+        ):
+            self._horizon.learn(self._request, node.row, loss, victims)
