@@ -9,11 +9,10 @@ changes its row only.
 from typing import Any
 
 from scheduler.model.policy import Order
-from scheduler.planning.allocator import Node, Request
+from scheduler.planning.allocator import Live, Node, Request
 from scheduler.planning.arrays import xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, summed
-from scheduler.planning.preemption import Live
 from scheduler.planning.world import NEVER, World
 
 
@@ -28,11 +27,10 @@ class Horizon:
         nodes, width = soon.milli.shape
         self._bounds = Kept(nodes)
         goes = jobs.may_yield if job_class is None else jobs.may_yield & (jobs.job_class >= job_class)
-        self._going = xp.bincount(jobs.node[goes], minlength=nodes).tolist()
-        holds = goes[jobs.holder]
-        host = (jobs.cpus[goes], jobs.memory_mib[goes], xp.ones(int(goes.sum())))
+        holds, hosts = goes[jobs.holder], jobs.hosts.of(goes)
+        self._going = xp.bincount(hosts.node, minlength=nodes).tolist()
         cell, holder = jobs.cell[holds], jobs.holder[holds]
-        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], jobs.node[goes], host)
+        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
         # Of each GPU. A job's loss counts in full where one GPU is wanted, and in equal parts on its GPUs where
         # several are: whoever takes some of them pays for all.
         gpus = xp.maximum(xp.bincount(jobs.holder, minlength=len(jobs.row)), 1)

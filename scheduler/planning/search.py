@@ -7,7 +7,9 @@ from typing import Any
 from scheduler.planning.allocator import (
     NO_PENALTY,
     Found,
+    Live,
     Node,
+    Part,
     Penalty,
     Request,
     Turn,
@@ -18,7 +20,7 @@ from scheduler.planning.allocator import (
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
-from scheduler.planning.preemption import Live, choose_victims
+from scheduler.planning.preemption import choose_victims
 from scheduler.planning.world import NEVER, World
 
 # Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least.
@@ -32,11 +34,13 @@ Candidates = Callable[[Node], list[Live]]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may use of one node, so as not to delay a promised start there; None: nothing."""
+    """What a request may use of some nodes, so as not to delay a promised start there.
 
-    row: int
-    node: Node | None
-    penalty: Penalty
+    `on` says it of a request and the row of a node: the node with what it may not use closed, or None.
+    """
+
+    rows: tuple[int, ...]
+    on: Callable[[Request, int], tuple[Node | None, Penalty]]
 
 
 def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
@@ -45,26 +49,24 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     On a node that is limited by a promise only where there is no other.
     """
     if len(world.drains) == 1:
-        node, penalty = _as_limited(world, 0, limits)
-        positions = None if node is None or node.drains else place(request, node, node.free, penalty)
-        return None if node is None or positions is None else Found(node, positions)
-    found = world.best_free(request, () if limits is None else (limits.row,))
+        node, penalty = as_limited(request, world, 0, limits)
+        return _placed(request, node, penalty)
+    found = world.best_free(request, () if limits is None else limits.rows)
     if found is None:
         return _on_limited(request, limits)
     row, position = found
-    node = world.node(row)
     if position != NO_POSITION:
-        return Found(node, (position,))
-    positions = place(request, node, node.free)
-    assert positions is not None, "the columns say that it fits"
-    return Found(node, positions)
+        return Found((Part(request, row, (position,)),))
+    placed = _placed(request, world.node(row), NO_PENALTY)
+    assert placed is not None, "the columns say that it fits"
+    return placed
 
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
     best: tuple[Turn, Found] | None = None
     for row in _leaving(request, world):
-        node, penalty = _as_limited(world, row, limits)
+        node, penalty = as_limited(request, world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
@@ -87,13 +89,13 @@ def find_by_displacing(
     for row, bound in cheapest.first():
         if bound > best_loss:
             break
-        node, penalty = _as_limited(world, row, limits)
+        node, penalty = as_limited(request, world, row, limits)
         victims = [] if node is None else candidates(node)
         chosen = choose_victims(request, node, victims) if node is not None and victims else None
         if node is None or chosen is None:
             continue
         loss = sum(victim.loss_microusd for victim in chosen[1])
-        if limits is None or limits.row != row:
+        if limits is None or row not in limits.rows:
             cheapest.learn(node, loss, len(victims))
         if best is None or (chosen[0], row) < best[:2]:
             best = (chosen[0], row, node, chosen[1], penalty)
@@ -104,21 +106,32 @@ def find_by_displacing(
     holds = [victim.hold.told(request.number, world.now_us) for victim in victims]
     found = find_leaving_on(request, node, penalty, holds)
     assert found is not None, "the victims were chosen so that the request fits"
-    return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
+    return replace(found[1], victims=tuple(sorted(victims, key=lambda victim: victim.number)))
+
+
+def as_limited(
+    request: Request, world: World, row: int, limits: Limits | None
+) -> tuple[Node | None, Penalty]:
+    """The node as the request may use it."""
+    if limits is not None and row in limits.rows:
+        return limits.on(request, row)
+    return world.node(row), NO_PENALTY
 
 
 def _on_limited(request: Request, limits: Limits | None) -> Found | None:
-    """What is free on what is left of the limited node."""
-    if limits is None or limits.node is None or limits.node.drains:
+    """Room in what is free on what is left of the limited nodes."""
+    if limits is None:
         return None
-    positions = place(request, limits.node, limits.node.free, limits.penalty)
-    return None if positions is None else Found(limits.node, positions)
+    placed = (_placed(request, *limits.on(request, row)) for row in limits.rows)
+    return next((found for found in placed if found is not None), None)
 
 
-def _as_limited(world: World, row: int, limits: Limits | None) -> tuple[Node | None, Penalty]:
-    if limits is not None and limits.row == row:
-        return limits.node, limits.penalty
-    return world.node(row), NO_PENALTY
+def _placed(request: Request, node: Node | None, penalty: Penalty) -> Found | None:
+    """Room in what the node has free."""
+    if node is None or node.drains:
+        return None
+    positions = place(request, node, node.free, penalty)
+    return None if positions is None else Found((Part(request, node.row, positions),))
 
 
 class _Cheapest:
