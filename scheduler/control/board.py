@@ -254,6 +254,7 @@ class GpuBoard:
 
     def _made_gpu_columns(self, closed: frozenset[str]) -> GpuColumns:
         gpus = self.identities
+        models = sorted({gpu.model for gpu in gpus})
         states = [CLOSED if self.released or gpu.uuid in closed else OPEN for gpu in gpus]
         return GpuColumns(
             uuid=tuple(gpu.uuid for gpu in gpus),
@@ -264,6 +265,7 @@ class GpuBoard:
             island=_known(gpu.island for gpu in gpus),
             switch=_known(gpu.switch for gpu in gpus),
             numa=_known(gpu.numa for gpu in gpus),
+            model=np.array([models.index(gpu.model) for gpu in gpus], dtype=np.int64),
         )
 
     def _node_columns(self) -> NodeColumns:
