@@ -161,14 +161,14 @@ class PowerControl:
         """Learn from a round of readings; see whether the watts are where they should be."""
         control = self._control
         elapsed_s, self._read_s = now_s - self._read_s if self._read_s else 0.0, now_s
-        holders, occupants = control.board.holders(), control.board.occupants()
+        occupants = control.board.occupants()
         learned = []
         for gpu in control.board.identities:
             sample = control.board.samples.get(gpu.uuid)
             if sample is None:
                 continue
             self.limits.read(sample, now_s)
-            held = holders.get(gpu.uuid, [])
+            held = control.board.holders(gpu.uuid)
             if len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING:
                 limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
@@ -375,10 +375,12 @@ class PowerControl:
     def committed_w(self) -> float:
         """What the site may draw: limits of occupied boards, idle draw of the others."""
         board = self._control.board
-        occupied = {*board.holders(), *board.occupants()}
+        leaving = board.occupants()
         return self.site_w(
             sum(
-                self.limits.in_force_w(gpu) if gpu.uuid in occupied else self._empty_w(gpu)
+                self.limits.in_force_w(gpu)
+                if board.is_held(gpu.uuid) or gpu.uuid in leaving
+                else self._empty_w(gpu)
                 for gpu in board.identities
             )
         )
@@ -396,8 +398,8 @@ class PowerControl:
 
     async def leave(self) -> None:
         """Give back every limit of a board that no job holds any more, before its handle is let go."""
-        held = self._control.board.holders()
-        uuids = [uuid for uuid in self._control.ledger.power.limits if not held]
+        limits = self._control.ledger.power.limits
+        uuids = [] if self._control.ledger.live else list(limits)
         done = await self.limits.give_back(uuids)
         if done:
             self.limits.given_back(done)

@@ -87,6 +87,7 @@ WAIT_REASONS: tuple[Reason, ...] = (
     Reason.WAITING_FOR_PROMISED_START,
     Reason.WAITING_FOR_START_SLOT,
     Reason.WAITING_FOR_POWER,
+    Reason.WAITING_FOR_PRICE,
 )
 
 
