@@ -37,6 +37,8 @@ from scheduler.planning.valuation import lost_work, value_of
 
 # Starts that are refused after a close look, in one plan; the rest wait unseen until the next.
 REFUSALS_MAX = 32
+# A limit that can't rise as far as it should does so by this at least: not every watt is worth a call.
+RISE_W_MIN = 10
 _US_PER_MS = 1000
 _US_PER_HOUR = 3_600_000_000
 
@@ -441,9 +443,13 @@ class PowerStage:
                 orders.append(self._order(gpu, int(wanted_w[gpu])))  # nobody draws there yet
                 continue
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
-            if int(self._in_force_w.sum()) + more_w <= power.budget_w:
-                self._in_force_w[gpu] += more_w
-                orders.append(self._order(gpu, int(wanted_w[gpu])))
+            room_w = power.budget_w - int(self._in_force_w.sum())
+            if more_w > room_w:
+                if room_w < RISE_W_MIN:
+                    continue
+                more_w = room_w
+            self._in_force_w[gpu] += more_w
+            orders.append(self._order(gpu, int(self._in_force_w[gpu])))
         return sorted(orders, key=lambda order: (order.reason is Reason.POWER_LIMIT_RAISED, order.gpu))
 
     def _order(self, gpu: int, watts: int) -> SetPowerLimit:
