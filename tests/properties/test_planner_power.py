@@ -10,6 +10,7 @@ from scheduler.model.actions import WAIT_REASONS, Plan, PreemptJob, RequeueJob, 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.planning.planner import digest, plan
+from tests.fakes import worlds as plain
 from tests.fakes.power import B, P, applied, limits, snapshot
 from tests.fakes.worlds import (
     BATCH,
@@ -22,6 +23,8 @@ from tests.fakes.worlds import (
     TRAINING,
     UNKNOWN,
     J,
+    W,
+    running,
 )
 from tests.properties.strategies import policies, worlds
 
@@ -57,6 +60,39 @@ def powered(draw: st.DrawFn, *, pending: bool = True, gpus_max: int = 4, jobs_ma
         is_emergency=draw(st.booleans()) and draw(st.booleans()),
         limits_inference=draw(st.booleans()),
     )
+
+
+@st.composite
+def starting(draw: st.DrawFn) -> P:
+    """Some boards are held, some empty, and the budget is about as large as what is wanted."""
+    count = draw(st.integers(2, 4))
+    jobs: list[J] = []
+    for number in range(1, count):
+        if draw(st.booleans()):
+            job_class = draw(st.sampled_from((TRAINING, BATCH, MINING, MINING)))
+            value = draw(st.sampled_from((50_000, 500_000, 2_000_000)))
+            ran_s = draw(st.sampled_from((0.0, 60.0, 7200.0)))
+            held = running(number, f"GPU-{number}", job_class=job_class, value=value, ran_s=ran_s)
+            jobs.append(replace(held, preemptible=draw(st.integers(0, 5)) > 0))
+    for number in range(10, 10 + draw(st.integers(1, 4))):
+        job_class = draw(st.sampled_from((INFERENCE, TRAINING, BATCH, MINING)))
+        value = draw(st.sampled_from((50_000, 500_000, 2_000_000)))
+        wanted = J(number, job_class=job_class, value=value, gpus=draw(st.sampled_from((1, 1, 2))))
+        jobs.append(replace(wanted, preemptible=draw(st.booleans())))
+    boards = {}
+    for index in range(count):
+        limit = draw(st.sampled_from((200, 330, 550, 700)))
+        boards[f"GPU-{index}"] = B(limit_w=limit, measured_w=draw(st.sampled_from((UNKNOWN, 70, 300))))
+    return P(
+        world=W(jobs=tuple(jobs), gpus=plain.gpus(count)),
+        budget_w=draw(st.integers(150, 700 * count)),
+        boards=boards,
+        natural_w={job.number: draw(st.sampled_from((UNKNOWN, 250, 300, 520))) for job in jobs},
+    )
+
+
+def any_powered() -> st.SearchStrategy[P]:
+    return st.one_of(powered(), starting(), starting())
 
 
 # A second opinion of what counts for how much ---------------------------------------------------
@@ -154,7 +190,7 @@ def may_lower(power: P, job: J) -> bool:
 # R6 ---------------------------------------------------------------------------------------------
 
 
-@given(powered(), policies())
+@given(any_powered(), policies())
 def test_nothing_starts_and_no_limit_rises_beyond_the_budget_at_any_moment(power: P, policy: Policy) -> None:
     made = plan(snapshot(power), policy)
     sums = Sums(power, made)
@@ -166,7 +202,7 @@ def test_nothing_starts_and_no_limit_rises_beyond_the_budget_at_any_moment(power
     assert made.power.budget_w == power.budget_w
 
 
-@given(powered(), policies())
+@given(any_powered(), policies())
 def test_a_plan_ends_inside_the_budget_or_at_the_floor(power: P, policy: Policy) -> None:
     made, world = settled(power, policy)
     sums = Sums(world, made)
@@ -195,7 +231,7 @@ def settled(power: P, policy: Policy) -> tuple[Plan, P]:
     raise AssertionError("plans go on and on")
 
 
-@given(powered(), policies())
+@given(any_powered(), policies())
 def test_plans_come_to_rest(power: P, policy: Policy) -> None:
     settled(power, policy)
 
@@ -220,7 +256,7 @@ def gone(power: P) -> P:
     return replace(power, world=replace(power.world, jobs=jobs, handovers=()))
 
 
-@given(powered(), policies())
+@given(any_powered(), policies())
 def test_who_was_stopped_for_power_is_not_started_and_stopped_again(power: P, policy: Policy) -> None:
     """No thrash: with the same budget the world comes to rest though the stopped come back and wait."""
     jobs = tuple(
@@ -236,7 +272,7 @@ def test_who_was_stopped_for_power_is_not_started_and_stopped_again(power: P, po
     raise AssertionError("jobs are stopped and started for ever")
 
 
-@given(powered(), policies(), st.randoms(use_true_random=False))
+@given(any_powered(), policies(), st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_nothing(power: P, policy: Policy, random: st.randoms) -> None:
     world = power.world
     other = replace(
@@ -404,7 +440,7 @@ def test_a_tighter_budget_never_leaves_more(power: P, policy: Policy, less: int)
     assert tighter.power.planned_w <= looser.power.planned_w
 
 
-@given(powered(), policies())
+@given(any_powered(), policies())
 def test_who_may_not_be_stopped_or_lowered_is_not(power: P, policy: Policy) -> None:
     made = plan(snapshot(power), policy)
     reasons = (Reason.SHED_FOR_POWER, Reason.SHED_IN_EMERGENCY)
@@ -421,7 +457,7 @@ def test_who_may_not_be_stopped_or_lowered_is_not(power: P, policy: Policy) -> N
 # Starts -----------------------------------------------------------------------------------------
 
 
-@given(powered(), policies(backfill=True))
+@given(any_powered(), policies(backfill=True))
 def test_nobody_waits_for_power_that_those_whom_it_outranks_could_leave(power: P, policy: Policy) -> None:
     """Promise 1: at full limits for all who stay, no set of jobs that it may displace is enough."""
     assume(policy.order is Order.CLASS)
