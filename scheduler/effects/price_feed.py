@@ -82,6 +82,7 @@ class UrlPrices:
         except TimeoutError as error:
             raise FeedError(f"{self.name} did not answer within {self._timeout_s:g} s") from error
         except urllib.error.HTTPError as error:
+            error.close()
             raise FeedError(f"{self.name} answered {error.code} {error.reason}") from error
         except (OSError, ValueError) as error:
             raise FeedError(f"{self.name} can't be read: {error}") from error

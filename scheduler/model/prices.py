@@ -45,7 +45,7 @@ class PriceSeries:
         followed = row + 1 < len(self.points)
         in_force = now_s < point.end_s if point.end_s is not None else followed
         age_s = 0.0 if in_force else max(0.0, now_s - since_s)
-        if age_s > max_age_s:
+        if not in_force and age_s >= max_age_s:
             return Price(declared_usd_per_kwh, age_s, is_declared=True)
         return Price(point.usd_per_kwh, age_s)
 

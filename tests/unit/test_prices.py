@@ -31,15 +31,15 @@ def test_each_price_holds_until_the_next_and_the_last_until_it_is_too_old() -> N
     assert prices.at(99.9, HOUR_S, 0.5) == Price(0.5, math.inf, is_declared=True)
     assert prices.at(100.0, HOUR_S, 0.5) == Price(0.03, 0.0)
     assert prices.at(999.9, HOUR_S, 0.5) == Price(0.03, 0.0)
-    assert prices.at(1000.0 + HOUR_S, HOUR_S, 0.5) == Price(-0.01, HOUR_S)
-    assert prices.at(1001.0 + HOUR_S, HOUR_S, 0.5) == Price(0.5, HOUR_S + 1.0, is_declared=True)
+    assert prices.at(999.0 + HOUR_S, HOUR_S, 0.5) == Price(-0.01, HOUR_S - 1.0)
+    assert prices.at(1000.0 + HOUR_S, HOUR_S, 0.5) == Price(0.5, HOUR_S, is_declared=True)
 
 
 def test_a_price_with_an_end_is_never_old_before_it() -> None:
     prices = series(PricePoint(0.0, 0.2, 1e6))
     assert prices.at(999_999.0, 60.0, 0.5) == Price(0.2, 0.0)
-    assert prices.at(1_000_060.0, 60.0, 0.5) == Price(0.2, 60.0)
-    assert prices.at(1_000_061.0, 60.0, 0.5).is_declared
+    assert prices.at(1_000_059.0, 60.0, 0.5) == Price(0.2, 59.0)
+    assert prices.at(1_000_060.0, 60.0, 0.5).is_declared
 
 
 @given(
