@@ -6,6 +6,7 @@
     │   ├── Infeasible          can never run on this node                     INVALID_ARGUMENT
     │   ├── NotFound            no such job, GPU                               NOT_FOUND
     │   ├── RequestIdReused     same request_id, another submission            ALREADY_EXISTS
+    │   ├── Unreachable         a grid event asks for less than can be reached FAILED_PRECONDITION
     │   ├── IllegalMove         the job's state does not allow it              FAILED_PRECONDITION
     │   ├── LimitReached        a named limit; "not now"                       RESOURCE_EXHAUSTED
     │   ├── RevisionGone        a watch can't be resumed from there            OUT_OF_RANGE
@@ -79,6 +80,17 @@ class RequestIdReused(RequestError):
 
 class IllegalMove(RequestError):
     """The job's present state does not allow what was asked."""
+
+
+class Unreachable(RequestError):
+    """A grid event asks for less than can be reached by its start; the floor is named."""
+
+    def __init__(self, asked_w: float, floor_w: float, why: str) -> None:
+        super().__init__(
+            f"{asked_w:g} W can't be reached by then; the least is {floor_w:.0f} W ({why}); offer that or "
+            "more, a later start, or an emergency"
+        )
+        self.floor_w = floor_w
 
 
 class LimitReached(RequestError):

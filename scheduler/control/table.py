@@ -1,5 +1,7 @@
 """The columns of the jobs that are not final, kept up to date by change, and the snapshot over them."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,15 @@ from scheduler.model import snapshot as columns
 from scheduler.model.gpus import GpuIdentity, model_matches
 from scheduler.model.jobs import Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy, aged_priority
-from scheduler.model.snapshot import UNKNOWN, GpuColumns, HoldingColumns, JobColumns, NodeColumns, Snapshot
+from scheduler.model.snapshot import (
+    UNKNOWN,
+    GpuColumns,
+    HoldingColumns,
+    JobColumns,
+    NodeColumns,
+    PowerColumns,
+    Snapshot,
+)
 
 _STATE_CODES = {
     JobState.PENDING: columns.PENDING,
@@ -19,7 +29,8 @@ _STATE_CODES = {
     JobState.PREEMPTING: columns.PREEMPTING,
     JobState.STOPPING: columns.STOPPING,
 }
-_COLUMNS = tuple(JobColumns.__dataclass_fields__)
+# The last one is of the power columns, not of the jobs'.
+_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w")
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
 
@@ -46,6 +57,8 @@ class JobTable:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        # What a job draws per GPU, as far as anybody knows.
+        self.natural_w: Callable[[Job], float | None] = lambda job: job.spec.draw_w
         self._rows: dict[int, int] = {}  # job number -> row
         self._arrays = self._allocate(_ROWS_AT_FIRST)
         self._model_sets: dict[tuple[str, ...], int] = {}
@@ -106,16 +119,27 @@ class JobTable:
         for number in self._rows:
             self.put(jobs[number])
 
-    def snapshot(self, now_s: float, gpus: GpuColumns, nodes: NodeColumns, leaving: list[Leaver]) -> Snapshot:
-        """The world now, with what is leaving; the columns are views, valid until the next change."""
+    def snapshot(
+        self,
+        now_s: float,
+        gpus: GpuColumns,
+        nodes: NodeColumns,
+        leaving: list[Leaver],
+        power: Callable[[Any], PowerColumns] | None = None,
+    ) -> Snapshot:
+        """The world now, with what is leaving; the columns are views, valid until the next change.
+
+        `power` makes the power columns of what each job draws by nature, in watts; UNKNOWN.
+        """
         count = len(self._rows)
         return Snapshot(
             now_us=microseconds(now_s),
-            jobs=JobColumns(*(array[:count] for array in self._arrays)),
+            jobs=JobColumns(*(array[:count] for array in self._arrays[:-1])),
             gpus=gpus,
             nodes=nodes,
             holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
+            power=None if power is None else power(self._arrays[-1][:count]),
         )
 
     def _holding_columns(self, leaving: list[Leaver]) -> HoldingColumns:
@@ -132,6 +156,7 @@ class JobTable:
         spec, last = job.spec, job.last
         live = code != columns.PENDING and last is not None
         preemptor, stop_us = gave_way(last.notice if live and last else None)
+        natural_w = self.natural_w(job)
         return (
             job.number,
             code,
@@ -157,6 +182,7 @@ class JobTable:
             last.node if live and last else UNKNOWN,
             preemptor,
             stop_us,
+            UNKNOWN if natural_w is None else max(1, math.ceil(natural_w)),
         )
 
     def _model_set(self, models: tuple[str, ...]) -> int:
