@@ -6,7 +6,6 @@ import pwd
 import re
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 from scheduler.config.toml_lines import KeyPath
 from scheduler.model.jobs import JobClass
@@ -255,10 +254,9 @@ def _power_problems(config: Config) -> Iterator[Problem]:
         )
     if power.budget_w is not None and power.budget_w < power.base_w * power.pue:
         yield ("power", "budget_w"), f"must be at least base_w times pue ({power.base_w * power.pue:g} W)"
-    if power.price_file is not None and power.price_url:
-        yield ("power", "price_url"), "price_file is set, too; prices come from one of them: leave one out"
-    if power.price_url and urlsplit(power.price_url).scheme not in ("http", "https"):
-        yield ("power", "price_url"), f"must begin with http:// or https://, is {power.price_url!r}"
+    if power.price_source and not power.price_source.startswith(("/", "http://", "https://")):
+        words = f"must be an absolute path, or begin with http:// or https://, is {power.price_source!r}"
+        yield ("power", "price_source"), words
 
 
 def _grace_problem(grace_s: float, config: Config) -> str:

@@ -6,6 +6,7 @@ moment on, by the declared price until a real one is known.
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scheduler.control.inbox import PricesRead, SetPrices
@@ -30,9 +31,10 @@ UNKNOWN_W = 1000
 
 def feed_of(config: PowerConfig) -> PriceFeed | None:
     """The source that the configuration names."""
-    if config.price_file is not None:
-        return FilePrices(config.price_file)
-    return UrlPrices(config.price_url) if config.price_url else None
+    source = config.price_source
+    if not source:
+        return None
+    return FilePrices(Path(source)) if source.startswith("/") else UrlPrices(source)
 
 
 class Prices:
@@ -97,7 +99,7 @@ class Prices:
         """
         if self.feed is not None:
             raise IllegalMove(
-                f"prices come from {self.feed.name} ([power] price_file or price_url); "
+                f"prices come from {self.feed.name} ([power] price_source); "
                 "take that out of the configuration and reload to set them from here"
             )
         self._keep(command.points, "", now_s)

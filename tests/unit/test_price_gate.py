@@ -127,7 +127,7 @@ def test_a_file_is_read_again_and_again_and_what_is_wrong_with_it_is_said(tmp_pa
     source = tmp_path / "prices.csv"
 
     async def story() -> None:
-        world = World(tmp_path / "state", PowerConfig(price_file=source, price_poll_s=60.0))
+        world = World(tmp_path / "state", PowerConfig(price_source=str(source), price_poll_s=60.0))
         await world.daemon.start()
         miner = await world.mine()
         await asyncio.sleep(5.0)
