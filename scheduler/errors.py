@@ -19,6 +19,7 @@
         │   └── StateLocked     another daemon owns the state directory
         ├── LauncherError       the launcher can't be reached or misbehaves
         ├── GpuReadError        a GPU could not be read
+        ├── FeedError           a source of prices could not be read or makes no sense
         ├── BackendUnavailable  the array library that was asked for is not there, or has no GPU
         ├── InstallationError   this environment can't run the daemon
         └── SimulationStuck     a simulated world in which nothing can happen any more
@@ -142,6 +143,10 @@ class GpuReadError(NodeError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class FeedError(NodeError):
+    """A source of prices could not be read, or what it sent makes no sense."""
 
 
 class BackendUnavailable(NodeError):

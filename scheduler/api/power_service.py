@@ -1,5 +1,6 @@
 """PowerService: the budget and grid events over gRPC."""
 
+import math
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from scheduler.api.submission import DURATION_S_MAX, Violations
 from scheduler.control import inbox
 from scheduler.control.loop import Controller
 from scheduler.model.power import BUDGET_INTERVALS_MAX, BudgetInterval, BudgetKind, GridEvent, ShedState
+from scheduler.model.prices import PricePoint, checked
 from scheduler.model.settings import MICROUSD_PER_USD
 from scheduler.v1 import power_pb2, power_service_pb2, power_service_pb2_grpc
 
@@ -79,6 +81,30 @@ class PowerService(power_service_pb2_grpc.PowerServiceServicer):
     ) -> power_service_pb2.CancelGridEventResponse:
         answer = await self._control.ask(inbox.CancelGridEvent(request.event_id))
         return power_service_pb2.CancelGridEventResponse(event=grid_event(answer))
+
+    @unary
+    async def SetPrices(
+        self, request: power_service_pb2.SetPricesRequest, context: Context
+    ) -> power_service_pb2.SetPricesResponse:
+        found = Violations()
+        for number, one in enumerate(request.prices):
+            if not one.HasField("start"):
+                found.add(f"prices[{number}].start", "is missing; say from when on the price holds")
+        found.check()
+        try:
+            points = checked(
+                PricePoint(
+                    convert.seconds(one.start),
+                    one.usd_per_kwh,
+                    convert.seconds(one.end) if one.HasField("end") else None,
+                )
+                for one in request.prices
+            )
+        except ValueError as error:
+            found.add("prices", str(error))
+            found.check()
+        await self._control.ask(inbox.SetPrices(points))
+        return power_service_pb2.SetPricesResponse(power=power(self._control))
 
     @unary
     async def ListGridEvents(
@@ -153,6 +179,28 @@ def power(control: Controller) -> power_pb2.Power:
             for one in state.budget
         ],
         valid_until=convert.timestamp(state.budget_valid_until_s),
+        price=_price(control),
+    )
+
+
+def _price(control: Controller) -> power_pb2.ElectricityPrice | None:
+    prices = control.prices
+    if prices.price is None:
+        return None
+    return power_pb2.ElectricityPrice(
+        usd_per_kwh=prices.price.usd_per_kwh,
+        age_s=prices.price.age_s if math.isfinite(prices.price.age_s) else None,
+        declared=prices.price.is_declared,
+        source=prices.feed.name if prices.feed is not None else "",
+        problem=prices.problem,
+        prices=[
+            power_pb2.PricePoint(
+                start=convert.timestamp(one.start_s),
+                end=None if one.end_s is None else convert.timestamp(one.end_s),
+                usd_per_kwh=one.usd_per_kwh,
+            )
+            for one in prices.points
+        ],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +13,7 @@ import click
 from scheduler.cli import output, words
 from scheduler.cli.session import Session, talks
 from scheduler.cli.values import DURATION_S, time_s, typed, watts
+from scheduler.errors import FeedError
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -23,6 +25,7 @@ MOMENT = typed("time", lambda text: time_s(text, time.time()))
 GPU_TITLES = ("GPU", "DRAW W", "LIMIT W", "RANGE W", "FOUND W", "REMARK")
 GPU_NUMBERS = ("GPU", "DRAW W", "LIMIT W", "RANGE W", "FOUND W")
 EVENT_TITLES = ("EVENT", "STATE", "START", "END", "BUDGET W", "MEASURED W", "SHED", "REMARK")
+PRICE_TITLES = ("FROM", "UNTIL", "USD/KWH")
 EVENT_NUMBERS = ("BUDGET W", "MEASURED W", "SHED")
 
 
@@ -137,8 +140,49 @@ def list_(session: Session, every: bool) -> None:
     _print_events(session, answer, answer.events)
 
 
+@power.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--none", "clear", is_flag=True, help="Know none any more: energy costs nothing.")
+@talks
+@click.pass_obj
+def prices(session: Session, file: Path | None, clear: bool) -> None:
+    """Show what electricity costs, or set it from a FILE (- = standard input).
+
+    FILE is CSV with the columns start and usd_per_kwh (or usd_per_mwh), or JSON with the same names; it
+    replaces what was set before. Times are Unix seconds or 2026-01-31T18:00:00Z.
+    """
+    from scheduler.effects.price_feed import FEED_BYTES_MAX, parse
+    from scheduler.v1 import power_service_pb2
+
+    if file is not None and clear:
+        raise click.UsageError("give a FILE, or --none")
+    request = power_service_pb2.SetPricesRequest()
+    if file is not None:
+        try:
+            with click.open_file(str(file), "rb") as opened:
+                points = parse(opened.read(FEED_BYTES_MAX + 1), str(file))
+        except OSError as error:
+            raise click.UsageError(f"{file} can't be read: {error.strerror}") from error
+        except FeedError as error:
+            raise click.UsageError(str(error)) from error
+        for point in points:
+            message = request.prices.add(usd_per_kwh=point.usd_per_kwh)
+            _set_times(message, point.start_s, point.end_s)
+    with session.connect() as client:
+        answer: Message
+        if file is None and not clear:
+            answer = client.call(
+                client.power.GetPower, power_service_pb2.GetPowerRequest(), power_service_pb2.GetPowerResponse
+            )
+        else:
+            answer = client.call(client.power.SetPrices, request, power_service_pb2.SetPricesResponse)
+    _print_price(session, answer, answer.power.price)
+
+
 def _set_times(
-    message: power_pb2.BudgetInterval | power_pb2.GridEvent, start_s: float | None, end_s: float | None
+    message: power_pb2.BudgetInterval | power_pb2.GridEvent | power_pb2.PricePoint,
+    start_s: float | None,
+    end_s: float | None,
 ) -> None:
     if start_s is not None:
         message.start.FromMicroseconds(round(start_s * 1e6))
@@ -177,12 +221,47 @@ def _summary(power: power_pb2.Power) -> list[str]:
         f"committed  {power.committed_w:.0f} W",
         f"floor      {power.floor_w:.0f} W",
     ]
+    if power.HasField("price"):
+        lines.append(f"price      {_price_line(power.price)}")
     for source in power.sources:
         kind = words.word(source, "kind").lower().replace("_", " ")
         name = f" {source.event_id}" if source.event_id else ""
         until = f" until {words.moment(source.until)}" if source.HasField("until") else ""
         lines.append(f"source     {kind}{name}: {source.budget_w:.0f} W{until}")
     return lines
+
+
+def _price_line(price: power_pb2.ElectricityPrice) -> str:
+    """The price in force in words."""
+    if not price.HasField("age_s"):
+        state = ", declared: none is known yet"
+    elif price.declared:
+        state = f", declared: the last known one is {words.span(price.age_s)} old"
+    else:
+        state = f", {words.span(price.age_s)} out of date" if price.age_s else ""
+    return f"{price.usd_per_kwh:.5f} USD/kWh{state}"
+
+
+def _print_price(session: Session, answer: Message, price: power_pb2.ElectricityPrice) -> None:
+    if session.json:
+        output.print_message(answer)
+        return
+    if not price.ListFields():
+        click.echo("No price is known: energy costs nothing. `wattshift power prices FILE` sets some.")
+        return
+    click.echo(f"price      {_price_line(price)}")
+    click.echo(words.clean(f"source     {price.source or 'set by clients'}"))
+    if price.problem:
+        click.echo(words.clean(f"problem    {price.problem}"))
+    rows = [
+        (
+            words.moment(one.start),
+            words.moment(one.end) if one.HasField("end") else words.NONE,
+            f"{one.usd_per_kwh:.5f}",
+        )
+        for one in price.prices
+    ]
+    output.print_table(output.table(PRICE_TITLES, rows, right=PRICE_TITLES[2:]))
 
 
 def _print_events(session: Session, answer: Message, events: Iterable[power_pb2.GridEvent]) -> None:

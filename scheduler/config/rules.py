@@ -11,6 +11,7 @@ from scheduler.config.toml_lines import KeyPath
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import PRIORITY_MAX
 from scheduler.model.power import CurvePoint
+from scheduler.model.prices import PRICE_USD_PER_KWH_MAX
 from scheduler.model.settings import Config, ForeignRule, StandingJob, is_loopback, split_host_port
 
 # A key and what would be right.
@@ -77,6 +78,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "power.emergency_grace_s": (0, 60),
     "power.return_w_per_s": (1, _SITE_W_MAX),
     "power.return_jitter_s": (0, 3600),
+    "power.price_poll_s": (1, _DAY_S),
+    "power.price_max_age_s": (1, 30 * _DAY_S),
+    "power.price_unknown_usd_per_kwh": (0, PRICE_USD_PER_KWH_MAX),
     "standing_jobs.*.value_usd_per_gpu_hour": (0, _USD_PER_GPU_HOUR_MAX),
     "standing_jobs.*.priority": (0, PRIORITY_MAX),
     "standing_jobs.*.gpu_memory_mib": (0, _MIB_MAX),
@@ -250,6 +254,9 @@ def _power_problems(config: Config) -> Iterator[Problem]:
         )
     if power.budget_w is not None and power.budget_w < power.base_w * power.pue:
         yield ("power", "budget_w"), f"must be at least base_w times pue ({power.base_w * power.pue:g} W)"
+    if power.price_source and not power.price_source.startswith(("/", "http://", "https://")):
+        words = f"must be an absolute path, or begin with http:// or https://, is {power.price_source!r}"
+        yield ("power", "price_source"), words
 
 
 def _grace_problem(grace_s: float, config: Config) -> str:

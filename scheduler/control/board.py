@@ -236,7 +236,8 @@ class GpuBoard:
     def basis(self) -> tuple[object, ...]:
         """What snapshots are made of, but for the time; equal where nothing that the planner sees changed."""
         head = self._ledger.journal.head
-        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving())
+        energy = self._ledger.table.energy
+        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving()), energy
 
     def snapshot(self, now_s: float, power: Callable[[Any], PowerColumns] | None = None) -> Snapshot:
         """The world now, for the planner; valid until the next change. `power`: else as the budget says."""

@@ -13,6 +13,7 @@ from scheduler.errors import LimitReached
 from scheduler.model.gpus import GpuHolders, GpuLimit
 from scheduler.model.jobs import Job, JobSpec
 from scheduler.model.power import BudgetInterval, GridEvent
+from scheduler.model.prices import PricePoint
 
 # Commands that wait for one tick. A tick takes all of them, so this is the most that can arrive in one.
 COMMANDS_MAX = 4096
@@ -115,10 +116,17 @@ class CancelGridEvent:
     event_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class SetPrices:
+    """What electricity costs, by time; no point: nobody knows, and the price gate is off."""
+
+    points: tuple[PricePoint, ...]
+
+
 PowerCommand = SetPowerBudget | OfferGridEvent | CancelGridEvent
 JobCommand = Submit | Cancel | Requeue | Acknowledge | SaveCheckpoint
 NodeCommand = Cordon | Uncordon | Drain | Undrain
-Command = JobCommand | NodeCommand | PowerCommand
+Command = JobCommand | NodeCommand | PowerCommand | SetPrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +183,17 @@ class Elapsed:
     """A moment came for which the loop wanted to be woken."""
 
 
+@dataclass(frozen=True, slots=True)
+class PricesRead:
+    """What the file or URL says that electricity costs."""
+
+    points: tuple[PricePoint, ...]
+    source: str
+
+
 PowerItem = LimitSet | LimitsGivenBack
-Item = Asked | Report | GpuReadings | HandoverResult | HoldersSeen | LauncherBack | Elapsed | PowerItem
+DaemonItem = LauncherBack | PricesRead | Elapsed
+Item = Asked | Report | GpuReadings | HandoverResult | HoldersSeen | PowerItem | DaemonItem
 
 
 @dataclass(slots=True)

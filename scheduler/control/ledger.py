@@ -36,6 +36,7 @@ from scheduler.model.power_events import (
     LimitsDecided,
     LimitsRestored,
     PowerBudgetSet,
+    PricesSet,
     folded,
 )
 
@@ -151,6 +152,7 @@ class Ledger:
                 | LimitsRestored()
                 | DrawsLearned()
                 | BudgetReturns()
+                | PricesSet()
             ):
                 self.power = folded(self.power, event)
             case _:

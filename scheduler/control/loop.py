@@ -30,6 +30,8 @@ from scheduler.control.inbox import (
     LimitSet,
     LimitsGivenBack,
     PowerCommand,
+    PricesRead,
+    SetPrices,
     Uncordon,
     Undrain,
 )
@@ -39,6 +41,7 @@ from scheduler.control.observer import Observer
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
 from scheduler.control.power import PowerControl
+from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
 from scheduler.control.watch import Watchers
@@ -122,6 +125,7 @@ class Controller:
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.health = Health(self)
         self.power = PowerControl(self)
+        self.prices = Prices(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.last_plan: Plan | None = None
@@ -157,6 +161,7 @@ class Controller:
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
+        self.prices.start()
         self._release_or_acquire()
         self._tick()
 
@@ -201,6 +206,7 @@ class Controller:
         """Tick no more, and leave everything as it is: what a crash does."""
         self._running = False
         self.verifier.close()
+        self.prices.stop()
         for task in self._looks:
             task.cancel()
         self._stop_lingering()
@@ -236,6 +242,7 @@ class Controller:
             replace(size, live_jobs_max=config.policy.live_jobs_max) for size in self.board.sizes
         )
         self.standing.reload()
+        self.prices.reload()
         self.inbox.put(Elapsed())
 
     def reason(self, job: Job) -> Reason:
@@ -333,6 +340,7 @@ class Controller:
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        self.prices.advance(now_s)
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
@@ -348,7 +356,7 @@ class Controller:
             if not future.done():
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
-        self._wake_at(wake_s, now_s)
+        self._wake_at(wake_s, self.prices.wake_s(now_s), now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -368,6 +376,8 @@ class Controller:
                 self.reports.reconcile(item.hello, now_s)
             case LimitSet() | LimitsGivenBack():
                 self.power.take(item, now_s)
+            case PricesRead():
+                self.prices.take(item, now_s)
             case Elapsed():
                 pass
             case _:
@@ -381,6 +391,9 @@ class Controller:
         try:
             if isinstance(command, PowerCommand):
                 result = self.power.handle(command, now_s)
+            elif isinstance(command, SetPrices):
+                self.prices.set(command, now_s)
+                result = None
             else:
                 result = self.commands.handle(command, now_s)
         except RequestError as error:
@@ -398,7 +411,7 @@ class Controller:
         """Plan and turn the plan into events; returns when time alone could change it."""
         if not self.launcher_id:
             return None
-        if not self.ledger.needs_plan and not self.power.is_active:
+        if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
         basis = (self.board.basis(), self.config.policy)
@@ -495,7 +508,8 @@ class Controller:
         """The answer as it is after the whole tick: a job may have started in it."""
         return self.reports.newest(result)
 
-    def _wake_at(self, wake_s: float | None, now_s: float) -> None:
+    def _wake_at(self, planned_s: float | None, price_s: float | None, now_s: float) -> None:
+        wake_s = min((moment for moment in (planned_s, price_s) if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ _STATE_CODES = {
 _COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w")
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
+_MICROUSD_PER_USD = 1_000_000
+_W_PER_KW = 1000.0
 
 # What an ended attempt still occupies: row of the GPU, share in thousandths, memory in MiB, then the number
 # of the job that it gave way to and when it was told, microseconds; UNKNOWN where nobody was.
@@ -52,6 +55,19 @@ def gave_way(notice: Notice | None) -> tuple[int, int]:
     return UNKNOWN if preemptor is None else preemptor, microseconds(notice.decided_s)
 
 
+@dataclass(frozen=True, slots=True)
+class EnergyPrice:
+    """What a GPU-hour's energy costs at a draw."""
+
+    usd_per_kwh: float  # at the boards: the price times PUE
+    unknown_w: int  # what a job counts for of which nobody knows the draw
+
+    def cost(self, natural_w: Any) -> Any:
+        """Micro-USD per GPU-hour; shape (jobs,) of watts in, UNKNOWN where not known."""
+        watts = np.where(natural_w == UNKNOWN, self.unknown_w, natural_w)
+        return np.rint(watts * (self.usd_per_kwh * _MICROUSD_PER_USD / _W_PER_KW)).astype(np.int64)
+
+
 class JobTable:
     """Jobs as columns: a row per job that is not final, in no particular order."""
 
@@ -59,6 +75,7 @@ class JobTable:
         self._policy = policy
         # What a job draws per GPU, as far as anybody knows.
         self.natural_w: Callable[[Job], float | None] = lambda job: job.spec.draw_w
+        self.energy: EnergyPrice | None = None  # what energy costs; None = nobody knows
         self._rows: dict[int, int] = {}  # job number -> row
         self._arrays = self._allocate(_ROWS_AT_FIRST)
         self._model_sets: dict[tuple[str, ...], int] = {}
@@ -132,14 +149,19 @@ class JobTable:
         `power` makes the power columns of what each job draws by nature, in watts; UNKNOWN.
         """
         count = len(self._rows)
+        jobs, gross = JobColumns(*(array[:count] for array in self._arrays[:-1])), None
+        if self.energy is not None:
+            gross = jobs.value
+            jobs = replace(jobs, value=gross - self.energy.cost(self._arrays[-1][:count]))
         return Snapshot(
             now_us=microseconds(now_s),
-            jobs=JobColumns(*(array[:count] for array in self._arrays[:-1])),
+            jobs=jobs,
             gpus=gpus,
             nodes=nodes,
             holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
             power=None if power is None else power(self._arrays[-1][:count]),
+            gross_value=gross,
         )
 
     def _holding_columns(self, leaving: list[Leaver]) -> HoldingColumns:

@@ -7,6 +7,8 @@ boards only, in whole watts, so that choices compare integers.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from scheduler.model.prices import PricePoint
+
 # A curve's point: part of the natural draw, and the part of the work that is done at it.
 CurvePoint = tuple[float, float]
 # Intervals of a budget and grid events that are kept at a time: a year of days, and then some.
@@ -100,6 +102,8 @@ class PowerState:
     # A budget that rose is given back bit by bit from here on; None: nothing is being given back.
     returned_from_w: float | None = None
     return_began_s: float = 0.0
+    prices: tuple[PricePoint, ...] = ()
+    prices_from: str = ""  # the file or URL; empty = a client set them
 
 
 @dataclass(frozen=True, slots=True)

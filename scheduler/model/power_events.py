@@ -10,6 +10,7 @@ from scheduler.model.power import (
     PowerState,
     ShedState,
 )
+from scheduler.model.prices import PricePoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,15 @@ class BudgetReturns:
     began_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class PricesSet:
+    """What electricity costs from now on; no point: nobody knows, and the price gate is off."""
+
+    at_s: float
+    points: tuple[PricePoint, ...]
+    source: str = ""  # the file or URL; empty = a client
+
+
 PowerEvent = (
     PowerBudgetSet
     | GridEventAccepted
@@ -91,6 +101,7 @@ PowerEvent = (
     | LimitsRestored
     | DrawsLearned
     | BudgetReturns
+    | PricesSet
 )
 
 
@@ -116,6 +127,8 @@ def folded(state: PowerState, event: PowerEvent) -> PowerState:
         case DrawsLearned():
             draws = {name: w for name, w in {**state.draws_w, **event.draws_w}.items() if w}
             return replace(state, draws_w=draws)
+        case PricesSet():
+            return replace(state, prices=event.points, prices_from=event.source)
         case BudgetReturns():
             return replace(state, returned_from_w=event.from_w, return_began_s=event.began_s)
 

@@ -134,6 +134,10 @@ class PowerConfig:
     return_w_per_s: float = 200.0  # how fast watts come back after a shed
     return_jitter_s: float = 10.0  # they begin to after up to so long
     changed_limits: ChangedLimits = ChangedLimits.RESPECT
+    price_source: str = ""  # an absolute path or a URL that prices come from; empty = clients
+    price_poll_s: float = 300.0
+    price_max_age_s: float = 3600.0  # how long the last known price holds
+    price_unknown_usd_per_kwh: float = 1.0  # what a kilowatt-hour counts for after that
 
 
 @dataclass(frozen=True, slots=True)

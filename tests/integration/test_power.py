@@ -91,3 +91,33 @@ def test_a_voluntary_event_that_cant_be_met_is_refused_with_the_floor() -> None:
         assert daemon.get(job.id).state == RUNNING
         accepted = daemon.offer_event("e1", 1000, until_s=60, start_s=30)
         assert accepted.state == power_pb2.SHED_STATE_SCHEDULED
+
+
+def test_prices_steer_the_miners_and_come_from_the_command_line(tmp_path: Path) -> None:
+    """At 60 USD/MWh a board of 500 W must earn 0.03 USD an hour; the miner earns 0.05."""
+    config = MINERS + "draw_w = 500.0\n"
+    prices = tmp_path / "prices.csv"
+    with Daemon(gpus="2xH100", config=config).start() as daemon:
+        until("all mine", lambda: mined(daemon) == 2)
+        assert "No price is known" in daemon.cli("power", "prices").stdout
+
+        prices.write_text("start,usd_per_mwh\n2020-01-01T00:00:00Z,60\n2020-01-01T01:00:00Z,5000\n")
+        shown = daemon.cli("power", "prices", str(prices)).stdout
+
+        # The last of them is years old: the declared price stands in for it.
+        assert "declared" in shown
+        until("nobody mines", lambda: mined(daemon) == 0)
+        waiting = [job for job in daemon.all_jobs(name="miner") if job.state == PENDING]
+        assert {reason_of(job) for job in waiting} == {"WAITING_FOR_PRICE"}
+        explained = daemon.cli("explain", waiting[0].id).stdout
+        assert "a lower price" in explained
+        assert "energy that costs at most 0.0500 USD per GPU-hour" in explained
+
+        prices.write_text("start,end,usd_per_mwh\n2020-01-01T00:00:00Z,2100-01-01T00:00:00Z,60\n")
+        assert "0.06000 USD/kWh" in daemon.cli("power", "prices", str(prices)).stdout
+        until("all mine again", lambda: mined(daemon) == 2)
+
+        prices.write_text("start,usd_per_kwh\n0,1e9\n")
+        wrong = daemon.cli("power", "prices", str(prices))
+        assert wrong.returncode == 2
+        assert "1 USD per kWh = 1000 USD per MWh" in wrong.stderr
