@@ -15,6 +15,7 @@ from scheduler.control.loop import Controller
 from scheduler.control.meters import Histogram, Labels
 from scheduler.model.gpus import GpuSample, GpuState
 from scheduler.model.jobs import JobClass, JobState
+from scheduler.model.settings import MICROUSD_PER_USD
 
 _MIB = 1 << 20
 
@@ -69,6 +70,7 @@ class NodeCollector(Collector):
         views = control.board.views(now_s)
         yield from self._gpus(views, now_s)
         yield from self._jobs()
+        yield from self._power(now_s)
         yield from self._meters()
         yield _gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])
         yield _gauge("problems", "Problems that an operator should look at.", [((), len(control.problems))])
@@ -131,6 +133,45 @@ class NodeCollector(Collector):
             [((c.name.lower(), s.value.lower()), jobs[c, s]) for c in JobClass for s in active],
             ("class", "state"),
         )
+
+    def _power(self, now_s: float) -> Iterable[Metric]:
+        power, m = self._control.power, self._control.meters
+        draw_w, budget_w = power.measured_w(now_s), power.budget.in_force_w
+        plan = self._control.last_plan
+        shadow = plan.power.shadow_microusd_per_wh if plan is not None and plan.power is not None else None
+        events = self._control.ledger.power.events
+        active = sum(event.binds and event.shed_began_s is not None for event in events)
+        for name, text, value in (
+            ("power_draw_watts", "What the site draws, by fresh readings of all boards.", draw_w),
+            ("power_budget_watts", "What the site may draw; absent without a budget.", budget_w),
+            (
+                "power_committed_watts",
+                "What the limits in force let the site draw.",
+                power.committed_w(),
+            ),
+            (
+                "power_shadow_price_usd_per_watt_hour",
+                "Value lost for each Wh that is not there, at the margin; absent without a budget.",
+                _scaled(shadow, 1 / MICROUSD_PER_USD),
+            ),
+            ("grid_event_active", "Grid events in force.", float(active)),
+        ):
+            yield _gauge(name, text, [] if value is None else [((), value)])
+        yield _counter(
+            "power_over_budget_seconds",
+            "Time for which the measured draw was above the budget.",
+            {(): m.power_over_budget_s},
+            (),
+        )
+        yield _histogram("power_limit_set_seconds", "Time to set a board's limit.", {(): m.power_limit_s}, ())
+        yield _counter("power_limit_errors", "Limits that could not be set.", m.power_limit_errors, ("code",))
+        yield _counter(
+            "power_limits_changed", "Limits that somebody else changed.", {(): m.power_limits_changed}, ()
+        )
+        yield _histogram(
+            "grid_shed_seconds", "From the begin of a shed until it was met.", {(): m.grid_shed_s}, ()
+        )
+        yield _counter("grid_sheds", "Sheds by how they went.", m.grid_sheds, ("state",))
 
     def _meters(self) -> Iterable[Metric]:
         m = self._control.meters

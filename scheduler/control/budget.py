@@ -49,6 +49,17 @@ class Budget:
         if self.in_force_w >= wanted_w:
             self._arrive(tightest.budget_w if tightest else None, now_s)
 
+    def edges_s(self, lead_s: float) -> list[float]:
+        """The moments at which a source begins or ends."""
+        state = self._ledger.power
+        edges = [edge for one in state.budget for edge in (one.start_s, one.end_s) if edge is not None]
+        if state.budget_valid_until_s is not None:
+            edges.append(state.budget_valid_until_s)
+        for event in state.events:
+            if event.binds:
+                edges += [event.start_s - lead_s, event.start_s, event.end_s]
+        return edges
+
     def _arrive(self, budget_w: float | None, now_s: float) -> None:
         self.in_force_w = budget_w
         if self._ledger.power.returned_from_w is not None:

@@ -95,8 +95,11 @@ class Limits:
         self._to_send.clear()
 
     async def _set(self, uuid: str, watts: float) -> None:
+        begun_s = self._control.effects.clock.now_s()
         try:
             limit = await self._control.effects.gpus.set_power_limit(uuid, watts)
+            took_s = self._control.effects.clock.now_s() - begun_s
+            self._control.meters.power_limit_s.observe(max(0.0, took_s))
         except GpuReadError as error:
             self._control.inbox.put(LimitSet(uuid, watts, None, error.code, str(error)))
         else:

@@ -356,7 +356,7 @@ class Controller:
             if not future.done():
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
-        self._wake_at(wake_s, self.prices.wake_s(now_s), now_s)
+        self._wake_at((wake_s, self.prices.wake_s(now_s), self.power.wake_s(now_s)), now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -508,8 +508,8 @@ class Controller:
         """The answer as it is after the whole tick: a job may have started in it."""
         return self.reports.newest(result)
 
-    def _wake_at(self, planned_s: float | None, price_s: float | None, now_s: float) -> None:
-        wake_s = min((moment for moment in (planned_s, price_s) if moment is not None), default=None)
+    def _wake_at(self, moments: tuple[float | None, ...], now_s: float) -> None:
+        wake_s = min((moment for moment in moments if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

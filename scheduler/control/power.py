@@ -25,10 +25,11 @@ from scheduler.control.inbox import (
 from scheduler.control.limits import Limits
 from scheduler.control.power_view import GpuPowerView, PowerView
 from scheduler.control.sheds import Sheds
+from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
 from scheduler.model.gpus import GpuIdentity
-from scheduler.model.jobs import JobClass, JobState
+from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
     GRID_EVENTS_MAX,
@@ -130,10 +131,41 @@ class PowerControl:
     def advance(self, now_s: float) -> None:
         """Go by the budget that holds now; begin and end grid events."""
         self.sheds.advance(now_s, self._lead_s())
+        self._cut_graces(now_s)
         was_active = self.is_active
         self.budget.advance(self._control.config.power, now_s, self._lead_s(), self.most_w)
         if was_active and not self.is_active:
             self._give_back(list(self._control.ledger.power.limits))
+
+    def wake_s(self, now_s: float) -> float | None:
+        """The next moment at which time alone changes the budget, or ends a grace."""
+        moments = self.budget.edges_s(self._lead_s())
+        moments += [moment for _, moment in self._cut_off()]
+        return min((moment for moment in moments if moment > now_s), default=None)
+
+    def _cut_off(self) -> list[tuple[Job, float]]:
+        """In an emergency, who gives way with a longer grace than it leaves, and when that is over."""
+        control = self._control
+        began = [
+            event.shed_began_s for event in control.ledger.power.events if event.emergency and event.binds
+        ]
+        begun_s = min((began_s for began_s in began if began_s is not None), default=None)
+        if begun_s is None:
+            return []
+        found = []
+        for job in control.ledger.live_jobs():
+            last = job.attempts[-1]
+            if last.notice is not None and last.gpus and last.acknowledged_s is None:
+                ends_s = max(begun_s, last.notice.decided_s) + control.config.power.emergency_grace_s
+                if ends_s < last.notice.deadline_s:
+                    found.append((job, ends_s))
+        return found
+
+    def _cut_graces(self, now_s: float) -> None:
+        """End the graces that are over in an emergency, of jobs that were told to go before it, too."""
+        for job, ends_s in self._cut_off():
+            if now_s >= ends_s:
+                self._control.orders.kill(AttemptKey(job.id, job.attempt))
 
     def _lead_s(self) -> float:
         """How long before its start a voluntary shed must begin: who stops has his grace, boards settle."""
@@ -398,12 +430,12 @@ class PowerControl:
 
     async def leave(self) -> None:
         """Give back every limit of a board that no job holds any more, before its handle is let go."""
-        limits = self._control.ledger.power.limits
-        uuids = [] if self._control.ledger.live else list(limits)
-        done = await self.limits.give_back(uuids)
+        ledger, board = self._control.ledger, self._control.board
+        is_held = any(board.is_held(gpu.uuid) for gpu in board.identities)
+        done = await self.limits.give_back([] if is_held else list(ledger.power.limits))
         if done:
             self.limits.given_back(done)
-            self._control.ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
+            ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
 
 
 def curve_of(points: tuple[tuple[float, float], ...]) -> Curve:
