@@ -7,6 +7,7 @@ import numpy as np
 from scheduler.model.actions import Plan, SetPowerLimit
 from scheduler.model.power import Curve
 from scheduler.model.snapshot import PowerColumns, Snapshot
+from scheduler.planning.arrays import on_backend
 from tests.fakes import worlds
 from tests.fakes.worlds import HOUR_US, UNKNOWN, Short, W
 
@@ -65,7 +66,7 @@ def snapshot(power: P) -> Snapshot:
         natural_w=np.array(natural, dtype=np.int64),
         **{f.name: np.array([getattr(b, f.name) for b in boards], dtype=np.int64) for f in fields(B)},
     )
-    return replace(worlds.snapshot(power.world), power=columns)
+    return replace(worlds.snapshot(power.world), power=on_backend(columns))
 
 
 def limits(plan: Plan) -> dict[str, int]:

@@ -2,9 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
-from scheduler.errors import SnapshotError
 from scheduler.model.actions import RequeueJob, SetPowerLimit, StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
@@ -203,11 +200,3 @@ def test_explain_says_what_is_missing_and_what_would_do() -> None:
     assert enough.obstacles == enough.remedies == ()
     declared = explain(snapshot(replace(power, budget_w=530)), Policy(), 2)
     assert Remedy(RemedyKind.LESS_DRAW, 285) in declared.remedies
-
-
-def test_a_snapshot_with_impossible_watts_names_the_row() -> None:
-    power = P(W(jobs=miners(1), gpus=gpus(1)), boards={"GPU-0": B(limit_w_min=800)})
-    with pytest.raises(SnapshotError, match="power row 0: limit_w_max is 700"):
-        snapshot(power)
-    with pytest.raises(SnapshotError, match="idle_w is -1"):
-        snapshot(replace(power, boards={"GPU-0": B(idle_w=-1)}))
