@@ -112,8 +112,14 @@ class Limits:
             forever = result.error in NEVER
             self._refused[result.uuid] = (result.message, float("inf") if forever else now_s + RETRY_S)
             self._control.meters.power_limit_errors[(result.error,)] += 1
-            log.error("the power limit of GPU %s could not be set: %s", result.uuid, result.message)
+            problem = f"the power limit of GPU {result.uuid} can't be set: {result.message}"
+            if (
+                self._control.problems.get(_problem(result.uuid)) != problem
+            ):  # told once, tried again and again
+                log.error("%s", problem)
+            self._control.problems[_problem(result.uuid)] = problem
             return
+        self._control.problems.pop(_problem(result.uuid), None)
         self._refused.pop(result.uuid, None)
         watts = result.limit.power_limit_w or result.asked_w
         self._answered[result.uuid] = (watts, now_s)
@@ -141,12 +147,12 @@ class Limits:
             return
         respects = self._control.config.power.changed_limits is ChangedLimits.RESPECT
         self._control.meters.power_limits_changed += 1
-        self._control.problems[f"power_limit {uuid}"] = (
+        self._control.problems[_problem(uuid)] = (
             f"the power limit of GPU {uuid} is {seen_w:g} W; it was set to {kept.set_w:g} W, so somebody "
             f"else changed it; {'theirs is respected' if respects else 'ours is set again'} "
             "(power.changed_limits)"
         )
-        log.warning("%s", self._control.problems[f"power_limit {uuid}"])
+        log.warning("%s", self._control.problems[_problem(uuid)])
         if respects:
             self._theirs[uuid] = seen_w
 
@@ -164,7 +170,7 @@ class Limits:
         for uuid in uuids:
             self._theirs.pop(uuid, None)
             self._answered.pop(uuid, None)
-            self._control.problems.pop(f"power_limit {uuid}", None)
+            self._control.problems.pop(_problem(uuid), None)
 
     async def _given_back(self, uuid: str, watts: float) -> bool:
         try:
@@ -173,3 +179,8 @@ class Limits:
             log.error("GPU %s could not be given its power limit of %g W back: %s", uuid, watts, error)
             return False
         return True
+
+
+def _problem(uuid: str) -> str:
+    """Under which key the controller's problems tell of a board's limit."""
+    return f"power_limit {uuid}"

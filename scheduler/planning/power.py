@@ -127,6 +127,10 @@ class PowerStage:
         # Occupied by who stays, or by who starts; coming free; to be had by who waits for it.
         self.stays = xp.bincount(self._gpu, minlength=count) > 0
         self.leaves = (xp.bincount(holdings.gpu, minlength=count) > 0) & ~self.stays
+        # Of those that come free, where somebody who was told to go still runs.
+        told = rows_where(holdings.job != UNKNOWN)
+        told = told[~stays[holdings.job[told]]]
+        self._goes = (xp.bincount(holdings.gpu[told], minlength=count) > 0) & self.leaves
         self._claimed = xp.zeros(count, dtype=bool)
         natural_w = power.natural_w[self._job]
         most_w = power.limit_w_max[self._gpu]
@@ -253,7 +257,7 @@ class PowerStage:
             return
         for unit in stopped:
             for gpu in unit.gpus:
-                self.stays[gpu], self.leaves[gpu] = False, True
+                self.stays[gpu], self.leaves[gpu], self._goes[gpu] = False, True, True
                 self._planned_w[gpu] = self._floor_w[gpu] = self._power.idle_w[gpu]
                 self._natural_w[gpu] = 0
         gone = {unit.jobs for unit in stopped}
@@ -443,7 +447,7 @@ class PowerStage:
         if is_over:
             # Whoever goes is held down until he has gone; in an emergency everybody is until it is met.
             held_w = xp.minimum(power.limit_w, power.limit_w_min)
-            wanted_w = xp.where(self.leaves, held_w, wanted_w)
+            wanted_w = xp.where(self._goes, held_w, wanted_w)
             if power.is_emergency:
                 firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=len(wanted_w)) > 0
                 wanted_w = xp.where(self.stays & ~firm, xp.minimum(wanted_w, power.limit_w_min), wanted_w)
