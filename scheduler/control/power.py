@@ -7,6 +7,7 @@ budget of the next tick.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from scheduler.model.power_events import (
     PowerBudgetSet,
 )
 from scheduler.model.snapshot import UNKNOWN, PowerColumns
-from scheduler.planning.power import floor_w
+from scheduler.planning.power import floor_w, shed_grace_us
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
@@ -56,6 +57,8 @@ FRESH_S = 1.0
 SETTLE_S = 2.0
 # An empty board of which nothing is known yet: no common one draws more when idle.
 IDLE_W_UNKNOWN = 100.0
+# A V100S drew twice its idle watts for several seconds after the work had ended [FIELD section 3.5].
+IDLE_AFTER_S = 10.0
 # For how long a shed is reckoned to last: until its source's end, within these.
 HORIZON_S_MIN, HORIZON_S_MAX = 60.0, 3600.0
 # What the plan's error is given back with each reading below the budget.
@@ -76,6 +79,7 @@ class PowerControl:
         self.limits = Limits(controller)
         self.sheds = Sheds(controller, self)
         self._idle_w: dict[str, float] = {}
+        self._empty_since_s: dict[str, float] = {}
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
         self._changed_s = 0.0  # when a limit or a job last changed
         self._read_s = 0.0
@@ -130,17 +134,22 @@ class PowerControl:
 
     def advance(self, now_s: float) -> None:
         """Go by the budget that holds now; begin and end grid events."""
-        self.sheds.advance(now_s, self._lead_s())
+        self.sheds.advance(now_s)
         self._cut_graces(now_s)
         was_active = self.is_active
-        self.budget.advance(self._control.config.power, now_s, self._lead_s(), self.most_w)
+        self.budget.advance(self._control.config.power, now_s, self.most_w)
         if was_active and not self.is_active:
             self._give_back(list(self._control.ledger.power.limits))
 
     def wake_s(self, now_s: float) -> float | None:
         """The next moment at which time alone changes the budget, or ends a grace."""
-        moments = self.budget.edges_s(self._lead_s())
+        moments = self.budget.edges_s()
         moments += [moment for _, moment in self._cut_off()]
+        moments += [
+            self.shed_begins_s(event, now_s)
+            for event in self._control.ledger.power.events
+            if event.binds and event.state is ShedState.SCHEDULED
+        ]
         return min((moment for moment in moments if moment > now_s), default=None)
 
     def _cut_off(self) -> list[tuple[Job, float]]:
@@ -167,10 +176,23 @@ class PowerControl:
             if now_s >= ends_s:
                 self._control.orders.kill(AttemptKey(job.id, job.attempt))
 
-    def _lead_s(self) -> float:
-        """How long before its start a voluntary shed must begin: who stops has his grace, boards settle."""
-        graces = [job.spec.grace_s for job in self._control.ledger.live_jobs() if job.attempts[-1].gpus]
-        return SETTLE_S + max(graces, default=0.0)
+    def shed_begins_s(self, event: GridEvent, now_s: float) -> float:
+        """When an event's shed has to begin: a voluntary one so early that whoever stops has had his grace.
+
+        Whom it would stop is asked of the planner, as soon as somebody's grace is as long as what is left.
+        """
+        if event.emergency:
+            return event.start_s
+        control = self._control
+        graces = [job.spec.grace_s for job in control.ledger.live_jobs() if job.attempts[-1].gpus]
+        latest_s = event.start_s - SETTLE_S
+        if now_s < latest_s - max(graces, default=0.0):
+            return latest_s - max(graces, default=0.0)
+        snapshot = control.board.snapshot(now_s, self.columns)
+        assert snapshot.power is not None
+        boards_w = math.floor(self.boards_w(event.budget_w))
+        then = replace(snapshot, power=replace(snapshot.power, budget_w=boards_w))
+        return latest_s - shed_grace_us(then, control.config.policy) / 1e6
 
     def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
         """Journal the limits that the plan sets; they follow the commit."""
@@ -206,14 +228,18 @@ class PowerControl:
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
                     learned.append(held[0])
             is_empty = not held and gpu.uuid not in occupants and gpu.uuid not in control.board.foreign
-            if is_empty and sample.power_w is not None:
-                self._see_idle(gpu.uuid, sample.power_w)
+            if not is_empty:
+                self._empty_since_s.pop(gpu.uuid, None)
+            elif sample.power_w is not None:
+                self._see_idle(gpu.uuid, sample.power_w, now_s)
         self._learn(self.draws.news(learned), now_s)
         self._close(elapsed_s, now_s)
         self.sheds.read(now_s)
 
-    def _see_idle(self, uuid: str, watts: float) -> None:
-        """After work has ended the draw falls in steps, so the least counts, slowly forgotten."""
+    def _see_idle(self, uuid: str, watts: float, now_s: float) -> None:
+        """When work has ended the draw falls for seconds; after that the least counts, slowly forgotten."""
+        if now_s - self._empty_since_s.setdefault(uuid, now_s) < IDLE_AFTER_S:
+            return
         known = self._idle_w.get(uuid, watts)
         self._idle_w[uuid] = watts if watts < known else known + 0.01 * (watts - known)
 
@@ -267,7 +293,7 @@ class PowerControl:
             promised_w=None if promised is None else math.floor(self.boards_w(promised.budget_w)),
             promised_us=UNKNOWN if promised is None else round(promised.start_s * 1e6),
             is_emergency=any(
-                event.emergency and is_in_force(event, now_s, 0.0) for event in control.ledger.power.events
+                event.emergency and is_in_force(event, now_s) for event in control.ledger.power.events
             ),
             horizon_us=math.ceil(left_s / HORIZON_S_MIN) * round(HORIZON_S_MIN * 1e6),
             margin_milli=round(config.margin_ratio * MILLI),

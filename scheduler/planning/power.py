@@ -88,6 +88,14 @@ def floor_w(snapshot: Snapshot, by_us: int, *, emergency: bool) -> int:
     return int(xp.where(is_stuck, least_w, power.idle_w).sum())
 
 
+def shed_grace_us(snapshot: Snapshot, policy: Policy) -> int:
+    """The longest grace of those whom a shed to the snapshot's budget would stop; 0 where it stops nobody."""
+    jobs = snapshot.jobs
+    stopped = [shed.job for shed in PowerStage(snapshot, policy, frozenset()).sheds]
+    graces = jobs.grace_us[xp.isin(jobs.number, xp.asarray(stopped, dtype=xp.int64))]
+    return int(graces.max()) if len(graces) else 0
+
+
 # Of a start that no budget is about.
 UNBOUNDED = Admission(starts_now=True)
 

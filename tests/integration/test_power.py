@@ -27,7 +27,7 @@ name = "miner"
 class = "mining"
 command = ["/bin/sh", "-c", "{MINER}"]
 """
-IDLE_W, LIMIT_W = 70.0, 700.0
+IDLE_W_UNKNOWN, LIMIT_W = 100.0, 700.0
 MET = power_pb2.SHED_STATE_MET
 LATER = Timestamp(seconds=int(time.time()) + 86_400)
 
@@ -60,6 +60,7 @@ def test_a_budget_sheds_until_the_measured_draw_is_inside_and_its_end_brings_the
         until("the draw is inside the budget", lambda: draws_at_most(daemon, 1200))
         power = daemon.get_power()
         assert power.committed_w <= power.budget_w == 1200
+        assert power.floor_w <= 4 * IDLE_W_UNKNOWN, "what a board draws as it cools down is not its idle draw"
         waiting = [job for job in daemon.all_jobs(name="miner") if job.state == PENDING]
         assert {reason_of(job) for job in waiting} == {"WAITING_FOR_POWER"}
 
@@ -84,7 +85,7 @@ def test_an_emergency_is_taken_whatever_it_asks_and_met_by_measured_watts() -> N
             "it says that it can't be met",
             lambda: (e := daemon.grid_event("e1")).state == power_pb2.SHED_STATE_FAILED and e,
         )
-        assert f"the least that can be reached is {2 * IDLE_W:.0f} W" in failed.reasons[0]
+        assert f"the least that can be reached is {2 * IDLE_W_UNKNOWN:.0f} W" in failed.reasons[0]
 
         daemon.offer_event("e2", 200, until_s=60, emergency=True)
         met = until("it is met", lambda: (e := daemon.grid_event("e2")).state == MET and e)

@@ -93,7 +93,7 @@ def test_what_was_learned_of_a_job_goes_with_it() -> None:
 
 def budget_at(config: PowerConfig, state: PowerState, now_s: float, **more: float) -> Budget:
     budget = Budget(FakeLedger(state), "node")  # type: ignore[arg-type]
-    budget.advance(config, now_s, more.get("lead_s", 0.0), more.get("most_w", 1e6))
+    budget.advance(config, now_s, more.get("most_w", 1e6))
     return budget
 
 
@@ -117,12 +117,13 @@ def test_the_tightest_source_wins() -> None:
     assert budget_at(PowerConfig(), PowerState(), 0.0).in_force_w is None
 
 
-def test_a_voluntary_shed_begins_before_its_event_and_an_emergency_with_it() -> None:
-    assert budget_at(PowerConfig(), PowerState(events=(event(500.0),)), 95.0, lead_s=10.0).in_force_w == 500
-    emergency = PowerState(events=(event(500.0, emergency=True),))
-    assert budget_at(PowerConfig(), emergency, 95.0, lead_s=10.0).in_force_w is None
-    cancelled = PowerState(events=(event(500.0, state=ShedState.CANCELLED),))
-    assert budget_at(PowerConfig(), cancelled, 150.0).in_force_w is None
+def test_an_event_binds_from_the_begin_of_its_shed_to_its_end() -> None:
+    def in_force(at_s: float, **fields: Any) -> float | None:
+        return budget_at(PowerConfig(), PowerState(events=(event(500.0, **fields),)), at_s).in_force_w
+
+    assert [in_force(at_s) for at_s in (99.0, 100.0, 199.0, 200.0)] == [None, 500, 500, None]
+    assert in_force(95.0, shed_began_s=90.0) == 500
+    assert in_force(150.0, state=ShedState.CANCELLED) is None
 
 
 def test_a_lost_signal_leaves_the_safe_level_and_the_configured_one() -> None:
@@ -139,7 +140,7 @@ def test_watts_come_back_after_a_moment_of_the_nodes_own_and_at_the_rate_that_is
     ledger = FakeLedger(PowerState(events=(event(500.0),)))
     budget = Budget(ledger, "node")  # type: ignore[arg-type]
     for at in range(100, 400):
-        budget.advance(config, float(at), 0.0, 1e6)
+        budget.advance(config, float(at), 1e6)
         if at < 200:
             assert budget.in_force_w == 500
         elif at == 200:
@@ -149,7 +150,7 @@ def test_watts_come_back_after_a_moment_of_the_nodes_own_and_at_the_rate_that_is
             assert budget.in_force_w == 500 + 10 * max(0.0, at - began_s)
     assert budget.in_force_w == 1000
     assert ledger.power.returned_from_w is None
-    budget.advance(PowerConfig(budget_w=300.0), 401.0, 0.0, 1e6)
+    budget.advance(PowerConfig(budget_w=300.0), 401.0, 1e6)
     assert budget.in_force_w == 300, "down is at once"
 
 
