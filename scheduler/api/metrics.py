@@ -15,6 +15,7 @@ from scheduler.control.loop import Controller
 from scheduler.control.meters import Histogram, Labels
 from scheduler.model.gpus import GpuSample, GpuState
 from scheduler.model.jobs import JobClass, JobState
+from scheduler.model.power import ShedState
 from scheduler.model.settings import MICROUSD_PER_USD
 
 _MIB = 1 << 20
@@ -171,7 +172,9 @@ class NodeCollector(Collector):
         yield _histogram(
             "grid_shed_seconds", "From the begin of a shed until it was met.", {(): m.grid_shed_s}, ()
         )
-        yield _counter("grid_sheds", "Sheds by how they went.", m.grid_sheds, ("state",))
+        # From zero on: an alert asks by how much it grew.
+        sheds = {(state.value,): 0 for state in (ShedState.MET, ShedState.FAILED)} | m.grid_sheds
+        yield _counter("grid_sheds", "Sheds by how they went.", sheds, ("state",))
 
     def _meters(self) -> Iterable[Metric]:
         m = self._control.meters

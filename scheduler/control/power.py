@@ -23,7 +23,7 @@ from scheduler.control.inbox import (
     PowerItem,
     SetPowerBudget,
 )
-from scheduler.control.limits import Limits
+from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.power_view import GpuPowerView, PowerView
 from scheduler.control.sheds import Sheds
 from scheduler.effects.launcher import AttemptKey
@@ -59,6 +59,9 @@ SETTLE_S = 2.0
 IDLE_W_UNKNOWN = 100.0
 # A V100S drew twice its idle watts for several seconds after the work had ended [FIELD section 3.5].
 IDLE_AFTER_S = 10.0
+# The planner sees these in steps, so that no limit follows every flicker.
+IDLE_STEP_W = 5
+CORRECTION_STEP_W = 10
 # For how long a shed is reckoned to last: until its source's end, within these.
 HORIZON_S_MIN, HORIZON_S_MAX = 60.0, 3600.0
 # What the plan's error is given back with each reading below the budget.
@@ -83,6 +86,7 @@ class PowerControl:
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
         self._changed_s = 0.0  # when a limit or a job last changed
         self._read_s = 0.0
+        self._give_back_s = 0.0  # not before
         ledger.table.natural_w = self.draws.natural_w
         for job in ledger.jobs.values():
             ledger.table.put(job)
@@ -136,10 +140,7 @@ class PowerControl:
         """Go by the budget that holds now; begin and end grid events."""
         self.sheds.advance(now_s)
         self._cut_graces(now_s)
-        was_active = self.is_active
         self.budget.advance(self._control.config.power, now_s, self.most_w)
-        if was_active and not self.is_active:
-            self._give_back(list(self._control.ledger.power.limits))
 
     def wake_s(self, now_s: float) -> float | None:
         """The next moment at which time alone changes the budget, or ends a grace."""
@@ -214,7 +215,7 @@ class PowerControl:
     def read(self, now_s: float) -> None:
         """Learn from a round of readings; see whether the watts are where they should be."""
         control = self._control
-        elapsed_s, self._read_s = now_s - self._read_s if self._read_s else 0.0, now_s
+        elapsed_s, self._read_s = max(0.0, now_s - self._read_s) if self._read_s else 0.0, now_s
         occupants = control.board.occupants()
         learned = []
         for gpu in control.board.identities:
@@ -235,6 +236,8 @@ class PowerControl:
         self._learn(self.draws.news(learned), now_s)
         self._close(elapsed_s, now_s)
         self.sheds.read(now_s)
+        if not self.is_active:
+            self._give_back(now_s)
 
     def _see_idle(self, uuid: str, watts: float, now_s: float) -> None:
         """When work has ended the draw falls for seconds; after that the least counts, slowly forgotten."""
@@ -289,7 +292,7 @@ class PowerControl:
         until_s = tightest.until_s if tightest else None
         left_s = HORIZON_S_MAX if until_s is None else min(HORIZON_S_MAX, max(HORIZON_S_MIN, until_s - now_s))
         return PowerColumns(
-            budget_w=math.floor(self.boards_w(site_w) - self._correction_w),
+            budget_w=math.floor(self.boards_w(site_w)) - _in_steps(self._correction_w, CORRECTION_STEP_W),
             promised_w=None if promised is None else math.floor(self.boards_w(promised.budget_w)),
             promised_us=UNKNOWN if promised is None else round(promised.start_s * 1e6),
             is_emergency=any(
@@ -301,7 +304,7 @@ class PowerControl:
             curves=tuple(
                 curve_of(control.config.policy.classes[job_class].power_curve) for job_class in JobClass
             ),
-            idle_w=_ints(math.ceil(self._empty_w(gpu)) for gpu in gpus),
+            idle_w=_ints(_in_steps(self._empty_w(gpu), IDLE_STEP_W) for gpu in gpus),
             limit_w=_ints(math.ceil(self.limits.in_force_w(gpu)) for gpu in gpus),
             limit_w_min=_ints(math.ceil(low) for low, _ in ranges),
             limit_w_max=_ints(math.ceil(high) for _, high in ranges),
@@ -445,8 +448,11 @@ class PowerControl:
 
     # The end ------------------------------------------------------------------------------------
 
-    def _give_back(self, uuids: list[str]) -> None:
-        if uuids:
+    def _give_back(self, now_s: float) -> None:
+        """Without a budget no limit is ours; what fails is tried again."""
+        uuids = list(self._control.ledger.power.limits)
+        if uuids and now_s >= self._give_back_s:
+            self._give_back_s = now_s + RETRY_S
             self._control.spawn(self._gives_back(uuids))
 
     async def _gives_back(self, uuids: list[str]) -> None:
@@ -467,6 +473,10 @@ class PowerControl:
 def curve_of(points: tuple[tuple[float, float], ...]) -> Curve:
     """A configured curve in thousandths."""
     return Curve(tuple((round(draw * MILLI), round(work * MILLI)) for draw, work in points))
+
+
+def _in_steps(watts: float, step_w: int) -> int:
+    return math.ceil(watts / step_w) * step_w
 
 
 def _ints(values: Any) -> Any:
