@@ -68,14 +68,15 @@ def test_mining_stops_before_training_is_slowed_by_much() -> None:
     assert RequeueJob(1, Reason.SHED_FOR_POWER) not in made.actions
 
 
-def test_a_job_of_little_value_that_loses_much_work_is_slowed_rather_than_stopped() -> None:
-    fresh = running(1, "GPU-0", **MINER)
-    unsaved = replace(fresh, restart_loss_us=100 * HOUR_US)
-    power = P(W(gpus=gpus(1)), budget_w=240, natural_w={1: 300})
-    stops = planned(replace(power, world=W(jobs=(fresh,), gpus=gpus(1)), budget_w=150))
-    slowed = planned(replace(power, world=W(jobs=(unsaved,), gpus=gpus(1))))
-    assert stops.actions[-1] == RequeueJob(1, Reason.SHED_FOR_POWER)
-    assert slowed.actions == (SetPowerLimit("GPU-0", 240, LOWERED),)
+def test_of_equal_jobs_the_youngest_stops_unless_a_stop_costs_it_more() -> None:
+    power = P(W(jobs=miners(2), gpus=gpus(2)), budget_w=400, natural_w={1: 300, 2: 300})
+    assert RequeueJob(2, Reason.SHED_FOR_POWER) in planned(power).actions
+    first, second = miners(2)
+    dear = replace(second, restart_loss_us=HOUR_US // 2)
+    kept = planned(replace(power, world=W(jobs=(first, dear), gpus=gpus(2))))
+    assert [action for action in kept.actions if isinstance(action, RequeueJob)] == [
+        RequeueJob(1, Reason.SHED_FOR_POWER)
+    ]
 
 
 def test_a_gang_is_lowered_and_stopped_whole() -> None:
