@@ -7,8 +7,7 @@ import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-
+from scheduler.api.exposition import CONTENT_TYPE
 from scheduler.errors import NodeError
 
 REQUEST_BYTES_MAX = 16 * 1024
@@ -20,9 +19,9 @@ _TEXT = "text/plain; charset=utf-8"
 class MetricsServer:
     """Serves the pages; one request a connection."""
 
-    def __init__(self, registry: CollectorRegistry, problem: Callable[[], str]) -> None:
-        """Serve `registry`; `problem` says why the node is not ready, or nothing."""
-        self._registry = registry
+    def __init__(self, page: Callable[[], bytes], problem: Callable[[], str]) -> None:
+        """Serve `page` as metrics; `problem` says why the node is not ready, or nothing."""
+        self._page = page
         self._problem = problem
         self._server: asyncio.Server | None = None
         self._open = 0
@@ -74,8 +73,8 @@ class MetricsServer:
             return HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET\n"
         path = words[1].split(b"?", 1)[0]
         if path == b"/metrics":
-            body = generate_latest(self._registry)
-            return HTTPStatus.OK, CONTENT_TYPE_LATEST, b"" if words[0] == b"HEAD" else body
+            body = self._page()
+            return HTTPStatus.OK, CONTENT_TYPE, b"" if words[0] == b"HEAD" else body
         if path == b"/healthz":
             return HTTPStatus.OK, _TEXT, b"ok\n"
         if path == b"/readyz":
