@@ -8,12 +8,11 @@ import pytest
 
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.gpus import GpuIdentity, GpuSample
-from tests.fakes.nvml.fake import ABSENT, GPU_FIGURES, GPUS_MAX, MIB, OLD_DRIVER, FakeNvml
+from tests.fakes.nvml.fake import ABSENT, GPU_FIGURES, GPUS_MAX, KIB, MIB, OLD_DRIVER, FakeNvml
 from tests.fakes.nvml.reading import LIMITS, is_whole, needs_gcc, reading, sample_of
 
 pytestmark = needs_gcc
 
-KIB = 1024
 UNKNOWN = 999
 NO_PERMISSION = 4
 INVALID_ARGUMENT = 2
