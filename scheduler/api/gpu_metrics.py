@@ -118,6 +118,11 @@ _FIXED: tuple[tuple[str, str, Callable[[GpuIdentity], float | None]], ...] = (
     ("gpu_power_limit_max_watts", "Highest power limit that can be set.", lambda gpu: gpu.power_limit_w_max),
     ("gpu_power_limit_default_watts", "Power limit of the board.", lambda gpu: gpu.power_limit_w_default),
     (
+        "gpu_power_limit_settable",
+        "0 where the driver does not let us set the power limit.",
+        lambda gpu: None if gpu.power_limit_w_max is None else not gpu.power_limit_refusal,
+    ),
+    (
         "gpu_sm_clock_max_hertz",
         "Highest clock of the multiprocessors.",
         lambda gpu: _scaled(gpu.sm_clock_mhz_max, _HZ_PER_MHZ),

@@ -101,6 +101,7 @@ def node_remarks(node: node_pb2.Node) -> Iterator[str]:
     if node.released:
         yield "the node is released: no GPU is held; `wattshift undrain` takes them back"
     yield from node.problems
+    yield from node.limitations
 
 
 @click.command()

@@ -183,7 +183,8 @@ class GpuBoard:
         """The GPU's state, its reason and the facts behind it."""
         mark = self._ledger.marks.get(uuid)
         if not self.is_present(uuid):
-            return GpuState.LOST, Reason.GPU_NOT_SEEN, self.errors.get(uuid, "not in the driver's list")
+            code = self.errors.get(uuid) or self.errors.get("driver")
+            return GpuState.LOST, Reason.GPU_NOT_SEEN, code or "not in the driver's list"
         if mark is not None:
             return mark.state, Reason(mark.reason), mark.detail
         if held:

@@ -269,6 +269,7 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
         power_limit_w_min=_watts(limits_mw[0]) if limits_mw else None,
         power_limit_w_max=_watts(limits_mw[1]) if limits_mw else None,
         power_limit_w_default=_watts(unless_dead("nvmlDeviceGetPowerManagementDefaultLimit", handle)),
+        power_limit_refusal=_limit_refusal(handle),
         power_scope=power_scope,
         sm_clock_mhz_max=unless_dead("nvmlDeviceGetMaxClockInfo", handle, CLOCK_SM),
         temperature_celsius_slowdown=unless_dead(
@@ -281,6 +282,24 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
         driver_version=library.driver_version,
         cuda_version=library.cuda_version,
     )
+
+
+def _limit_refusal(handle: Any) -> str:
+    """Return what keeps the limit from being set, "" where it can be or there is none.
+
+    The limit that it has is set again. Nothing else tells: rights are checked in the kernel, where root in a
+    container may be nobody. Known now, and not when watts must go.
+    """
+    limit_mw = unless_dead("nvmlDeviceGetPowerManagementLimit", handle)
+    if limit_mw is None:
+        return ""
+    try:
+        call("nvmlDeviceSetPowerManagementLimit", handle, limit_mw)
+    except GpuReadError as error:
+        if error.code in DEAD:
+            raise
+        return error.code
+    return ""
 
 
 def _power_scope(handle: Any) -> tuple[str, int]:

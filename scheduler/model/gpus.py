@@ -33,6 +33,7 @@ class GpuIdentity:
     power_limit_w_min: float | None = None
     power_limit_w_max: float | None = None
     power_limit_w_default: float | None = None
+    power_limit_refusal: str = ""  # what the driver answers who sets its limit; "" = it does so
     power_scope: str = ""  # what power means here: "gpu", or "module" with the CPU beside it
     sm_clock_mhz_max: int | None = None
     temperature_celsius_slowdown: float | None = None

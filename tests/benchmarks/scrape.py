@@ -3,7 +3,6 @@
 import getpass
 import time
 import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from measure import MS_PER_S, DidNotWork, Figure, at_most, cpu_time
@@ -39,10 +38,11 @@ def scrape(bench: "Bench") -> Figure:
     ):
         daemon.environment = fake.environment()
         daemon.start()
+        assert daemon.process is not None
         ours_url = f"http://127.0.0.1:{daemon.metrics_port}/metrics"
         until("the daemon has read all", lambda: _page(ours_url).count("gpu_sm_clock_hertz{") == GPUS)
         until("the exporter has read all", lambda: _page(theirs_url).count("gpu_power_usage_W{") == GPUS)
-        ours, theirs = (ours_url, _pids(daemon)), (theirs_url, (theirs_pid,))
+        ours, theirs = (ours_url, (daemon.process.pid, daemon.nvml_child())), (theirs_url, (theirs_pid,))
         at_once = _compare(ours, theirs, 40 if bench.quick else 200, pace_s=0.0)
         each_second = _compare(ours, theirs, 2 if bench.quick else 12, pace_s=READ_PERIOD_S)
     ratio = at_once["of_theirs_ratio"]
@@ -84,14 +84,3 @@ def _page(url: str) -> str:
             return str(answer.read().decode())
     except OSError:  # it does not listen yet
         return ""
-
-
-def _pids(daemon: Daemon) -> tuple[int, ...]:
-    """Return the daemon and its NVML child; not its launcher, which knows nothing of GPUs."""
-    assert daemon.process is not None
-    own = daemon.process.pid
-    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
-    readers = [int(pid) for pid in children if b"nvml_child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    if len(readers) != 1:
-        raise DidNotWork(f"the daemon has {len(readers)} NVML children")
-    return own, readers[0]
