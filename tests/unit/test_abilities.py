@@ -31,9 +31,7 @@ def test_gpus_that_let_their_limit_be_set_are_no_limitation() -> None:
 
 def test_a_limitation_names_its_gpus_once_by_index_and_the_remedy_where_there_is_one() -> None:
     known = [gpu(2, REFUSED), gpu(0, REFUSED), gpu(0, REFUSED), gpu(1), gpu(3, "ERROR_NOT_SUPPORTED")]
-    first, second = limitations(known)
-    assert first.startswith(
-        "power limits can't be set on GPU 0, 2: ERROR_NO_PERMISSION; jobs run all the same; "
-    )
-    assert "CAP_SYS_ADMIN" in first
-    assert second == "power limits can't be set on GPU 3: ERROR_NOT_SUPPORTED; jobs run all the same"
+    unsupported, refused = limitations(known)
+    assert unsupported == "power limits can't be set on GPU 3: ERROR_NOT_SUPPORTED; jobs run all the same"
+    assert refused.startswith("power limits can't be set on GPU 0, 2: ERROR_NO_PERMISSION; jobs run all the")
+    assert "CAP_SYS_ADMIN" in refused
