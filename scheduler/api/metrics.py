@@ -4,12 +4,14 @@ Nothing is kept here: a label combination that is gone in the state is gone on t
 """
 
 from collections import Counter
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from scheduler.api.exposition import Page
 from scheduler.api.gpu_metrics import GPU, put_gpus
 from scheduler.control.loop import Controller
+from scheduler.control.meters import Labels
 from scheduler.model.jobs import FINAL_STATES, JobClass, JobState
 
 _ACTIVE = tuple(state for state in JobState if state not in FINAL_STATES)
@@ -78,18 +80,29 @@ class NodeMetrics:
         page.counter(
             "gpu_allocated_idle_seconds",
             "Time held with nothing running on it.",
-            sorted(m.allocated_idle_s.items()),
+            self._known(m.allocated_idle_s),
             GPU,
         )
         page.counter(
-            "gpu_errors", "Errors that the GPU reported.", sorted(m.gpu_errors.items()), ("gpu", "kind")
+            "gpu_errors", "Errors that the GPU reported.", self._known(m.gpu_errors), ("gpu", "kind")
         )
-        page.counter(
-            "telemetry_errors", "Readings that failed.", sorted(m.telemetry_errors.items()), ("code",)
-        )
+        page.counter("telemetry_errors", "Readings that failed.", _named(m.telemetry_errors), ("code",))
         page.histogram("plan_seconds", "Time to make a plan.", {(): m.plan_s})
         page.histogram("tick_seconds", "Time of a whole turn of the loop.", {(): m.tick_s})
         page.histogram("journal_append_seconds", "Time to make a tick durable.", {(): m.journal_append_s})
         page.counter("tick_failures", "Turns of the loop that failed.", [((), m.tick_failures)])
         page.counter("rpc_requests", "RPCs by outcome.", sorted(m.rpc_requests.items()), ("method", "code"))
         page.histogram("rpc_seconds", "Time of an RPC; of a stream, its life.", m.rpc_s, ("method", "code"))
+
+    def _known(self, by_gpu: Mapping[Labels, float]) -> list[tuple[Labels, float]]:
+        """Return what the GPUs have that there are: instances of MIG come and go for good."""
+        row = self._control.board.row
+        return [(labels, value) for labels, value in sorted(by_gpu.items()) if labels[0] in row]
+
+
+def _named(by_code: Mapping[Labels, float]) -> list[tuple[Labels, float]]:
+    """Return sums by code; numbers without a name, of which a library may have any, are one."""
+    sums: Counter[Labels] = Counter()
+    for (code,), count in by_code.items():
+        sums[("ERROR_OTHER" if code.removeprefix("ERROR_").isdecimal() else code,)] += int(count)
+    return sorted(sums.items())

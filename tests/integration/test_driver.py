@@ -278,3 +278,15 @@ def test_asking_for_the_right_changes_no_limit(fake: FakeNvml, daemon: Daemon) -
     read_again(daemon, fake)
     assert [fake.gpus[index].limit_mw for index in range(2)] == [512_345, 700_000]
     assert daemon.get_node().limitations == []
+
+
+# What it says on the metrics page --------------------------------------------------------------
+
+
+def test_failures_without_a_name_share_one_label(fake: FakeNvml, daemon: Daemon) -> None:
+    for index, code in enumerate((777, 778)):
+        fake.rule("nvmlDeviceGetUtilizationRates", gpu=index, code=code)
+    line = 'wattshift_telemetry_errors_total{code="ERROR_OTHER"}'
+    until("both are counted", lambda: line in daemon.metrics())
+    read_again(daemon, fake)
+    assert "ERROR_77" not in daemon.metrics()

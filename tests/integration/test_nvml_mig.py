@@ -176,11 +176,14 @@ def test_an_instance_says_whose_part_it_is_and_how_large(fake: FakeNvml, daemon:
 def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     fake: FakeNvml, daemon: Daemon
 ) -> None:
-    assert daemon.cli("release").returncode == 0
     before = instances_of(fake)
+    fake.xid(1, 31)
+    until("each has counted it", lambda: daemon.metrics().count('kind="xid_31"') == len(before))
+    assert daemon.cli("release").returncode == 0
     fake.gpus[1].partition(7)
     assert daemon.cli("undrain").returncode == 0
     until("it is seen", lambda: uuids(daemon) == [fake.gpus[0].uuid, *instances_of(fake)])
     until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
     assert not set(before) & set(instances_of(fake))
     assert "GPU_STATE_LOST" not in str(daemon.get_node())
+    assert not any(uuid in daemon.metrics() for uuid in before), "a label for each layout has no bound"
