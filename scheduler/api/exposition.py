@@ -64,10 +64,10 @@ class Page:
 
 @functools.lru_cache(LINES_KEPT_MAX)
 def _start(name: str, labels: Labels, values: Labels) -> str:
-    """Return a line up to its value."""
+    """Return a line up to its value; labels in their alphabet's order."""
     pairs = ",".join(
         f'{label}="{value.lower() if label in WORDS else _escaped(value)}"'
-        for label, value in zip(labels, values, strict=True)
+        for label, value in sorted(zip(labels, values, strict=True))
     )
     return f"{PREFIX}{name}{{{pairs}}} " if pairs else f"{PREFIX}{name} "
 

@@ -167,9 +167,8 @@ def test_an_instance_says_whose_part_it_is_and_how_large(fake: FakeNvml, daemon:
     page = daemon.metrics()
     for part in parts:
         assert f'wattshift_gpu_slices{{gpu="{part.uuid}"}} {part.slices:.1f}\n' in page
-        assert f'parent="{fake.gpus[1].uuid}"}} 1.0' in next(
-            line for line in page.splitlines() if line.startswith(f'wattshift_gpu_info{{gpu="{part.uuid}"')
-        )
+        (info,) = (line for line in page.splitlines() if "gpu_info{" in line and part.uuid in line)
+        assert f'parent="{fake.gpus[1].uuid}"' in info
     assert f'wattshift_gpu_slices{{gpu="{whole.uuid}"' not in page
 
 
