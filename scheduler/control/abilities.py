@@ -73,8 +73,7 @@ def missing_gpus(board: GpuBoard) -> str:
     return "; ".join(
         f"GPU {uuid} of {', '.join(job.id for job in jobs)} is not in the driver's list: it was removed, "
         "or is lost since before the daemon's start"
-        for uuid, jobs in sorted(board.holders().items())
-        if uuid not in board.row
+        for uuid, jobs in sorted(board.held_unseen().items())
     )
 
 
