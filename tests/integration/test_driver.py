@@ -283,6 +283,25 @@ def test_asking_for_the_right_changes_no_limit(fake: FakeNvml, daemon: Daemon) -
 # What it says on the metrics page --------------------------------------------------------------
 
 
+def ages_s(daemon: Daemon) -> dict[str, float]:
+    lines = [line for line in daemon.metrics().splitlines() if "gpu_sample_age_seconds{" in line]
+    return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_the_last_reading_of_a_gpu_that_hangs_stays_and_its_age_grows(fake: FakeNvml, daemon: Daemon) -> None:
+    hung, other = fake.gpus[0].uuid, fake.gpus[1].uuid
+    fake.gpus[0].memory_temperature_celsius = 77
+    shown = f'wattshift_gpu_memory_temperature_celsius{{gpu="{hung}"}} 77.0'
+    until("it is read", lambda: shown in daemon.metrics())
+    rule = fake.rule("nvmlDeviceGetUtilizationRates", gpu=0, hang=True)
+    # Twenty periods in which the other was read.
+    until("its age has grown", lambda: ages_s(daemon)[hung] > 2.0 > ages_s(daemon)[other])
+    assert shown in daemon.metrics()
+    assert not_ready(daemon) == ""
+    rule.hang = 0
+    until("it is read again", lambda: ages_s(daemon)[hung] < 2.0)
+
+
 def test_failures_without_a_name_share_one_label(fake: FakeNvml, daemon: Daemon) -> None:
     for index, code in enumerate((777, 778)):
         fake.rule("nvmlDeviceGetUtilizationRates", gpu=index, code=code)
