@@ -179,6 +179,11 @@ class GpuBoard:
         """Forget the proofs of attempts that the ledger has as verified."""
         self._proved = {key for key in self._proved if key[:2] in self._ledger.leaving}
 
+    def held_unseen(self) -> dict[str, list[Job]]:
+        """The GPUs that jobs hold and nobody has seen since the start, with those jobs."""
+        by_gpu = self._ledger.table.holdings.by_gpu
+        return {uuid: list(jobs.values()) for uuid, jobs in by_gpu.items() if uuid not in self.row}
+
     def holders(self, uuid: str) -> list[Job]:
         """Live jobs that hold a GPU."""
         return self._ledger.table.holdings.jobs(uuid)
@@ -191,7 +196,8 @@ class GpuBoard:
         """The GPU's state, its reason and the facts behind it."""
         mark = self._ledger.marks.get(uuid)
         if not self.is_present(uuid):
-            return GpuState.LOST, Reason.GPU_NOT_SEEN, self.errors.get(uuid, "not in the driver's list")
+            code = self.errors.get(uuid) or self.errors.get("driver")
+            return GpuState.LOST, Reason.GPU_NOT_SEEN, code or "not in the driver's list"
         if mark is not None:
             return mark.state, Reason(mark.reason), mark.detail
         if held:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scheduler.control.abilities import Abilities
 from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
@@ -128,6 +129,7 @@ class Controller:
         self.prices = Prices(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
+        self.abilities = Abilities(self.problems)
         self.last_plan: Plan | None = None
         self._memo = Memo()
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
@@ -525,11 +527,8 @@ class Controller:
     def _read(self, readings: GpuReadings, now_s: float) -> None:
         for code in readings.errors.values():
             self.meters.telemetry_errors[(code,)] += 1
-        if "driver" in readings.errors:
-            self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
-        else:
-            self.problems.pop("driver", None)
         fresh = self.board.read(readings)
+        self.abilities.read(readings, self.board)
         self.accounts.read()
         self.reports.fresh_gpus(fresh)
         self.health.read(readings, fresh, now_s)

@@ -33,6 +33,7 @@ class GpuIdentity:
     power_limit_w_min: float | None = None
     power_limit_w_max: float | None = None
     power_limit_w_default: float | None = None
+    power_limit_refusal: str = ""  # what the driver answers who sets its limit; "" = it does so
     power_scope: str = ""  # what power means here: "gpu", or "module" with the CPU beside it
     sm_clock_mhz_max: int | None = None
     temperature_celsius_slowdown: float | None = None
@@ -53,6 +54,9 @@ class GpuSample:
     at_s: float  # Unix seconds, when it was read
     memory_used_mib: int | None = None
     utilization_ratio: float | None = None
+    memory_utilization_ratio: float | None = None  # of the last period, in which memory was read or written
+    encoder_utilization_ratio: float | None = None
+    decoder_utilization_ratio: float | None = None
     power_w: float | None = None  # instant where the GPU gives it, else the average
     power_w_average: float | None = None  # over about a second
     power_limit_w: float | None = None  # what was asked for
@@ -63,6 +67,7 @@ class GpuSample:
     memory_temperature_celsius: float | None = None
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
+    fan_speed_ratio: float | None = None  # that its fans are told to turn at, of their most
     clock_reasons: int | None = None  # what holds the clock back: NVML's bits
     ecc_corrected: int | None = None  # since the driver was loaded
     ecc_uncorrected: int | None = None
@@ -73,6 +78,8 @@ class GpuSample:
     recovery_action: int | None = None  # the driver's own verdict, 0 = none needed
     is_power_smoothed: bool | None = None  # it may not shed at once
     ramp_down_w_per_s: float | None = None
+    nvlink_tx_bytes: int | None = None  # over all links, since the driver was loaded
+    nvlink_rx_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,14 +152,37 @@ def test_a_job_runs_on_an_instance_and_sees_only_that(fake: FakeNvml, daemon: Da
     assert daemon.output(job.id).strip() == instances_of(fake)[2]
 
 
+def test_an_instance_says_whose_part_it_is_and_how_large(fake: FakeNvml, daemon: Daemon) -> None:
+    whole, *parts = daemon.get_node().gpus
+    assert (whole.parent_uuid, whole.HasField("slices")) == ("", False)
+    assert {gpu.uuid: (gpu.parent_uuid, gpu.slices) for gpu in parts} == {
+        uuid: (fake.gpus[1].uuid, slices) for uuid, slices in zip(instances_of(fake), (3, 2, 1), strict=True)
+    }
+    lines = {line.split()[1]: line for line in daemon.cli("gpus").stdout.splitlines()[1:]}
+    for part in parts:
+        count = f"{part.slices} slice{'s' if part.slices > 1 else ''}"
+        # The fake's GPUs differ in their last digit only, so that it is named in full.
+        assert f"  {count} of {fake.gpus[1].uuid}  " in lines[part.uuid]
+    assert "slice" not in lines[whole.uuid]
+    page = daemon.metrics()
+    for part in parts:
+        assert f'wattshift_gpu_slices{{gpu="{part.uuid}"}} {part.slices:.1f}\n' in page
+        (info,) = (line for line in page.splitlines() if "gpu_info{" in line and part.uuid in line)
+        assert f'parent="{fake.gpus[1].uuid}"' in info
+    assert f'wattshift_gpu_slices{{gpu="{whole.uuid}"' not in page
+
+
 def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     fake: FakeNvml, daemon: Daemon
 ) -> None:
-    assert daemon.cli("release").returncode == 0
     before = instances_of(fake)
+    fake.xid(1, 31)
+    until("each has counted it", lambda: daemon.metrics().count('kind="xid_31"') == len(before))
+    assert daemon.cli("release").returncode == 0
     fake.gpus[1].partition(7)
     assert daemon.cli("undrain").returncode == 0
     until("it is seen", lambda: uuids(daemon) == [fake.gpus[0].uuid, *instances_of(fake)])
     until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
     assert not set(before) & set(instances_of(fake))
     assert "GPU_STATE_LOST" not in str(daemon.get_node())
+    assert not any(uuid in daemon.metrics() for uuid in before), "a label for each layout has no bound"
