@@ -195,8 +195,7 @@ class Health:
         self._was_reset.discard(uuid)
         self._returns_s[uuid].append(now_s)
         control.ledger.apply(GpuUnmarked(now_s, uuid, Reason.GPU_RECOVERED))
-        control.board.doubt(uuid)
-        control.orders.watch(uuid)
+        control.occupancy.prove_again(uuid)
         log.warning("GPU %s is well again: %s", uuid, mark.detail)
 
     def _may_return(self, reason: Reason, sample: GpuSample) -> bool:

@@ -4,9 +4,6 @@ import errno
 import signal as signals
 from typing import TYPE_CHECKING
 
-from scheduler.control.board import describe
-from scheduler.control.handover import is_ignored
-from scheduler.control.inbox import HandoverResult
 from scheduler.effects.launcher import (
     Acknowledged,
     AttemptKey,
@@ -26,7 +23,6 @@ from scheduler.model.events import (
     AttemptAcknowledged,
     AttemptSignalled,
     AttemptStarted,
-    AttemptVerified,
     CheckpointReported,
     Event,
     GpuMarked,
@@ -36,10 +32,9 @@ from scheduler.model.events import (
     StopDecided,
     SuccessorStarted,
 )
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuState
+from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import Job, JobState, Notice, job_id, job_number
 from scheduler.model.reasons import Reason
-from scheduler.model.settings import ForeignAction
 from scheduler.planning.outcome import Ending, ended
 
 if TYPE_CHECKING:
@@ -58,7 +53,6 @@ class ReportHandler:
         self._control = controller
         # Victims by the job for which they stop: id and attempt.
         self._victims: dict[int, list[tuple[str, int]]] = {}
-        self._evicted: set[int] = set()
 
     # The launcher -----------------------------------------------------------------------------
 
@@ -221,68 +215,6 @@ class ReportHandler:
                         f"SIGKILL did not end pids {pids} of job {job.id}",
                     )
                 )
-
-    # GPUs -------------------------------------------------------------------------------------
-
-    def fresh_gpus(self, fresh: tuple[GpuIdentity, ...]) -> None:
-        """GPUs that are new, or back: nobody knows who is on them."""
-        for gpu in fresh:
-            self._control.board.doubt(gpu.uuid)
-            self._control.orders.watch(gpu.uuid, once=True)
-        if fresh:
-            self._control.standing.reload()
-
-    def handover(self, result: HandoverResult, now_s: float) -> None:
-        """A GPU is proved free, or could not be in time."""
-        control, uuid, look = self._control, result.uuid, result.look
-        if look is not None and look.free:
-            control.board.foreign.pop(uuid, None)
-            if uuid not in control.board.holders() and look.memory_used_mib is not None:
-                control.board.learn_baseline(uuid, look.memory_used_mib - look.ignored_mib)
-            for victim_id, attempt in control.board.prove(uuid):
-                self._apply(AttemptVerified(now_s, victim_id, attempt))
-            return
-        occupants = control.board.occupants().get(uuid, [])
-        if look is not None and look.strangers and not any(o.job_id for o in occupants):
-            control.board.prove(uuid)  # none of ours ended there: whoever is there is foreign
-            control.board.foreign[uuid] = look.strangers
-            return
-        if look is not None:
-            found = describe(look.strangers) or f"{look.memory_used_mib} MiB in use and no process to name"
-        else:
-            found = f"it can't be read: {result.error}"
-        if uuid not in control.ledger.marks:
-            self._apply(
-                GpuMarked(
-                    now_s,
-                    uuid,
-                    GpuState.QUARANTINED.value,
-                    Reason.HANDOVER_TIMED_OUT,
-                    f"still held by {found}",
-                )
-            )
-
-    def holders(self, holders: GpuHolders) -> None:
-        """A routine look: who is there that Wattshift did not start."""
-        control, uuid = self._control, holders.uuid
-        if uuid in control.board.occupants():
-            return  # a hand-over runs; its own looks decide
-        rules = control.config.foreign
-        strangers = tuple(
-            p
-            for p in holders.processes
-            if not is_ignored(rules, p) and not (p.pid and control.is_held(uuid, p.pid))
-        )
-        if not strangers:
-            control.board.foreign.pop(uuid, None)
-            self._evicted.clear()
-            return
-        control.board.foreign[uuid] = strangers
-        for process in strangers:
-            if process.pid and rules.action(process.user, process.command) is ForeignAction.EVICT:
-                if not control.effects.processes.end(process.pid, at_once=process.pid in self._evicted):
-                    control.problems["evict"] = f"no permission to end {describe((process,))}"
-                self._evicted.add(process.pid)
 
     # Plans ------------------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ they are kept apart, outside the chain, and go with their job.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
-from scheduler.model.gpus import GpuMark
+from scheduler.model.gpus import GpuBaseline, GpuMark
 from scheduler.model.jobs import Job
 
 
@@ -56,6 +56,7 @@ class NodeState:
     next_number: int  # of the next job; never used before
     booked_s: float  # usage is booked up to here
     boot_id: str  # under which the last daemon started
+    baselines: dict[str, GpuBaseline] = field(default_factory=dict)  # by UUID
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class Explanation:
     obstacles: tuple[Obstacle, ...]
     remedies: tuple[Remedy, ...]
     awaited: tuple[int, ...]  # numbers of the jobs whose stop it waits for
+    gpus: tuple[str, ...]  # those that come free for it
     expected_start_us: int | None  # from declared run times; None = not known
     ahead: int  # waiting jobs of higher rank
     behind_promise_of: int | None  # number of the job whose promised start it may not delay
@@ -104,12 +105,14 @@ def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:
     waits = reason is not None and reason is not Reason.WAITING_FOR_HANDOVER
     promise = case.plan.promise
     held_back = reason is Reason.WAITING_FOR_PROMISED_START and promise is not None
+    claim = case.planner.claims.get(number)
     return Explanation(
         number=number,
         reason=reason,
         obstacles=tuple(_obstacles(case)) if waits else (),
         remedies=tuple(remedies(case)) if waits else (),
         awaited=case.plan.awaited.get(number, ()),
+        gpus=() if claim is None else case.planner.world.uuids(claim.node, claim.positions),
         expected_start_us=case.expected_start_us,
         ahead=case.ahead,
         behind_promise_of=promise.job if held_back and promise is not None else None,

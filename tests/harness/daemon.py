@@ -208,6 +208,10 @@ class Daemon:
         """The node now."""
         return self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=CALL_S).node
 
+    def preview(self, wanted: job_pb2.JobSpec) -> job_service_pb2.PreviewJobResponse:
+        """What would happen to such a job."""
+        return self.jobs.PreviewJob(job_service_pb2.PreviewJobRequest(spec=wanted), timeout=CALL_S)
+
     def cancel(self, job_id: str) -> job_pb2.Job:
         """Cancel a job."""
         return self.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=job_id), timeout=CALL_S).job

@@ -52,7 +52,7 @@ class Ward:
             board=self.board,
             meters=self.meters,
             commands=CommandHandler(self.ledger, self.board, pending_max=10),
-            orders=SimpleNamespace(watch=self.watched.append),
+            occupancy=SimpleNamespace(prove_again=self.watched.append),
             rebooted=rebooted,
         )
         self.health = Health(controller)
