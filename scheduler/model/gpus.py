@@ -78,13 +78,17 @@ class GpuSample:
     ramp_down_w_per_s: float | None = None
 
 
+# The driver's events of a GPU are heard from here on; what it told before is not known.
+EVENTS_BEGIN = "events_begin"
+
+
 @dataclass(frozen=True, slots=True)
 class GpuEvent:
     """Something that the driver told of a GPU by itself."""
 
     uuid: str
     at_s: float  # Unix seconds, when it was heard
-    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable" or "recovery_action"
+    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable", "recovery_action", EVENTS_BEGIN
     code: int  # the XID; else what the driver adds
 
 

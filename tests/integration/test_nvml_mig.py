@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.effects.gpus import GpuReadings
 from scheduler.errors import GpuReadError
+from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent
 from scheduler.v1 import node_pb2
 from tests.fakes.nvml.fake import GIB, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc, reading
@@ -113,17 +115,21 @@ async def test_a_gpu_that_is_cut_and_has_no_instances_can_not_be_used(fake: Fake
 async def test_what_happens_to_the_gpu_happens_to_its_instances(fake: FakeNvml) -> None:
     async with reading(fake) as read:
         fake.xid(1, 95)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in readings.events] == [
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(readings)] == [
             (uuid, 95) for uuid in instances_of(fake)
         ]
         fake.event(1, 0x8, 31, instance=fake.gpus[1].instances[2].instance)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in readings.events] == [(instances_of(fake)[2], 31)]
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(readings)] == [(instances_of(fake)[2], 31)]
         fake.gpus[1].lost = 1
         readings = await read.until(lambda readings: bool(readings.errors))
         assert readings.errors == dict.fromkeys(instances_of(fake), "ERROR_GPU_IS_LOST")
         assert [sample.uuid for sample in readings.samples] == [fake.gpus[0].uuid]
+
+
+def told(readings: GpuReadings) -> list[GpuEvent]:
+    return [event for event in readings.events if event.kind != EVENTS_BEGIN]
 
 
 # With jobs -------------------------------------------------------------------------------------
