@@ -21,6 +21,10 @@ _OBSTACLES = {
     Rule.DRAINS: (Reason.NODE_DRAINING, "the node takes nothing new"),
     Rule.CLOSED: (Reason.GPU_CLOSED, ""),  # each has its own words
     Rule.MODEL: (Reason.GPU_MODEL_DIFFERS, "of another model than the job accepts"),
+    Rule.INSTANCE: (
+        Reason.GPU_IS_INSTANCE,
+        "MIG instances, of which a CUDA program sees one: a job of several GPUs gets whole ones",
+    ),
     Rule.GPU_MEMORY_SIZE: (Reason.GPU_MEMORY_TOO_SMALL, "with less memory than the job wants"),
     Rule.NOT_PREEMPTIBLE: (Reason.HELD_NOT_PREEMPTIBLE, "held by jobs that may not be preempted"),
     Rule.RANK: (Reason.HELD_BY_RANK, "held by jobs that this one does not outrank by enough"),

@@ -275,6 +275,7 @@ class GpuBoard:
             island=_known(gpu.island for gpu in gpus),
             switch=_known(gpu.switch for gpu in gpus),
             numa=_known(gpu.numa for gpu in gpus),
+            instance=np.array([bool(gpu.parent_uuid) for gpu in gpus], dtype=bool),
         )
 
     def _node_columns(self) -> NodeColumns:

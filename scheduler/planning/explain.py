@@ -37,6 +37,7 @@ class Rule(StrEnum):
     DRAINS = "DRAINS"  # its node takes nothing new
     CLOSED = "CLOSED"  # cordoned, quarantined, foreign or lost
     MODEL = "MODEL"  # not of a model that the job accepts
+    INSTANCE = "INSTANCE"  # a MIG instance, and the job wants several GPUs
     GPU_MEMORY_SIZE = "GPU_MEMORY_SIZE"  # has less memory than the job wants
     NOT_PREEMPTIBLE = "NOT_PREEMPTIBLE"  # held by a job that may not be preempted
     RANK = "RANK"  # held by a job that it doesn't outrank by enough
@@ -184,6 +185,8 @@ def _rule_of(case: Case, node: Node, position: int, gpu: Gpu) -> tuple[Rule | No
         return Rule.CLOSED, []
     if not gpu.serves[request.models]:
         return Rule.MODEL, []
+    if gpu.is_instance and request.gpus > 1:
+        return Rule.INSTANCE, []
     if gpu.memory_mib < request.gpu_memory_mib:
         return Rule.GPU_MEMORY_SIZE, []
     milli = node.free.milli[position]

@@ -345,6 +345,7 @@ class World:
             sizes.live_jobs_max - xp.bincount(on, minlength=nodes),
             layout.fits,
             layout.is_open,
+            layout.whole,
         )
 
     def _made_soon(self) -> Pool:

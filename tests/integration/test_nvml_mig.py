@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from scheduler.effects.gpus import GpuReadings
@@ -14,6 +15,7 @@ from scheduler.v1 import node_pb2
 from tests.fakes.nvml.fake import GIB, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc, reading
 from tests.harness.daemon import Daemon, until
+from tests.harness.fixtures import Make
 
 pytestmark = needs_gcc
 
@@ -169,3 +171,34 @@ def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
     assert not set(before) & set(instances_of(fake))
     assert "GPU_STATE_LOST" not in str(daemon.get_node())
+
+
+def test_a_job_of_several_gpus_is_refused_where_only_instances_would_do(daemon: Daemon) -> None:
+    """One GPU is whole here, three are instances."""
+    with pytest.raises(grpc.RpcError) as refused:
+        daemon.submit("true", gpus=2)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "this node has 1 whole GPUs that fit, and a job of several gets no MIG instances" in str(
+        refused.value.details()
+    )
+
+
+def test_a_job_of_several_gpus_waits_for_whole_ones_and_says_why_instances_will_not_do(
+    fake: FakeNvml, make_daemon: Make
+) -> None:
+    fake.set_count(3)
+    daemon = make_daemon(gpus="", config=CONFIG)
+    daemon.environment = fake.environment()
+    daemon.start()
+    until("all are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 5)
+    holder = daemon.run("sleep", "600", job_class="inference", gpus=1)
+    # Placement gave it an instance: it is the whole ones that others may need.
+    assert holder.attempts[-1].gpus[0] in instances_of(fake)
+    assert daemon.cli("cordon", fake.gpus[0].uuid).returncode == 0
+    waits = daemon.submit("true", job_class="inference", gpus=2)
+    explained = daemon.cli("explain", waits.id).stdout
+    assert "MIG instances, of which a CUDA program sees one" in explained
+    assert "ask for 1 GPU instead of 2" in explained
+    assert daemon.cli("uncordon", fake.gpus[0].uuid).returncode == 0
+    done = daemon.wait(waits.id)
+    assert sorted(done.attempts[-1].gpus) == sorted([fake.gpus[0].uuid, fake.gpus[2].uuid])

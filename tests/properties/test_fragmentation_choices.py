@@ -59,6 +59,7 @@ _gpus = st.builds(
     mib=st.sampled_from((200, 500, GPU_MIB)),
     serves=st.frozensets(st.integers(0, SETS - 1)),
     is_open=st.sampled_from((True, True, True, False)),
+    is_instance=st.sampled_from((False, False, False, True)),
     idle_w=st.sampled_from((10, 50)),
     busy_w=st.sampled_from((70, 120, 400)),
 )
@@ -221,6 +222,7 @@ def _positions(world: World, free: Pool, ask: Ask, choice: tuple[int, int]) -> t
 def _serves(free: Pool, ask: Ask, row: int, position: int) -> bool:
     milli, mib = int(free.milli[row, position]), int(free.mib[row, position])
     serves = ask.models == UNKNOWN or bool(free.fits[ask.models, row, position])
+    serves = serves and (ask.gpus <= 1 or bool(free.whole[row, position]))
     return serves and milli >= ask.share_milli and (ask.gpu_memory_mib == 0 or mib >= ask.gpu_memory_mib)
 
 
