@@ -22,7 +22,8 @@ DELAY_S_LATER = 0.020
 # After this long nobody waits on the millisecond any more; the read itself costs the driver's lock.
 DELAY_S_SLOW = 0.5
 SLOW_AFTER_S = 5.0
-# Reserves breathe by a few MiB; a CUDA context is hundreds.
+# Reserves breathe by a few MiB, and so does what the driver books for a context and nobody's list has; a
+# context itself is hundreds. Once for the GPU, and once for each process that may be there.
 MEMORY_TOLERANCE_MIB = 32
 # A server may stay, and its own context with it: hundreds of MiB at most. What is beyond that its clients
 # left: older MPS books the memory of all of them on the server.
@@ -79,12 +80,15 @@ class HandoverVerifier:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._again: set[str] = set()
 
-    def watch(self, uuid: str, *, once: bool = False) -> None:
-        """Look at the GPU from now on, from the first delay; `once`: the first look decides."""
+    def watch(self, uuid: str, *, nobody_left: bool = False) -> None:
+        """Look at the GPU from now on, from the first delay.
+
+        `nobody_left`: no job of ours left it, so that strangers are not waited for.
+        """
         if uuid in self._watches:
             self._again.add(uuid)  # a look that is under way began before what we are to see
             return
-        self._watches[uuid] = asyncio.get_running_loop().create_task(self._watch(uuid, once))
+        self._watches[uuid] = asyncio.get_running_loop().create_task(self._watch(uuid, nobody_left))
 
     def is_watched(self, uuid: str) -> bool:
         """Whether a watch of the GPU is under way."""
@@ -101,7 +105,7 @@ class HandoverVerifier:
         for uuid in list(self._watches):
             self.forget(uuid)
 
-    async def _watch(self, uuid: str, once: bool) -> None:
+    async def _watch(self, uuid: str, nobody_left: bool) -> None:
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
         tries = 0
@@ -122,7 +126,9 @@ class HandoverVerifier:
                 tries = 0
                 continue
             late = loop.time() - begun_s >= self._timeout_s()
-            if late or (look is not None and (look.free or look.freed or once)):
+            if late or (
+                look is not None and (look.free or look.freed or (nobody_left and bool(look.strangers)))
+            ):
                 if look is not None and not look.free and not look.strangers:
                     look = replace(look, holding=(*look.holding, *await self._openers(uuid)))
                 if uuid in self._again:
@@ -154,7 +160,8 @@ class HandoverVerifier:
         def is_accounted(processes: list[GpuProcess]) -> bool:
             if used_mib is None or empty_mib is None or any(p.memory_mib is None for p in processes):
                 return True  # it can't be judged: the process lists alone decide
-            return used_mib <= empty_mib + _sum_mib(processes) + MEMORY_TOLERANCE_MIB
+            tolerance_mib = MEMORY_TOLERANCE_MIB * (1 + len(processes))
+            return used_mib <= empty_mib + _sum_mib(processes) + tolerance_mib
 
         allowed = [*theirs, *ignored]
         is_back = is_accounted(allowed)

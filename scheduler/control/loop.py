@@ -350,7 +350,7 @@ class Controller:
             case HandoverResult():
                 self.occupancy.handover(item, now_s)
             case HoldersSeen():
-                self.occupancy.seen(item.holders)
+                self.occupancy.seen(item.holders, now_s)
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
@@ -486,7 +486,9 @@ class Controller:
         self.health.read(readings, fresh, now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
-            self.witness.forget(frozenset(self.board.row))
+            known = frozenset(self.board.row)
+            self.witness.forget(known)
+            self.occupancy.forget(known)
             for gpu in self.board.identities:
                 if self.board.is_present(gpu.uuid):
                     self._spawn(self._look_once(gpu.uuid))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.control.board import describe
 from scheduler.control.forecast import Forecast
-from scheduler.control.handover import GpuFacts, Look, is_ignored
+from scheduler.control.handover import GpuFacts, Look
 from scheduler.control.inbox import HandoverResult
 from scheduler.model.events import AttemptVerified, GpuMarked, GpuUnmarked
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuProcess, GpuState
@@ -72,8 +72,17 @@ class Occupancy:
         """Give the GPU to nobody before it is proved free; who is on it and not ours is foreign at once."""
         control = self._control
         control.board.doubt(uuid)
-        # What a job left before a restart of ours has the time that it always has.
-        control.orders.watch(uuid, once=not self._is_left(uuid))
+        is_left = self._is_left(uuid)
+        # Where jobs run and none left there is nothing to prove before one does.
+        if is_left or uuid not in control.board.holders():
+            # What a job left before a restart of ours has the time that it always has.
+            control.orders.watch(uuid, nobody_left=not is_left)
+
+    def forget(self, known: frozenset[str]) -> None:
+        """Remember nothing of other GPUs than these."""
+        for of_gpus in (self._asked, self._not_permitted, self._verified_s):
+            for uuid in of_gpus.keys() - known:
+                of_gpus.pop(uuid)
 
     def _is_left(self, uuid: str) -> bool:
         """Whether a job of ours ended there and is not proved gone."""
@@ -126,28 +135,24 @@ class Occupancy:
 
     # Routine looks ----------------------------------------------------------------------------
 
-    def seen(self, holders: GpuHolders) -> None:
+    def seen(self, holders: GpuHolders, now_s: float) -> None:
         """A routine look: who is there that Wattshift did not start."""
         control, uuid = self._control, holders.uuid
         is_old = holders.at_s < self._verified_s.get(uuid, 0.0)
         # A job's process may be listed before the launcher told its PID.
         if is_old or any(job.attempts[-1].pid is None for job in control.board.holders().get(uuid, ())):
             return
-        rules = control.config.foreign
-        strangers = tuple(
-            p
-            for p in holders.processes
-            if not is_ignored(rules, p) and not (p.pid and control.is_held(uuid, p.pid))
-        )
-        self._evict(uuid, strangers)
+        look = control.verifier.judge(uuid, holders)
+        self._evict(uuid, look.strangers)
+        if control.verifier.is_watched(uuid):
+            return  # a hand-over runs; its own looks decide
         mark = control.ledger.marks.get(uuid)
-        if mark is not None and mark.reason in _UNTIL_FREE:
-            control.orders.watch(uuid, once=True)
-        elif uuid in control.board.occupants():
-            pass  # a hand-over runs; its own looks decide
-        elif strangers:
-            control.board.foreign[uuid] = strangers
-        elif uuid in control.board.foreign and not control.verifier.is_watched(uuid):
+        if (mark is not None and mark.reason in _UNTIL_FREE) or self._is_left(uuid):
+            if look.free or look.freed:
+                self.handover(HandoverResult(uuid, look, ""), now_s)
+        elif look.strangers:
+            control.board.foreign[uuid] = look.strangers
+        elif uuid in control.board.foreign:
             control.orders.watch(uuid)  # what they held must be back, too
 
     def _evict(self, uuid: str, strangers: tuple[GpuProcess, ...]) -> None:

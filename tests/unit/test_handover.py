@@ -97,7 +97,8 @@ async def test_a_process_that_can_not_be_named_keeps_a_gpu() -> None:
 
 
 async def test_who_holds_a_share_may_stay_with_its_memory() -> None:
-    assert judged(process(7), used_mib=1500, held=frozenset({7})).free
+    assert judged(process(7), used_mib=1500 + 2 * MEMORY_TOLERANCE_MIB, held=frozenset({7})).free
+    assert not judged(process(7), used_mib=1501 + 2 * MEMORY_TOLERANCE_MIB, held=frozenset({7})).free
     assert not judged(process(7), used_mib=2600, held=frozenset({7})).free
 
 
@@ -143,12 +144,12 @@ async def test_a_gpu_that_can_not_be_read_is_reported_with_the_error() -> None:
     assert await results.get() == (None, "ERROR_GPU_IS_LOST")
 
 
-async def test_one_look_decides_where_that_is_wanted() -> None:
-    made, gpus, results = verifier(holders(process(7)))
-    made.watch(UUID, once=True)
+async def test_where_no_job_left_strangers_are_not_waited_for_but_memory_is() -> None:
+    made, gpus, results = verifier(holders(used_mib=9000), holders(used_mib=9000), holders(process(7)))
+    made.watch(UUID, nobody_left=True)
     look, _ = await results.get()
     assert look is not None
-    assert (look.free, gpus.count) == (False, 1)
+    assert (look.free, look.strangers, gpus.count) == (False, (process(7),), 3)
 
 
 async def test_a_look_that_began_before_the_last_exit_proves_nothing() -> None:
@@ -194,7 +195,7 @@ async def test_a_gpu_is_freed_of_its_victim_where_only_strangers_of_before_are_l
 async def test_a_gpu_is_not_freed_while_anybody_or_anything_else_is_left() -> None:
     before = process(7)
     assert not judged(before, process(8), used_mib=2500, foreign=(before,)).freed
-    assert not judged(before, used_mib=1500 + MEMORY_TOLERANCE_MIB + 1, foreign=(before,)).freed
+    assert not judged(before, used_mib=1501 + 2 * MEMORY_TOLERANCE_MIB, foreign=(before,)).freed
 
 
 async def test_a_share_is_freed_beside_its_neighbour_and_a_stranger_of_before() -> None:
