@@ -22,7 +22,7 @@ LOOKS = ProcProcesses()
 
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield process
     finally:
@@ -46,7 +46,9 @@ def test_a_process_that_has_the_pid_of_another_is_left_alone() -> None:
         earlier = replace(named(cat.pid), start_ticks=start_ticks(cat.pid) - 1)
         assert LOOKS.end(earlier, at_once=True)
         assert LOOKS.end(replace(earlier, start_ticks=0), at_once=True), "nobody knows which it was"
-        assert cat.poll() is None
+        cat.stdin.write(b"alive\n")
+        cat.stdin.flush()
+        assert cat.stdout.readline() == b"alive\n"
 
 
 def test_a_process_that_is_gone_is_as_good_as_ended() -> None:
