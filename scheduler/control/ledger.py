@@ -127,10 +127,11 @@ class Ledger:
             case GpuUnmarked():
                 self.marks.pop(event.uuid, None)
             case BaselineLearned():
-                self.baselines.pop(event.uuid, None)
-                self.baselines[event.uuid] = GpuBaseline(event.used_mib, event.driver_version)
-                while len(self.baselines) > BASELINES_MAX:
-                    del self.baselines[next(iter(self.baselines))]
+                known = {uuid: one for uuid, one in self.baselines.items() if uuid != event.uuid}
+                while len(known) >= BASELINES_MAX:
+                    del known[next(iter(known))]
+                # Another value each time: whoever looks sees that something changed.
+                self.baselines = {**known, event.uuid: GpuBaseline(event.used_mib, event.driver_version)}
             case DaemonStarted():
                 self.boot_id = event.boot_id
             case NodeDrainChanged():

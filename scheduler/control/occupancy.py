@@ -74,7 +74,7 @@ class Occupancy:
         control.board.doubt(uuid)
         is_left = self._is_left(uuid)
         # Where jobs run and none left there is nothing to prove before one does.
-        if is_left or uuid not in control.board.holders():
+        if is_left or not control.board.is_held(uuid):
             # What a job left before a restart of ours has the time that it always has.
             control.orders.watch(uuid, nobody_left=not is_left)
 
@@ -107,7 +107,7 @@ class Occupancy:
     def _is_free(self, uuid: str, look: Look, now_s: float) -> None:
         control = self._control
         control.board.foreign.pop(uuid, None)
-        holders = control.board.holders().get(uuid, [])
+        holders = control.board.holders(uuid)
         if not holders and look.memory_used_mib is not None:
             control.board.learn_baseline(uuid, look.memory_used_mib - look.ignored_mib, now_s)
         self._verify(uuid, now_s)
@@ -140,7 +140,7 @@ class Occupancy:
         control, uuid = self._control, holders.uuid
         is_old = holders.at_s < self._verified_s.get(uuid, 0.0)
         # A job's process may be listed before the launcher told its PID.
-        if is_old or any(job.attempts[-1].pid is None for job in control.board.holders().get(uuid, ())):
+        if is_old or any(job.attempts[-1].pid is None for job in control.board.holders(uuid)):
             return
         look = control.verifier.judge(uuid, holders)
         self._evict(uuid, look.strangers)

@@ -249,7 +249,9 @@ class ReportHandler:
         reason = Reason.STARTED_AFTER_PREEMPTION if victims else action.reason
         launcher_id = self._control.launcher_id
         started = self._control.ledger.apply(
-            StartDecided(now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims)
+            StartDecided(
+                now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims, action.node
+            )
         )
         assert started is not None
         self._control.orders.prepare(started)
