@@ -28,6 +28,18 @@ from scheduler.model.events import (
 from scheduler.model.gpus import GpuBaseline, GpuMark, GpuState
 from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy
+from scheduler.model.power import PowerState
+from scheduler.model.power_events import (
+    BudgetReturns,
+    DrawsLearned,
+    GridEventAccepted,
+    GridEventMoved,
+    LimitsDecided,
+    LimitsRestored,
+    PowerBudgetSet,
+    PricesSet,
+    folded,
+)
 
 # A GPU that is cut anew and anew has new instances each time; those learnt first are forgotten.
 BASELINES_MAX = 256
@@ -71,6 +83,7 @@ class Ledger:
         self.marks: dict[str, GpuMark] = node.marks
         self.baselines: dict[str, GpuBaseline] = node.baselines
         self.drain: NodeDrainChanged | None = node.drain
+        self.power: PowerState = node.power
         self.next_number = node.next_number
         self._undo: dict[int, Job | None] = {}
         self._steps: list[Change] = []
@@ -142,6 +155,17 @@ class Ledger:
                 self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
             case PlanDecided() | PolicyChanged() | LauncherConnected():
                 pass
+            case (
+                PowerBudgetSet()
+                | GridEventAccepted()
+                | GridEventMoved()
+                | LimitsDecided()
+                | LimitsRestored()
+                | DrawsLearned()
+                | BudgetReturns()
+                | PricesSet()
+            ):
+                self.power = folded(self.power, event)
             case _:
                 number = job_number(event.job_id)
                 before = None if number is None else self.job(number)
@@ -263,7 +287,7 @@ class Ledger:
                 else:
                     self.jobs[number] = earlier
         before = self._node_before
-        self.marks, self.drain = dict(before.marks), before.drain
+        self.marks, self.drain, self.power = dict(before.marks), before.drain, before.power
         self.baselines = dict(before.baselines)
         self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id
         self._begin()
@@ -276,6 +300,7 @@ class Ledger:
             booked_s=self.booked_s,
             boot_id=self.boot_id,
             baselines=dict(self.baselines),
+            power=self.power,
         )
 
     def _begin(self) -> None:

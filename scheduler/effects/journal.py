@@ -12,6 +12,7 @@ from typing import Protocol
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
 from scheduler.model.gpus import GpuBaseline, GpuMark
 from scheduler.model.jobs import Job
+from scheduler.model.power import PowerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class NodeState:
     next_number: int  # of the next job; never used before
     booked_s: float  # usage is booked up to here
     boot_id: str  # under which the last daemon started
+    power: PowerState = field(default_factory=PowerState)
     baselines: dict[str, GpuBaseline] = field(default_factory=dict)  # by UUID
 
 

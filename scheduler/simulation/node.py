@@ -218,7 +218,8 @@ class MachineProcesses:
         """Take the machine."""
         self._machine = machine
 
-    def belongs_to(self, pid: int, main_pid: int, main_start_ticks: int) -> bool:
+    def belongs_to(self, pid: int, main_pid: int, main_start_ticks: int) -> bool:  # noqa: ARG002
+        # No PID is used again.
         return pid == main_pid
 
     def end(self, process: GpuProcess, *, at_once: bool) -> bool:
@@ -227,8 +228,8 @@ class MachineProcesses:
             self._machine.kill(found) if at_once else self._machine.terminate(found)
         return True
 
-    def openers(self, device: str) -> tuple[GpuProcess, ...]:
-        return ()  # its devices are no files
+    def openers(self, device: str) -> tuple[GpuProcess, ...]:  # noqa: ARG002 (its devices are no files)
+        return ()
 
     def knows_host_pids(self) -> bool:
         return True
