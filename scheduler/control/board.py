@@ -118,6 +118,7 @@ class GpuBoard:
                 del known[uuid]
                 self.samples.pop(uuid, None)
                 self._unproved.discard(uuid)
+                self.foreign.pop(uuid, None)
             self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.node, gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
             self._present, self._read = present, readings.identities

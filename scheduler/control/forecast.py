@@ -1,4 +1,4 @@
-"""How long GPUs will take to come free of a job whose processes are gone: from what is known.
+"""How long GPUs will take to come free of a job that is done with them: from what is known.
 
 The driver unpins a job's host memory before it lets go of the GPU. What a job took before, or jobs of its
 class on such a GPU, says most; what it declares to pin is the least that is expected.
@@ -49,10 +49,10 @@ class Forecast:
         ended = next((one for one in job.attempts if one.number == attempt), None)
         if ended is not None and ended.exited_s is not None:
             for model in self._models(ended.gpus):
-                self._took_s[job.spec.job_class, model].append(max(0.0, verified_s - ended.exited_s))
+                self._took_s[job.spec.job_class, model].append(max(0.0, verified_s - _left_s(ended)))
 
     def handover_s(self, job: Job) -> float:
-        """Seconds from the end of the job's processes until the GPUs that it has are proved free."""
+        """Seconds from the job's SIGKILL, or its end before, until the GPUs that it has are proved free."""
         if job.last is None or not job.last.gpus:
             return 0.0
         own = [took_s for attempt in job.attempts if (took_s := _took_s(attempt)) is not None]
@@ -75,24 +75,22 @@ class Forecast:
         for job in self._ledger.live_jobs():
             last = job.attempts[-1]
             if job.number in going and wanted.intersection(last.gpus):
-                notice = last.notice
-                grace_s = job.spec.grace_s if notice is None else max(0.0, notice.deadline_s - now_s)
-                waits.append(grace_s + self.handover_s(job))
+                left_s = now_s + job.spec.grace_s if last.notice is None else _left_s(last)
+                waits.append(left_s + self.handover_s(job) - now_s)
         for job_id, number in {
             (one.job_id, one.attempt)
             for uuid, occupants in self._board.occupants().items()
             for one in occupants
             if uuid in wanted and one.job_id
         }:
-            waits.append(self._left_s(job_id, number, now_s))
+            left = self._ledger.by_id(job_id)
+            assert left is not None, "an attempt leaves only while its job is known"
+            waits.extend(
+                _left_s(ended) + self.handover_s(left) - now_s
+                for ended in left.attempts
+                if ended.number == number
+            )
         return max(waits)
-
-    def _left_s(self, job_id: str, number: int, now_s: float) -> float:
-        """Of an attempt whose processes are gone, how long it may still take."""
-        job = self._ledger.by_id(job_id)
-        attempts = () if job is None else (one for one in job.attempts if one.number == number)
-        exited_s = next((one.exited_s for one in attempts), None)
-        return 0.0 if job is None or exited_s is None else max(0.0, exited_s + self.handover_s(job) - now_s)
 
     def _models(self, uuids: Iterable[str]) -> set[str]:
         wanted = frozenset(uuids)
@@ -102,7 +100,14 @@ class Forecast:
 def _took_s(attempt: Attempt) -> float | None:
     if attempt.exited_s is None or attempt.verified_s is None or not attempt.gpus:
         return None
-    return max(0.0, attempt.verified_s - attempt.exited_s)
+    return max(0.0, attempt.verified_s - _left_s(attempt))
+
+
+def _left_s(attempt: Attempt) -> float:
+    """When the job was done with its GPUs: at its SIGKILL at the latest, for the rest is the driver's."""
+    notice = attempt.notice
+    moments = (attempt.exited_s, attempt.acknowledged_s, notice.deadline_s if notice else None)
+    return min(moment for moment in moments if moment is not None)
 
 
 def _quantile(values: Iterable[float]) -> float:

@@ -389,7 +389,7 @@ class Controller:
             case Elapsed():
                 pass
             case _:
-                self.reports.report(item, now_s)
+                self.reports.report(item)
         return None
 
     def _answer(self, item: Asked, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
@@ -539,6 +539,7 @@ class Controller:
         fresh = self.board.read(readings)
         self.accounts.read()
         self.occupancy.fresh(fresh)
+        self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:

@@ -8,6 +8,7 @@ from scheduler.control.board import describe
 from scheduler.control.forecast import Forecast
 from scheduler.control.handover import GpuFacts, Look
 from scheduler.control.inbox import HandoverResult
+from scheduler.effects.launcher import AttemptKey, TreeStuck
 from scheduler.model.events import AttemptVerified, GpuMarked, GpuUnmarked
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuProcess, GpuState
 from scheduler.model.jobs import JobState
@@ -33,6 +34,7 @@ class Occupancy:
         # By GPU, PID and start: strangers that were asked to end.
         self._asked: dict[str, set[tuple[int, int]]] = {}
         self._not_permitted: dict[str, str] = {}  # by GPU
+        self._stuck: dict[AttemptKey, TreeStuck] = {}  # trees that SIGKILL has not ended yet
         self._verified_s: dict[str, float] = {}  # by GPU: what was seen before is of those who are gone
 
     def facts(self) -> GpuFacts:
@@ -102,7 +104,7 @@ class Occupancy:
             control.board.foreign[uuid] = look.strangers
         elif mark is None:
             found = _left(look) if look is not None else f"it can't be read: {result.error}"
-            self._mark(uuid, f"still held by {found}", now_s)
+            self._mark(uuid, Reason.HANDOVER_TIMED_OUT, f"still held by {found}", now_s)
 
     def _is_free(self, uuid: str, look: Look, now_s: float) -> None:
         control = self._control
@@ -128,10 +130,27 @@ class Occupancy:
                 self.forecast.learn(job, attempt, now_s)
             self._control.ledger.apply(AttemptVerified(now_s, job_id, attempt))
 
-    def _mark(self, uuid: str, detail: str, now_s: float) -> None:
-        state = GpuState.QUARANTINED.value
-        self._control.ledger.apply(GpuMarked(now_s, uuid, state, Reason.HANDOVER_TIMED_OUT, detail))
+    def _mark(self, uuid: str, reason: Reason, detail: str, now_s: float) -> None:
+        self._control.ledger.apply(GpuMarked(now_s, uuid, GpuState.QUARANTINED.value, reason, detail))
         log.error("GPU %s is quarantined: %s", uuid, detail)
+
+    def stuck(self, report: TreeStuck) -> None:
+        """Note that SIGKILL did not end a job's tree; the driver may only take its time with it."""
+        self._stuck[report.key] = report
+
+    def read(self, now_s: float) -> None:
+        """Quarantine the GPUs of trees that have had all the time that a hand-over may take."""
+        control = self._control
+        for key, report in list(self._stuck.items()):
+            job = control.ledger.by_key(key.job_id, key.attempt)
+            if job is not None and now_s - report.at_s < control.config.policy.handover_timeout_s:
+                continue
+            del self._stuck[key]
+            for uuid in () if job is None else job.attempts[-1].gpus:
+                if uuid not in control.ledger.marks:
+                    who = describe(control.effects.processes.named(report.pids))
+                    detail = f"SIGKILL did not end {who} of job {key.job_id}"
+                    self._mark(uuid, Reason.PROCESS_TREE_STUCK, detail, now_s)
 
     # Routine looks ----------------------------------------------------------------------------
 

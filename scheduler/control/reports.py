@@ -25,14 +25,12 @@ from scheduler.model.events import (
     AttemptStarted,
     CheckpointReported,
     Event,
-    GpuMarked,
     LauncherConnected,
     PendingEnded,
     StartDecided,
     StopDecided,
     SuccessorStarted,
 )
-from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import Job, JobState, Notice, job_id, job_number
 from scheduler.model.reasons import Reason
 from scheduler.planning.outcome import Ending, ended
@@ -56,7 +54,7 @@ class ReportHandler:
 
     # The launcher -----------------------------------------------------------------------------
 
-    def report(self, report: Report, now_s: float) -> None:
+    def report(self, report: Report) -> None:
         """Take one report of the launcher."""
         match report:
             case Started():
@@ -75,7 +73,7 @@ class ReportHandler:
             case Exited():
                 self._exited(report)
             case TreeStuck():
-                self._stuck(report, now_s)
+                self._control.occupancy.stuck(report)
             case LauncherGone():
                 raise AssertionError("the loop takes this one itself")
 
@@ -91,7 +89,7 @@ class ReportHandler:
         for job in list(control.ledger.live_jobs()):
             mine = held.pop((job.id, job.attempt), None)
             if mine is not None:
-                self._adopt(job, mine, now_s)
+                self._adopt(job, mine)
             elif job.attempts[-1].launcher_id == hello.launcher_id and job.attempts[-1].started_s is None:
                 self._say_again(job)
             else:
@@ -119,9 +117,9 @@ class ReportHandler:
         """The job is final: nobody stops for it any more."""
         self._victims.pop(number, None)
 
-    def _adopt(self, job: Job, held: HeldAttempt, now_s: float) -> None:
+    def _adopt(self, job: Job, held: HeldAttempt) -> None:
         for report in held.reports:
-            self.report(report, now_s)
+            self.report(report)
         current = self._control.ledger.jobs.get(job.number)
         signalled = any(isinstance(report, Signalled) for report in held.reports)
         if current is not None and current.holds and current.attempts[-1].notice and not signalled:
@@ -198,23 +196,6 @@ class ReportHandler:
             self._control.accounts.count_preemption(job, event.at_s)
         if job.standing:
             self._control.standing.reload()
-
-    def _stuck(self, report: TreeStuck, now_s: float) -> None:
-        job = self._live(report.key)
-        if job is None:
-            return
-        pids = ", ".join(str(pid) for pid in report.pids)
-        for uuid in job.attempts[-1].gpus:
-            if uuid not in self._control.ledger.marks:
-                self._apply(
-                    GpuMarked(
-                        now_s,
-                        uuid,
-                        GpuState.QUARANTINED.value,
-                        Reason.PROCESS_TREE_STUCK,
-                        f"SIGKILL did not end pids {pids} of job {job.id}",
-                    )
-                )
 
     # Plans ------------------------------------------------------------------------------------
 

@@ -31,6 +31,9 @@ class Processes(Protocol):
         Nothing is sent where another process has the PID by now, or where that can't be told.
         """
 
+    def named(self, pids: tuple[int, ...]) -> tuple[GpuProcess, ...]:
+        """Whose processes these are, as far as they are there."""
+
     def openers(self, device: str) -> tuple[GpuProcess, ...]:
         """Who has the device open but us and our children, as far as this user may look.
 
@@ -84,14 +87,16 @@ class ProcProcesses:
             os.close(fd)
         return True
 
+    def named(self, pids: tuple[int, ...]) -> tuple[GpuProcess, ...]:
+        return tuple(_named(pid) for pid in pids)
+
     def openers(self, device: str) -> tuple[GpuProcess, ...]:
         found, own = [], os.getpid()
         for entry in sorted(_PROC.glob("[0-9]*"), key=lambda path: int(path.name)):
             pid = int(entry.name)
             if own in (pid, _parent(pid)) or device not in _open_files(entry):
                 continue
-            if (owner := owner_of(pid)) is not None:
-                found.append(GpuProcess(pid, None, "", owner.user, owner.command, None, owner.start_ticks))
+            found.append(_named(pid))
         return tuple(found[:OPENERS_MAX])
 
     def knows_host_pids(self) -> bool:
@@ -99,6 +104,13 @@ class ProcProcesses:
             return (_PROC / "self/ns/pid").stat().st_ino == _HOST_PID_NAMESPACE
         except OSError:
             return True  # no namespaces in this kernel
+
+
+def _named(pid: int) -> GpuProcess:
+    owner = owner_of(pid)
+    if owner is None:
+        return GpuProcess(pid, None, "")
+    return GpuProcess(pid, None, "", owner.user, owner.command, None, owner.start_ticks)
 
 
 def _open_files(process: Path) -> Iterator[str]:

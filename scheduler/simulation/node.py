@@ -228,6 +228,9 @@ class MachineProcesses:
             self._machine.kill(found) if at_once else self._machine.terminate(found)
         return True
 
+    def named(self, pids: tuple[int, ...]) -> tuple[GpuProcess, ...]:
+        return tuple(GpuProcess(pid) for pid in pids)
+
     def openers(self, device: str) -> tuple[GpuProcess, ...]:  # noqa: ARG002 (its devices are no files)
         return ()
 

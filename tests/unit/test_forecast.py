@@ -114,6 +114,15 @@ def test_what_the_ledger_has_of_before_a_restart_is_recalled_once(node: Node) ->
     assert later.handover_s(other) == 7.0
 
 
+def test_what_the_driver_takes_begins_with_the_kill_or_with_the_end_before_it(node: Node) -> None:
+    node.run(1)
+    node.leave(1, at_s=4.0, took_s=3.0)  # its grace ran until 13
+    assert node.forecast.handover_s(node.run(1, attempt=2)) == 3.0
+    # The tree of the next one is only gone when the driver has unpinned its memory.
+    node.leave(1, attempt=2, at_s=33.0, took_s=1.0)
+    assert node.forecast.handover_s(node.run(1, attempt=3)) == 21.0
+
+
 def test_gpus_are_free_when_the_last_who_leaves_them_is_gone(node: Node) -> None:
     node.run(1, grace_s=10.0, pinned_memory_mib=GB_243_MIB)
     assert node.forecast.until_free_s(["GPU-a"], [], 100.0) == 0.0, "nobody leaves"
@@ -121,6 +130,7 @@ def test_gpus_are_free_when_the_last_who_leaves_them_is_gone(node: Node) -> None
     assert node.forecast.until_free_s(["GPU-a"], [1], 100.0) == pytest.approx(35.9, abs=0.01)
     node.ledger.apply(stop(1, at_s=100.0))
     assert node.forecast.until_free_s(["GPU-a"], [], 104.0) == pytest.approx(31.9, abs=0.01)
+    assert node.forecast.until_free_s(["GPU-a"], [], 120.0) == pytest.approx(15.9, abs=0.01)
     node.ledger.apply(end(1, PENDING, at_s=105.0))
     assert node.forecast.until_free_s(["GPU-a"], [], 115.0) == pytest.approx(15.9, abs=0.01)
     assert node.forecast.until_free_s(["GPU-a"], [], 200.0) == 0.0, "it is late"

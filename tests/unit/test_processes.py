@@ -90,6 +90,13 @@ def test_who_has_a_device_open_is_named(tmp_path: Path) -> None:
     assert LOOKS.openers(str(device)) == ()
 
 
+def test_processes_are_named_as_far_as_they_are_there() -> None:
+    with running("cat") as cat, running("true") as gone:
+        gone.communicate()
+        found = LOOKS.named((cat.pid, gone.pid))
+    assert [(process.pid, process.command) for process in found] == [(cat.pid, "cat"), (gone.pid, "")]
+
+
 def test_a_pid_namespace_of_its_own_is_told_from_the_hosts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
