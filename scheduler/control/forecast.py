@@ -83,14 +83,16 @@ class Forecast:
             for one in occupants
             if uuid in wanted and one.job_id
         }:
-            left = self._ledger.by_id(job_id)
-            assert left is not None, "an attempt leaves only while its job is known"
-            waits.extend(
-                _left_s(ended) + self.handover_s(left) - now_s
-                for ended in left.attempts
-                if ended.number == number
-            )
+            waits.append(self._still_s(job_id, number, now_s))
         return max(waits)
+
+    def _still_s(self, job_id: str, number: int, now_s: float) -> float:
+        """How long an attempt that has ended may still take; 0 where nothing is known of it any more."""
+        job = self._ledger.by_id(job_id)
+        if job is None:
+            return 0.0
+        ended = (one for one in job.attempts if one.number == number)
+        return max((_left_s(one) + self.handover_s(job) - now_s for one in ended), default=0.0)
 
     def _models(self, uuids: Iterable[str]) -> set[str]:
         wanted = frozenset(uuids)
