@@ -275,14 +275,6 @@ class Controller:
         told = [victim.number for victim in found.victims]
         return found, self.occupancy.forecast.until_free_s(found.gpus, told, now_s)
 
-    def is_held(self, uuid: str, pid: int) -> bool:
-        """Whether the process belongs to a live job that holds the GPU."""
-        return any(
-            last.pid is not None
-            and self.effects.processes.belongs_to(pid, last.pid, last.pid_start_ticks or 0)
-            for last in (job.attempts[-1] for job in self.board.holders(uuid))
-        )
-
     # A tick -----------------------------------------------------------------------------------
 
     def _arrived(self, item: Item) -> None:
