@@ -167,6 +167,12 @@ def put_gpus(page: Page, views: list[GpuView], now_s: float) -> None:
         (((view.identity.uuid, value), view.state is state) for view in views for state, value in _STATES),
         ("gpu", "state"),
     )
+    page.gauge(
+        "gpu_foreign_processes",
+        "Processes on it that Wattshift did not start and that the policy does not ignore.",
+        (((view.identity.uuid,), len(view.foreign)) for view in views),
+        GPU,
+    )
     identities = [((view.identity.uuid,), view.identity) for view in views]
     for name, text, read in _FIXED:
         page.gauge(name, text, _reported(identities, read), GPU)
