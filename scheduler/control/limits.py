@@ -55,8 +55,7 @@ class Limits:
         """The least and the most that the board's limit may be set to; equal where it can't be set."""
         now_w = self.in_force_w(gpu)
         low, high = gpu.power_limit_w_min, gpu.power_limit_w_max
-        refused = self._refused.get(gpu.uuid)
-        if low is None or high is None or refused is not None:
+        if low is None or high is None or gpu.power_limit_refusal or gpu.uuid in self._refused:
             return now_w, now_w
         kept = self._control.ledger.power.limits.get(gpu.uuid)
         high = min(high, kept.found_w if kept else now_w, self._theirs.get(gpu.uuid, high))
@@ -65,7 +64,12 @@ class Limits:
     @property
     def refusals(self) -> dict[str, str]:
         """By UUID, why a board's limit can't be set."""
-        return {uuid: why for uuid, (why, _) in self._refused.items()}
+        known = {
+            gpu.uuid: gpu.power_limit_refusal
+            for gpu in self._control.board.identities
+            if gpu.power_limit_refusal
+        }
+        return known | {uuid: why for uuid, (why, _) in self._refused.items()}
 
     # Setting ------------------------------------------------------------------------------------
 

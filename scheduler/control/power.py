@@ -87,6 +87,7 @@ class PowerControl:
         self._changed_s = 0.0  # when a limit or a job last changed
         self._read_s = 0.0
         self._give_back_s = 0.0  # not before
+        self._knows_budget = False  # the first readings come before the first look at the sources
         ledger.table.natural_w = self.draws.natural_w
         for job in ledger.jobs.values():
             ledger.table.put(job)
@@ -138,6 +139,7 @@ class PowerControl:
 
     def advance(self, now_s: float) -> None:
         """Go by the budget that holds now; begin and end grid events."""
+        self._knows_budget = True
         self.sheds.advance(now_s)
         self._cut_graces(now_s)
         self.budget.advance(self._control.config.power, now_s, self.most_w)
@@ -236,7 +238,7 @@ class PowerControl:
         self._learn(self.draws.news(learned), now_s)
         self._close(elapsed_s, now_s)
         self.sheds.read(now_s)
-        if not self.is_active:
+        if self._knows_budget and not self.is_active:
             self._give_back(now_s)
 
     def _see_idle(self, uuid: str, watts: float, now_s: float) -> None:
