@@ -39,14 +39,16 @@ class Limits:
         self._to_send: list[tuple[str, float]] = []
 
     def in_force_w(self, gpu: GpuIdentity) -> float:
-        """The most that the board may draw now, as far as is known; 0 where it has no limit."""
+        """The most that the board may draw now, as far as is known."""
         sample = self._control.board.samples.get(gpu.uuid)
         watts = sample.power_limit_w if sample is not None else None
         answered = self._answered.get(gpu.uuid)
         if answered is not None and (sample is None or sample.at_s <= answered[1]):
             watts = answered[0]
         if watts is None:
-            watts = gpu.power_limit_w_default or gpu.power_limit_w_max or 0.0
+            watts = gpu.power_limit_w_default or gpu.power_limit_w_max
+        if watts is None:  # an instance of MIG: its part of what its GPU draws is all that is known
+            watts = sample.power_w or 0.0 if sample is not None else 0.0
         if sample is not None and sample.power_limit_w_enforced is not None and answered is None:
             watts = min(watts, sample.power_limit_w_enforced)
         return max(watts, self._asked.get(gpu.uuid, 0.0))

@@ -111,10 +111,14 @@ class PowerControl:
         return site_w / config.pue - config.base_w
 
     def measured_w(self, now_s: float) -> float | None:
-        """What the site draws by fresh readings; None where a board has none."""
-        total_w = 0.0
-        for gpu in self._control.board.identities:
-            watts = self._fresh_w(gpu.uuid, now_s)
+        """What the site draws by fresh readings; None where a board has none.
+
+        A board that the driver has lost can't be read any more: it counts as idle.
+        """
+        total_w, board = 0.0, self._control.board
+        for gpu in board.identities:
+            is_there = board.is_present(gpu.uuid)
+            watts = self._fresh_w(gpu.uuid, now_s) if is_there else self._empty_w(gpu)
             if watts is None:
                 return None
             total_w += watts
@@ -122,7 +126,9 @@ class PowerControl:
 
     def stale(self, now_s: float) -> list[str]:
         """The boards without a fresh reading."""
-        return [gpu.uuid for gpu in self._control.board.identities if self._fresh_w(gpu.uuid, now_s) is None]
+        board = self._control.board
+        present = [gpu.uuid for gpu in board.identities if board.is_present(gpu.uuid)]
+        return [uuid for uuid in present if self._fresh_w(uuid, now_s) is None]
 
     def _fresh_w(self, uuid: str, now_s: float) -> float | None:
         sample = self._control.board.samples.get(uuid)
@@ -142,7 +148,7 @@ class PowerControl:
         self._knows_budget = True
         self.sheds.advance(now_s)
         self._cut_graces(now_s)
-        self.budget.advance(self._control.config.power, now_s, self.most_w)
+        self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
 
     def wake_s(self, now_s: float) -> float | None:
         """The next moment at which time alone changes the budget, or ends a grace."""
@@ -238,8 +244,22 @@ class PowerControl:
         self._learn(self.draws.news(learned), now_s)
         self._close(elapsed_s, now_s)
         self.sheds.read(now_s)
+        self._tell()
         if self._knows_budget and not self.is_active:
             self._give_back(now_s)
+
+    def _tell(self) -> None:
+        """Say it where no plan keeps the budget."""
+        control = self._control
+        outlook = control.last_plan.power if control.last_plan is not None else None
+        if outlook is None or outlook.planned_w <= outlook.budget_w:
+            control.problems.pop("power", None)
+            return
+        control.problems["power"] = (
+            f"the power budget can't be kept: the least that a plan reaches is "
+            f"{self.site_w(outlook.planned_w):.0f} W of {self.site_w(outlook.budget_w):.0f} W; "
+            "`wattshift power status`"
+        )
 
     def _see_idle(self, uuid: str, watts: float, now_s: float) -> None:
         """When work has ended the draw falls for seconds; after that the least counts, slowly forgotten."""

@@ -86,6 +86,7 @@ def test_an_emergency_is_taken_whatever_it_asks_and_met_by_measured_watts() -> N
             lambda: (e := daemon.grid_event("e1")).state == power_pb2.SHED_STATE_FAILED and e,
         )
         assert f"the least that can be reached is {2 * IDLE_W_UNKNOWN:.0f} W" in failed.reasons[0]
+        assert any("the power budget can't be kept" in text for text in daemon.get_node().problems)
 
         daemon.offer_event("e2", 200, until_s=60, emergency=True)
         met = until("it is met", lambda: (e := daemon.grid_event("e2")).state == MET and e)
