@@ -100,8 +100,8 @@ class NodeCollector(Collector):
         )
         yield _counter(
             "gpu_energy_joules",
-            "Energy that the GPU counted since its driver was loaded.",
-            {(uuid,): s.energy_mj / 1000.0 for uuid, s in samples if s.energy_mj is not None},
+            "Energy that the GPU used since the daemon was started, whatever its own counter did.",
+            self._control.meters.gpu_energy_j,
             ("gpu",),
         )
         yield _counter(

@@ -12,6 +12,7 @@ import numpy as np
 
 from scheduler.control.ledger import Ledger
 from scheduler.control.table import gave_way
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuSample, GpuState
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
@@ -65,13 +66,15 @@ class GpuView:
     job_ids: tuple[str, ...]
     free_share_milli: int
     foreign: tuple[GpuProcess, ...]
+    telemetry_problems: tuple[str, ...] = ()
 
 
 class GpuBoard:
     """Every GPU that this daemon has seen, by index."""
 
-    def __init__(self, ledger: Ledger, size: NodeSize) -> None:
+    def __init__(self, ledger: Ledger, size: NodeSize, telemetry: Telemetry) -> None:
         self._ledger = ledger
+        self._telemetry = telemetry
         self.size = size
         self.identities: tuple[GpuIdentity, ...] = ()
         self.row: dict[str, int] = {}
@@ -217,13 +220,14 @@ class GpuBoard:
                     job_ids=tuple(sorted(job.id for job in jobs)),
                     free_share_milli=max(0, SHARE_MILLI_WHOLE - held - occupied),
                     foreign=self.foreign.get(gpu.uuid, ()),
+                    telemetry_problems=self._telemetry.of(gpu.uuid),
                 )
             )
         return views
 
     def bookable_mib(self, gpu: GpuIdentity) -> int:
         """GPU memory that jobs may book: the total less what the empty GPU shows as used."""
-        return gpu.memory_total_mib - self.baseline_mib.get(gpu.uuid, 0)
+        return max(0, gpu.memory_total_mib - self.baseline_mib.get(gpu.uuid, 0))
 
     def snapshot(self, now_s: float) -> Snapshot:
         """The world now, for the planner; valid until the next change."""

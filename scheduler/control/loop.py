@@ -37,6 +37,7 @@ from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
+from scheduler.control.telemetry import Telemetry
 from scheduler.control.watch import Watchers
 from scheduler.effects.clock import Clock
 from scheduler.effects.gpus import GpuReadings, Gpus
@@ -97,8 +98,9 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
-        self.board = GpuBoard(self.ledger, site.size)
-        self.accounts = Accounts(self.ledger, self.board, self.meters)
+        self.telemetry = Telemetry(self.meters)
+        self.board = GpuBoard(self.ledger, site.size, self.telemetry)
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
@@ -143,7 +145,7 @@ class Controller:
             JournalError: The journal can't be written.
         """
         now_s = self.effects.clock.now_s()
-        self.accounts.resume(now_s)
+        self.accounts.resume(rebooted=self.rebooted)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
         self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         self.health.start()
@@ -197,8 +199,8 @@ class Controller:
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
-        self.accounts.book(now_s)
+        self.accounts.settle()
+        self.accounts.book_all(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -313,15 +315,16 @@ class Controller:
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
+        self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        has_readings = any(isinstance(item, GpuReadings) for item in items)
+        if has_readings:
+            self.accounts.read(now_s)  # not before it is known who has ended meanwhile
         self.standing.reconcile(now_s)
         wake_s = self._plan(now_s)
-        self.accounts.book_ended(now_s)
-        if self.accounts.due(now_s):
-            self.accounts.book(now_s)
+        self.accounts.book(now_s, has_readings=has_readings)
         try:
             self._commit()
         except JournalError as error:
@@ -467,14 +470,16 @@ class Controller:
     # Readings ---------------------------------------------------------------------------------
 
     def _read(self, readings: GpuReadings, now_s: float) -> None:
-        for code in readings.errors.values():
-            self.meters.telemetry_errors[(code,)] += 1
+        self.telemetry.read(readings, now_s)
         if "driver" in readings.errors:
             self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
         else:
             self.problems.pop("driver", None)
         fresh = self.board.read(readings)
-        self.accounts.read()
+        if unused := self.telemetry.nameless(self.board.row):
+            self.problems["telemetry"] = unused
+        else:
+            self.problems.pop("telemetry", None)
         self.reports.fresh_gpus(fresh)
         self.health.read(readings, fresh, now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
-from scheduler.model.gpus import GpuMark
+from scheduler.model.gpus import GpuBooked, GpuMark
 from scheduler.model.jobs import Job
 
 
@@ -54,8 +54,9 @@ class NodeState:
     marks: dict[str, GpuMark]  # by UUID
     drain: NodeDrainChanged | None
     next_number: int  # of the next job; never used before
-    booked_s: float  # usage is booked up to here
     boot_id: str  # under which the last daemon started
+    booked: dict[str, GpuBooked]  # by UUID of the whole GPU
+    booked_seq: int  # of the last booking of all GPUs
 
 
 @dataclass(frozen=True, slots=True)

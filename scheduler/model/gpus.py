@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+# No board or module draws more (a GB300 module 2.9 kW); what says so can't be believed.
+POWER_W_MAX = 5000.0
+
 
 class GpuState(StrEnum):
     """Where a GPU stands; exactly one at a time, and a metric label each."""
@@ -57,7 +60,7 @@ class GpuSample:
     power_limit_w: float | None = None  # what was asked for
     power_limit_w_enforced: float | None = None  # lower where somebody else caps too
     power_capped_s: float | None = None  # for how long the limit has bound, since the driver was loaded
-    energy_mj: int | None = None  # since the driver was loaded
+    energy_mj: int | None = None  # since the driver was loaded; of a MIG instance: its whole GPU's counter
     temperature_celsius: float | None = None
     memory_temperature_celsius: float | None = None
     sm_clock_mhz: int | None = None
@@ -72,6 +75,9 @@ class GpuSample:
     recovery_action: int | None = None  # the driver's own verdict, 0 = none needed
     is_power_smoothed: bool | None = None  # it may not shed at once
     ramp_down_w_per_s: float | None = None
+    doubts: str = (
+        ""  # what it said that can't be, and is None for that: "temperature_celsius=4294967295, ..."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,19 @@ class GpuMark:
     reason: str  # Reason's name
     detail: str
     since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBooked:
+    """Up to where the usage of a whole GPU is booked, so that another daemon goes on from there."""
+
+    uuid: str
+    timed_s: float  # its time, and that of its parts
+    at_s: float  # its energy: the last reading that counted,
+    energy_mj: int | None  # what its counter showed then,
+    power_w: float | None  # and what it drew
+    parts: tuple[tuple[str, int], ...]  # UUIDs and slices of its MIG instances then; out of MIG mode itself
+    pending: tuple[tuple[int, int], ...] = ()  # numbers of jobs and attempts that ended since `at_s`
 
 
 def model_matches(wanted: str, model: str) -> bool:

@@ -128,6 +128,7 @@ class Attempt:
     end_reason: Reason | None = None
     verified_s: float | None = None  # all its GPUs are proved free
     successor_started_s: float | None = None
+    energy_mj: int = 0  # of its GPUs, as far as it is booked
 
     @property
     def preempted_by(self) -> str:
@@ -159,6 +160,7 @@ class Job:
     queued_since_s: float = 0.0
     finished_s: float | None = None
     detail: str = ""  # facts for a person behind the reason: an errno, a signal, a name
+    energy_mj: int = 0  # of all attempts, as far as it is booked
 
     @property
     def last(self) -> Attempt | None:

@@ -8,6 +8,8 @@ import pytest
 
 from scheduler.control.board import GpuBoard, NodeSize, describe
 from scheduler.control.ledger import Ledger
+from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.model.events import GpuMarked
@@ -30,7 +32,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 def board(ledger: Ledger) -> GpuBoard:
-    board = GpuBoard(ledger, NodeSize(8, 1024, 16))
+    board = GpuBoard(ledger, NodeSize(8, 1024, 16), Telemetry(Meters()))
     board.read(GpuReadings((A, B), (), {}))
     return board
 
@@ -125,3 +127,8 @@ def test_a_gpu_that_nobody_has_looked_at_is_not_given_out(board: GpuBoard) -> No
 def test_processes_are_named_as_far_as_they_are_known() -> None:
     found = (GpuProcess(4711, 2048, user="ann", command="python3"), GpuProcess(12), GpuProcess(0))
     assert describe(found) == "pid 4711 (ann, python3, 2048 MiB), pid 12, a process that can't be named"
+
+
+def test_a_gpu_whose_memory_is_not_known_has_none_to_book(board: GpuBoard) -> None:
+    board.learn_baseline(A.uuid, 500)
+    assert board.bookable_mib(replace(A, memory_total_mib=0)) == 0
