@@ -21,6 +21,7 @@ from scheduler.api.job_service import JobService
 from scheduler.api.logs import LogReader
 from scheduler.api.metrics import NodeCollector, registry
 from scheduler.api.node_service import NodeService
+from scheduler.api.power_service import PowerService
 from scheduler.api.server import Server
 from scheduler.api.usage_service import UsageService
 from scheduler.control.board import NodeSize
@@ -37,14 +38,15 @@ from scheduler.effects.systemd import Notifier, set_up_logging, watchdog_period_
 from scheduler.errors import ConfigError, InstallationError, NodeError, WattshiftError
 from scheduler.model.jobs import job_number
 from scheduler.model.settings import Config
-from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus, parse
+from scheduler.simulation.boards import parse
+from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus
 
 log = logging.getLogger("wattshift")
 
 # Young objects before a look at them; looks before one at the older and the oldest.
 COLLECTOR_THRESHOLDS = (10_000, 20, 1000)
 
-# Keys outside [policy], [classes], [foreign] and [[standing_jobs]] that a reload applies.
+# Keys outside [policy], [classes], [power], [foreign] and [[standing_jobs]] that a reload applies.
 RELOADED_KEYS = frozenset(
     {
         "state.finished_jobs_kept_s",
@@ -165,6 +167,7 @@ class _Daemon:
             self._listen,
             JobService(controller, logs),
             NodeService(controller, simulated=self._simulated, started_s=now_s),
+            PowerService(controller),
             UsageService(controller),
         )
         metrics = MetricsServer(registry(NodeCollector(controller)), lambda: _not_ready(controller))
@@ -186,6 +189,7 @@ class _Daemon:
         finally:
             metrics.close()
             await server.stop()
+            await controller.power.leave()
             controller.stop()
             await controller.effects.gpus.close()
             await controller.effects.launcher.close()
@@ -211,10 +215,13 @@ class _Daemon:
         user = pwd.getpwnam(self._config.jobs.user) if self._config.jobs.user else pwd.getpwuid(os.geteuid())
         jobs_dir = state_dir / JOBS_DIRECTORY
         return Site(
-            size=NodeSize(
-                cpus=node.cpus or len(os.sched_getaffinity(0)),
-                memory_mib=node.memory_mib or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
-                live_jobs_max=self._config.policy.live_jobs_max,
+            sizes=(
+                NodeSize(
+                    cpus=node.cpus or len(os.sched_getaffinity(0)),
+                    memory_mib=node.memory_mib
+                    or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
+                    live_jobs_max=self._config.policy.live_jobs_max,
+                ),
             ),
             base_environment={"PATH": JOB_PATH, "HOME": user.pw_dir, "USER": user.pw_name, "LANG": "C.UTF-8"},
             remove_job=partial(remove_job, jobs_dir),

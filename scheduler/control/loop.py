@@ -27,6 +27,11 @@ from scheduler.control.inbox import (
     Inbox,
     Item,
     LauncherBack,
+    LimitSet,
+    LimitsGivenBack,
+    PowerCommand,
+    PricesRead,
+    SetPrices,
     Uncordon,
     Undrain,
 )
@@ -35,6 +40,8 @@ from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
+from scheduler.control.power import PowerControl
+from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
 from scheduler.control.telemetry import Telemetry
@@ -79,7 +86,7 @@ class Effects:
 class Site:
     """What the composition root knows of the place."""
 
-    size: NodeSize
+    sizes: tuple[NodeSize, ...]  # of each node that is planned for: of this one
     base_environment: Mapping[str, str]  # of every job: a minimal PATH, HOME
     remove_job: Callable[[str], None]  # removes what a job left on disk
     was_begun: Callable[[str, int], bool]  # whether a launcher ever took the order to start an attempt
@@ -99,7 +106,7 @@ class Controller:
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
         self.telemetry = Telemetry(self.meters)
-        self.board = GpuBoard(self.ledger, site.size, self.telemetry)
+        self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
         self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
@@ -119,11 +126,15 @@ class Controller:
         # Another boot than the last daemon's: every process of before is gone.
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.health = Health(self)
+        self.power = PowerControl(self)
+        self.prices = Prices(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.last_plan: Plan | None = None
         self._memo = Memo()
-        self._gpus_before: dict[str, str] = {}
+        self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
+        self._wake_s: float | None = None  # when time alone could change it
+        self._gpus_before: GpuColumns | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -152,6 +163,7 @@ class Controller:
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
+        self.prices.start()
         self._release_or_acquire()
         self._tick()
 
@@ -187,15 +199,22 @@ class Controller:
                 return
 
     def stop(self) -> None:
-        """Tick no more. Jobs go on under the launcher."""
+        """Tick no more, with what was used booked. Jobs go on under the launcher."""
         if self._running:
             self._book_last()
+        self.halt()
+
+    def halt(self) -> None:
+        """Tick no more, and leave everything as it is: what a crash does."""
         self._running = False
         self.verifier.close()
+        self.prices.stop()
         for task in self._looks:
             task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_lingering()
+        for timer in (self._timer, self._scheduled):
+            if timer is not None:
+                timer.cancel()
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
@@ -219,10 +238,13 @@ class Controller:
         self.commands.pending_max = config.jobs.pending_max
         if config.policy != self.config.policy:
             self.ledger.apply(PolicyChanged(self.effects.clock.now_s(), config.policy))
-        self.ledger.set_policy(config.policy)
         self.config = config
-        self.board.size = replace(self.board.size, live_jobs_max=config.policy.live_jobs_max)
+        self.ledger.set_policy(config.policy)
+        self.board.sizes = tuple(
+            replace(size, live_jobs_max=config.policy.live_jobs_max) for size in self.board.sizes
+        )
         self.standing.reload()
+        self.prices.reload()
         self.inbox.put(Elapsed())
 
     def reason(self, job: Job) -> Reason:
@@ -252,8 +274,7 @@ class Controller:
         """Whether the process belongs to a live job that holds the GPU."""
         return any(
             job.attempts[-1].pid is not None and self.effects.processes.belongs_to(pid, job.attempts[-1].pid)
-            for job in self.ledger.live_jobs()
-            if uuid in job.attempts[-1].gpus
+            for job in self.board.holders(uuid)
         )
 
     # A tick -----------------------------------------------------------------------------------
@@ -312,6 +333,8 @@ class Controller:
         self.meters.tick_failures += 1
         self.ledger.abandon()
         self.orders.clear()
+        self.power.limits.clear()
+        self._planned = None  # the numbers of dropped events come again
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
@@ -322,7 +345,9 @@ class Controller:
         has_readings = any(isinstance(item, GpuReadings) for item in items)
         if has_readings:
             self.accounts.read(now_s)  # not before it is known who has ended meanwhile
+        self.prices.advance(now_s)
         self.standing.reconcile(now_s)
+        self.power.advance(now_s)
         wake_s = self._plan(now_s)
         self.accounts.book(now_s, has_readings=has_readings)
         try:
@@ -334,7 +359,7 @@ class Controller:
             if not future.done():
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
-        self._wake_at(wake_s, now_s)
+        self._wake_at(wake_s, self.prices.wake_s(now_s), now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -349,9 +374,13 @@ class Controller:
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
-                self._spawn(self._reconnect())
+                self.spawn(self._reconnect())
             case LauncherBack():
                 self.reports.reconcile(item.hello, now_s)
+            case LimitSet() | LimitsGivenBack():
+                self.power.take(item, now_s)
+            case PricesRead():
+                self.prices.take(item, now_s)
             case Elapsed():
                 pass
             case _:
@@ -361,14 +390,21 @@ class Controller:
     def _answer(self, item: Asked, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         if item.answer.done():  # the client is gone
             return None
+        command = item.command
         try:
-            result = self.commands.handle(item.command, now_s)
+            if isinstance(command, PowerCommand):
+                result = self.power.handle(command, now_s)
+            elif isinstance(command, SetPrices):
+                self.prices.set(command, now_s)
+                result = None
+            else:
+                result = self.commands.handle(command, now_s)
         except RequestError as error:
             item.answer.set_exception(error)
             return None
-        if isinstance(item.command, Drain | Undrain):
+        if isinstance(command, Drain | Undrain):
             self._release_or_acquire()
-        elif isinstance(item.command, Uncordon):
+        elif isinstance(command, Uncordon):
             assert isinstance(result, str)
             self.board.doubt(result)
             self.orders.watch(result)
@@ -378,9 +414,12 @@ class Controller:
         """Plan and turn the plan into events; returns when time alone could change it."""
         if not self.launcher_id:
             return None
-        if not self.ledger.needs_plan:
+        if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
+        basis = (self.board.basis(), self.config.policy)
+        if not self.power.is_active and self._still_holds(basis, now_s):
+            return self._wake_s
         begun = time.perf_counter()
         try:
             snapshot = self.board.snapshot(now_s)
@@ -392,34 +431,39 @@ class Controller:
             return None
         self.problems.pop("planner", None)
         self.meters.plan_s.observe(time.perf_counter() - begun)
-        self.last_plan = made
+        self.last_plan, self._planned = made, (basis, now_s)
+        self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
             self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))
+            self.power.perform(made.actions, now_s)
             self.reports.perform(made.actions, now_s)
-        return None if made.wake_us is None else made.wake_us / 1e6
+        return self._wake_s
+
+    def _still_holds(self, basis: object, now_s: float) -> bool:
+        """Whether the last plan is what another would be: nothing changed, and time alone can't yet."""
+        if self.last_plan is None or self._planned is None or self._planned[0] != basis:
+            return False
+        return self._planned[1] <= now_s and (self._wake_s is None or now_s < self._wake_s)
 
     def _gpus_changed(self, columns: GpuColumns) -> tuple[str, ...]:
-        now = {
-            uuid: f"{int(state)} {int(memory)}"
-            for uuid, state, memory in zip(columns.uuid, columns.state, columns.memory_mib, strict=True)
-        }
-        changed = tuple(
-            f"{uuid} {text}" for uuid, text in sorted(now.items()) if self._gpus_before.get(uuid) != text
-        )
-        self._gpus_before = now
-        return changed
+        """What the planner sees of GPUs other than when it acted last; each change makes new columns."""
+        if columns is self._gpus_before:
+            return ()
+        now, before = _as_text(columns), _as_text(self._gpus_before) if self._gpus_before else {}
+        self._gpus_before = columns
+        return tuple(f"{uuid} {text}" for uuid, text in sorted(now.items()) if before.get(uuid) != text)
 
     def _commit(self) -> None:
         """Make the tick durable, send the orders that follow, then tell those who look."""
         if not self.ledger.touched:
-            self.orders.send()
+            self._send()
             return
         begun = time.perf_counter()
         committed = self.ledger.commit()
         took_s = time.perf_counter() - begun
         for before, after in committed.changes:
             self.orders.follow(before, after)
-        self.orders.send()  # somebody waits for these; whoever only looks comes after
+        self._send()  # somebody waits for these; whoever only looks comes after
         self.meters.journal_append_s.observe(took_s)
         for before, after in committed.steps:
             self.observer.see(before, after)
@@ -429,10 +473,17 @@ class Controller:
                 self.reports.forget(after.number)
         self.problems.pop("journal", None)
 
+    def _send(self) -> None:
+        """Send what follows from the tick in the order of safety: limits, stops, starts."""
+        self.power.limits.send()
+        self.orders.send()
+
     def _not_kept(self, items: list[Item], error: JournalError) -> None:
         log.error("the journal could not be written: %s", error)
         self.problems["journal"] = str(error)
         self.orders.clear()
+        self.power.limits.clear()
+        self._planned = None
         self._fail_asked(items, Unavailable(f"nothing was accepted: {error}"))
         self.inbox.put_back([item for item in items if not isinstance(item, Asked)])
         asyncio.get_running_loop().call_later(JOURNAL_RETRY_S, self._schedule)
@@ -450,13 +501,18 @@ class Controller:
         if release != self.board.released:
             self.board.released = release
             gpus = self.effects.gpus
-            self._spawn(gpus.release() if release else gpus.acquire())
+            self.spawn(self._let_go() if release else gpus.acquire())
+
+    async def _let_go(self) -> None:
+        await self.power.leave()
+        await self.effects.gpus.release()
 
     def _newest(self, result: object) -> object:
         """The answer as it is after the whole tick: a job may have started in it."""
         return self.reports.newest(result)
 
-    def _wake_at(self, wake_s: float | None, now_s: float) -> None:
+    def _wake_at(self, planned_s: float | None, price_s: float | None, now_s: float) -> None:
+        wake_s = min((moment for moment in (planned_s, price_s) if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -482,15 +538,17 @@ class Controller:
             self.problems.pop("telemetry", None)
         self.reports.fresh_gpus(fresh)
         self.health.read(readings, fresh, now_s)
+        self.power.read(now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
             occupied = self.board.occupants()
             for gpu in self.board.identities:
                 if self.board.is_present(gpu.uuid) and gpu.uuid not in occupied:
-                    self._spawn(self._look_once(gpu.uuid))
+                    self.spawn(self._look_once(gpu.uuid))
         self._housekeep(now_s)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run this beside the loop, until the loop ends."""
         task = asyncio.get_running_loop().create_task(work)
         self._looks.add(task)
         task.add_done_callback(self._looks.discard)
@@ -522,7 +580,7 @@ class Controller:
         if not expired.more:  # else the rest goes in the next quiet moment
             self._expired_s = now_s
         if expired.job_ids:
-            self._spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
+            self.spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
 
     def _remove_files(self, gone: list[str]) -> None:
         """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""
@@ -531,3 +589,8 @@ class Controller:
                 self.site.remove_job(job_id)
             except OSError as error:
                 log.warning("the files of job %s could not be removed: %s", job_id, error)
+
+
+def _as_text(columns: GpuColumns) -> dict[str, str]:
+    rows = zip(columns.uuid, columns.state, columns.memory_mib, strict=True)
+    return {uuid: f"{int(state)} {int(memory)}" for uuid, state, memory in rows}

@@ -21,7 +21,7 @@ from scheduler.effects.launcher import (
     StartFailed,
     TreeStuck,
 )
-from scheduler.model.actions import Action, FailJob, PreemptJob, RequeueJob, StartJob, StopJob
+from scheduler.model.actions import Action, FailJob, PreemptJob, RequeueJob, SetPowerLimit, StartJob, StopJob
 from scheduler.model.events import (
     AttemptAcknowledged,
     AttemptSignalled,
@@ -237,7 +237,7 @@ class ReportHandler:
         control, uuid, look = self._control, result.uuid, result.look
         if look is not None and look.free:
             control.board.foreign.pop(uuid, None)
-            if uuid not in control.board.holders() and look.memory_used_mib is not None:
+            if not control.board.is_held(uuid) and look.memory_used_mib is not None:
                 control.board.learn_baseline(uuid, look.memory_used_mib - look.ignored_mib)
             for victim_id, attempt in control.board.prove(uuid):
                 self._apply(AttemptVerified(now_s, victim_id, attempt))
@@ -289,6 +289,8 @@ class ReportHandler:
     def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
         """Turn a plan's actions into events; the orders follow from them."""
         for action in actions:
+            if isinstance(action, SetPowerLimit):
+                continue  # `power.py` has taken it
             job = self._control.ledger.jobs[action.job]
             match action:
                 case StartJob():
@@ -307,6 +309,9 @@ class ReportHandler:
                     self._control.meters.preemption_lost_gpu_s[labels] += action.lost_gpu_ms / 1000.0
                 case StopJob():
                     self._control.commands.stop(job, JobState.STOPPING, action.reason, now_s)
+                case RequeueJob(reason=Reason.SHED_IN_EMERGENCY):
+                    grace_s_max = self._control.config.power.emergency_grace_s
+                    self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s, grace_s_max)
                 case RequeueJob():
                     self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s)
                 case FailJob():
@@ -317,7 +322,9 @@ class ReportHandler:
         reason = Reason.STARTED_AFTER_PREEMPTION if victims else action.reason
         launcher_id = self._control.launcher_id
         started = self._control.ledger.apply(
-            StartDecided(now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims)
+            StartDecided(
+                now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims, action.node
+            )
         )
         assert started is not None
         self._control.orders.prepare(started)

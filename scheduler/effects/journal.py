@@ -6,12 +6,13 @@ they are kept apart, outside the chain, and go with their job.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
 from scheduler.model.gpus import GpuBooked, GpuMark
 from scheduler.model.jobs import Job
+from scheduler.model.power import PowerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class NodeState:
     boot_id: str  # under which the last daemon started
     booked: dict[str, GpuBooked]  # by UUID of the whole GPU
     booked_seq: int  # of the last booking of all GPUs
+    power: PowerState = field(default_factory=PowerState)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from scheduler.model.jobs import (
     Notice,
 )
 from scheduler.model.policy import Policy
+from scheduler.model.power_events import PowerEvent
 from scheduler.model.reasons import Reason
 
 MOVES: dict[JobState, frozenset[JobState]] = {
@@ -75,6 +76,7 @@ class StartDecided:
     launcher_id: str
     reason: Reason
     preempted: tuple[str, ...] = ()
+    node: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +318,7 @@ NodeEvent = (
     | PlanDecided
 )
 
-Event = JobEvent | NodeEvent
+Event = JobEvent | NodeEvent | PowerEvent
 
 
 def submitted(event: JobSubmitted, revision: int) -> Job:
@@ -421,6 +423,7 @@ def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
         decided_s=event.at_s,
         launcher_id=event.launcher_id,
         preempted=event.preempted,
+        node=event.node,
     )
     moved = _moved(job, JobState.STARTING, event.reason, event.at_s)
     kept = (*job.attempts, attempt)[-ATTEMPTS_KEPT:]

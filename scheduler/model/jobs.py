@@ -129,6 +129,7 @@ class Attempt:
     verified_s: float | None = None  # all its GPUs are proved free
     successor_started_s: float | None = None
     energy_mj: int = 0  # of its GPUs, as far as it is booked
+    node: int = 0  # where, of the nodes that are planned together
 
     @property
     def preempted_by(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scheduler.errors import SnapshotError
+from scheduler.model.power import Curve
 
 UNKNOWN = -1
 WHOLE_MILLI = 1000
@@ -53,7 +54,7 @@ class JobColumns:
     time_limit_us: Any  # duration; UNKNOWN
     started_us: Any  # of the live attempt; UNKNOWN before it runs
     checkpoint_us: Any  # last one known of the live attempt; UNKNOWN
-    node: Any  # where a live job is; UNKNOWN
+    node: Any  # where a live job is, of a gang over several nodes one that it holds GPUs of; UNKNOWN
     preemptor: Any  # number of the job that a stopping one gives way to; UNKNOWN
     stop_us: Any  # when the stop of a stopping job was decided; UNKNOWN
 
@@ -77,9 +78,11 @@ class GpuColumns:
     island: Any = None
     switch: Any = None
     numa: Any = None
+    # Equal numbers are of one model. Left out they are UNKNOWN, and so equal, for every row.
+    model: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("island", "switch", "numa"):
+        for name in ("island", "switch", "numa", "model"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.full(len(self.uuid), UNKNOWN, dtype=np.int64))
         # Here and not in the snapshot: they outlive many.
@@ -105,6 +108,9 @@ class NodeColumns:
 @dataclass(frozen=True, slots=True, eq=False)
 class HoldingColumns:
     """Shape (holdings,) each: job row `job` holds GPU row `gpu`.
+
+    A gang over several nodes holds GPUs of each of them. Its CPUs and host memory are there in proportion to
+    the GPUs, rounded up, and it takes a place for a live job on each.
 
     `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified; of those the last
     two columns say what `JobColumns` says of a stopping job. Left out they are UNKNOWN for every row.
@@ -143,6 +149,28 @@ class MixColumns:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PowerColumns:
+    """What a plan knows of power: whole watts of boards; UNKNOWN where not known."""
+
+    budget_w: int  # that all boards may draw together: what the site may, less PUE and base; may be negative
+    promised_w: int | None  # the least that an accepted event will leave to the boards; None = no event
+    promised_us: int  # when that event begins
+    is_emergency: bool
+    horizon_us: int  # for how long a shed is reckoned to last
+    margin_milli: int  # by how much an unshed limit lies above the natural draw
+    limits_inference: bool
+    curves: tuple[Curve, ...]  # by class
+    # Shape (gpus,) each.
+    idle_w: Any  # what a GPU counts for while no job holds it
+    limit_w: Any  # in force
+    limit_w_min: Any  # as large as the maximum where a limit can't be set
+    limit_w_max: Any
+    measured_w: Any  # a fresh reading; UNKNOWN
+    # Shape (jobs,).
+    natural_w: Any  # per GPU, declared or learned; UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """The frozen world; it checks itself when it is built.
 
@@ -157,6 +185,10 @@ class Snapshot:
     holdings: HoldingColumns
     model_fits: Any  # bool, shape (model sets, gpus): does GPU g serve jobs with this set of models
     mix: MixColumns | None = None  # None: what the jobs of this snapshot ask for
+    power: PowerColumns | None = None  # None: nobody sets a budget
+    # Shape (jobs,): what a GPU-hour of each earns before its energy, micro-USD; `JobColumns.value` is what is
+    # left. None: no price is known, and energy costs nothing.
+    gross_value: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.now_us, int | np.integer):
@@ -177,6 +209,11 @@ class Snapshot:
             of_gpus.within("node", 0, len(nodes) - 1)
         _check_jobs(of_jobs, jobs, len(nodes), len(self.model_fits))
         _check_holdings(of_holdings, holdings, jobs, gpus)
+        if self.power is not None:
+            _check_power(self.power, len(gpus), len(jobs))
+        gross = self.gross_value
+        if gross is not None and (gross.shape != (len(jobs),) or gross.dtype != _INT64):
+            raise SnapshotError(f"gross_value is {gross.dtype} of shape {gross.shape} for {len(jobs)} jobs")
 
 
 # The checks run each tick: whole columns in as few passes as will do, and words only for a row that fails
@@ -292,7 +329,7 @@ def _check_jobs(table: _Table, jobs: JobColumns, nodes: int, model_sets: int) ->
 
 
 def _check_holdings(table: _Table, holdings: HoldingColumns, jobs: JobColumns, gpus: GpuColumns) -> None:
-    """Who holds a GPU is there and live, on the GPU's node, with its own share; and nothing is held twice."""
+    """Who holds a GPU is there, live and on its node, with its own share; and nothing is held twice."""
     if not len(holdings):
         return
     table._replace(label=lambda row: f"GPU row {holdings.gpu[row]}").within("gpu", 0, len(gpus) - 1)
@@ -323,8 +360,10 @@ def _check_holders(
     live, here, own = state != PENDING, node == where, share == holdings.share_milli
     if not (over | (live & here & own)).all():
         table.check(over | live, lambda row: f"held by job {number[job[row]]}, which is pending")
+        # A gang may hold GPUs of several nodes; its own node is one of them.
+        at_home = np.bincount(job[here & ~over], minlength=len(jobs)) > 0
         table.check(
-            over | here,
+            over | here | at_home[job],
             lambda row: f"on node {where[row]}, held by job {number[job[row]]} on node {node[row]}",
         )
         table.check(
@@ -337,3 +376,22 @@ def _check_holders(
             over | (counts <= asked)[np.minimum(job, len(counts) - 1)],
             lambda row: f"job {number[job[row]]} holds {counts[job[row]]} GPUs of {asked[job[row]]}",
         )
+
+
+_OF_GPUS = ("idle_w", "limit_w", "limit_w_min", "limit_w_max", "measured_w")
+
+
+def _check_power(power: PowerColumns, gpus: int, jobs: int) -> None:
+    for name in (*_OF_GPUS, "natural_w"):
+        column, rows = getattr(power, name), jobs if name == "natural_w" else gpus
+        if len(column) != rows:
+            raise SnapshotError(f"power.{name} has {len(column)} rows; there are {rows}")
+        least = UNKNOWN if name in ("measured_w", "natural_w") else 0
+        _check_watts(name, column, column >= least)
+    _check_watts("limit_w_max", power.limit_w_max, power.limit_w_max >= power.limit_w_min)
+
+
+def _check_watts(name: str, column: Any, holds: Any) -> None:
+    if not holds.all():
+        row = int(np.flatnonzero(~holds)[0])
+        raise SnapshotError(f"power row {row}: {name} is {column[row]}")

@@ -31,7 +31,7 @@ class Books:
         self.ledger = Ledger(self.journal, Policy())
         self.meters = Meters()
         self.telemetry = Telemetry(self.meters)
-        self.board = GpuBoard(self.ledger, NodeSize(8, 1024, 64), self.telemetry)
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), self.telemetry)
         self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.accounts.resume(rebooted=rebooted)
 

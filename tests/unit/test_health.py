@@ -43,7 +43,7 @@ class Ward:
 
     def __init__(self, journal: SqliteJournal, *, rebooted: bool = False) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, NodeSize(8, 1024, 64), Telemetry(Meters()))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), Telemetry(Meters()))
         self.meters = Meters()
         self.watched: list[str] = []
         self.at_s = 1000.0
