@@ -83,6 +83,7 @@ class NodeCollector(Collector):
             info.add_metric((one.uuid, str(one.index), one.model, one.driver_version), 1)
         yield info
         samples = [(view.identity.uuid, view.sample) for view in views if view.sample is not None]
+        known = {view.identity.uuid for view in views}  # MIG instances come and go for good
         for name, text, read in _SAMPLED:
             found = [((uuid,), value) for uuid, sample in samples if (value := read(sample)) is not None]
             yield _gauge(name, text, found, ("gpu",))
@@ -101,7 +102,7 @@ class NodeCollector(Collector):
         yield _counter(
             "gpu_energy_joules",
             "Energy that the GPU used since the daemon was started, whatever its own counter did.",
-            self._control.meters.gpu_energy_j,
+            {(uuid,): j for (uuid,), j in self._control.meters.gpu_energy_j.items() if uuid in known},
             ("gpu",),
         )
         yield _counter(

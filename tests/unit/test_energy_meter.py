@@ -44,6 +44,23 @@ def test_without_a_counter_the_draw_is_integrated_as_straight_lines() -> None:
     assert meter.fault == ""
 
 
+@pytest.mark.parametrize(("period_s", "error_max"), [(60.0, 0.001), (10.0, 0.001), (3.7, 0.03)])
+def test_a_load_that_comes_and_goes_is_integrated_as_near_as_the_page_says(
+    period_s: float, error_max: float
+) -> None:
+    def watts(at_s: float) -> float:
+        return 100.0 if at_s % period_s < period_s / 2 else 700.0
+
+    seconds = round(100 * period_s)  # whole periods, of which each is 400 W on average
+    meter = EnergyMeter(0.37, None, watts(0.37))
+    used = [
+        used
+        for second in range(1, seconds + 1)
+        for used in meter.read(second + 0.37, None, watts(second + 0.37))
+    ]
+    assert sum(one.energy_mj for one in used) == pytest.approx(400_000 * seconds, rel=error_max)
+
+
 def test_without_a_counter_a_gap_is_bridged_only_so_far() -> None:
     meter = EnergyMeter(0.0, None, 100.0)
     assert meter.read(BRIDGED_S_MAX, None, 100.0) == (
