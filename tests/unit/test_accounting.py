@@ -184,7 +184,7 @@ def test_after_a_reboot_the_time_and_the_new_counter_are_idle(node: Node) -> Non
     node.books.kill(rebooted=True)
     node.energy_mj = 0
     node.pass_time(100.0, lost(1, 1110.0, Reason.NODE_REBOOTED))
-    assert node.sums("job_id") == {"": (210, 10 * W + 2 * 100 * W), "j1": (10, 10 * W)}
+    assert node.sums("class") == {"IDLE": (210, 10 * W + 2 * 100 * W), "TRAINING": (10, 10 * W)}
 
 
 def test_a_daemon_that_ends_in_good_order_leaves_nothing_to_guess(node: Node) -> None:
