@@ -130,9 +130,11 @@ class Accounts:
             if rebooted:
                 meter.driver_is_new()
             self._gpus[uuid] = _Gpu(uuid, meter, booked.parts, booked.timed_s)
-        numbers = {number: ledger.job(number) for gpu in ledger.booked.values() for number, _ in gpu.pending}
-        since = {job.number: job for job in ledger.journal.jobs_since(ledger.booked_seq)}
-        for job in (*filter(None, numbers.values()), *since.values(), *ledger.live_jobs()):
+        if not self._gpus:
+            return
+        pending = {number: ledger.job(number) for gpu in ledger.booked.values() for number, _ in gpu.pending}
+        finished = ledger.journal.finished_since(ledger.booked_seq)
+        for job in (*filter(None, pending.values()), *finished, *ledger.jobs.values()):
             for attempt in job.attempts:
                 if attempt.exited_s is not None:
                     self._end(job, attempt, attempt.exited_s, attempt.end_reason, lost=attempt.lost)

@@ -125,6 +125,9 @@ class Journal(Protocol):
     def jobs_since(self, revision: int) -> Iterator[Job]:
         """Jobs that changed after the revision, oldest change first."""
 
+    def finished_since(self, revision: int) -> list[Job]:
+        """Final jobs that changed after the revision."""
+
     def request(self, request_id: str) -> tuple[int, str] | None:
         """Number of the job that a request_id made, and the digest of that request."""
 

@@ -327,6 +327,15 @@ def test_changes_since_a_revision_come_oldest_first(journal: SqliteJournal) -> N
     assert list(journal.jobs_since(journal.head)) == []
 
 
+def test_jobs_that_finished_since_a_revision_are_final_and_have_changed(journal: SqliteJournal) -> None:
+    ledger = Ledger(journal, Policy())
+    live(ledger, *life(1))
+    revision = journal.head
+    live(ledger, (submission(2),), *life(3))
+    assert [job.id for job in journal.finished_since(revision)] == ["j3"]
+    assert {job.id for job in journal.finished_since(0)} == {"j1", "j3"}
+
+
 def test_usage_sums_by_key_and_time_and_pages(journal: SqliteJournal) -> None:
     ledger = Ledger(journal, Policy())
     for at_s, job, gpu, ms in (
