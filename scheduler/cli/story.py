@@ -85,6 +85,7 @@ def _job_facts(job: job_pb2.Job) -> Iterator[tuple[str, str]]:
         yield "not before", words.moment(job.eligible_at)
     if job.preemptions:
         yield "gave way", words.count(job.preemptions, "time")
+    yield "energy", words.energy(job.energy_j) if job.energy_j and job.attempt > 1 else ""
 
 
 def _submitted(job: job_pb2.Job) -> str:
@@ -158,6 +159,7 @@ def _attempt_facts(attempt: job_pb2.Attempt, names: dict[str, str]) -> Iterator[
         )
     yield "gave way to", attempt.preempted_by
     yield "stages", stages(attempt)
+    yield "energy", words.energy(attempt.energy_j) if attempt.energy_j else ""
     yield "ended", _attempt_end(attempt)
 
 

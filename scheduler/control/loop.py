@@ -46,6 +46,7 @@ from scheduler.control.power import PowerControl
 from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
+from scheduler.control.telemetry import Telemetry
 from scheduler.control.watch import Watchers
 from scheduler.control.witness import Witness
 from scheduler.effects.clock import Clock
@@ -107,8 +108,9 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
-        self.board = GpuBoard(self.ledger, site.sizes)
-        self.accounts = Accounts(self.ledger, self.board, self.meters)
+        self.telemetry = Telemetry(self.meters)
+        self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
@@ -158,7 +160,7 @@ class Controller:
             JournalError: The journal can't be written.
         """
         now_s = self.effects.clock.now_s()
-        self.accounts.resume(now_s)
+        self.accounts.resume(rebooted=self.rebooted)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
         self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         self.health.start()
@@ -220,8 +222,8 @@ class Controller:
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
-        self.accounts.book(now_s)
+        self.accounts.settle()
+        self.accounts.book_all(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -338,17 +340,18 @@ class Controller:
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
+        self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        has_readings = any(isinstance(item, GpuReadings) for item in items)
+        if has_readings:
+            self.accounts.read(now_s)  # not before it is known who has ended meanwhile
         self.prices.advance(now_s)
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
-        self.accounts.book_ended(now_s)
-        if self.accounts.due(now_s):
-            self.accounts.book(now_s)
+        self.accounts.book(now_s, has_readings=has_readings)
         try:
             self._commit()
         except JournalError as error:
@@ -524,11 +527,13 @@ class Controller:
     # Readings ---------------------------------------------------------------------------------
 
     def _read(self, readings: GpuReadings, now_s: float) -> None:
-        for code in readings.errors.values():
-            self.meters.telemetry_errors[(code,)] += 1
+        self.telemetry.read(readings, now_s)
         fresh = self.board.read(readings)
+        if unused := self.telemetry.nameless(self.board.row):
+            self.problems["telemetry"] = unused
+        else:
+            self.problems.pop("telemetry", None)
         self.abilities.read(readings, self.board)
-        self.accounts.read()
         self.occupancy.fresh(fresh)
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)

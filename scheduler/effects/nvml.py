@@ -9,10 +9,18 @@ them once one is lost; everything above this file names them by UUID, because in
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.effects.nvml_plausible import (
+    IDENTITY_RANGES,
+    SAMPLE_RANGES,
+    doubtful,
+    doubtful_memory,
+    in_words,
+    is_uuid,
+)
 from scheduler.effects.nvml_processes import BYTES_PER_MIB, merge_processes, printable, read_text
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
@@ -115,11 +123,21 @@ def open_library() -> Library:
         GpuReadError: There is no library, no driver, or they do not fit each other.
     """
     call("nvmlInit")
-    count: int = call("nvmlDeviceGetCount")
+    count = gpu_count()
     driver: str = unless_dead("nvmlSystemGetDriverVersion") or ""
     cuda: int = unless_dead("nvmlSystemGetCudaDriverVersion") or 0
     version = f"{cuda // CUDA_MAJOR}.{cuda % CUDA_MAJOR // CUDA_MINOR}" if cuda else ""
     return Library(count, printable(driver, NAME_LENGTH_MAX), version)
+
+
+def gpu_count() -> int:
+    """Return how many GPUs the driver has, those included that we may not open.
+
+    Raises:
+        GpuReadError: It does not say.
+    """
+    count: int = call("nvmlDeviceGetCount")
+    return count
 
 
 def close_library() -> None:
@@ -140,7 +158,7 @@ class OpenGpu:
     def __init__(self, index: int, library: Library) -> None:
         self.handle = call("nvmlDeviceGetHandleByIndex", index)
         self._scope_name, self._scope = _power_scope(self.handle)
-        self.identity = _identity(self.handle, index, library, self._scope_name)
+        self.identity, self._doubts = _identity(self.handle, index, library, self._scope_name)
         self.linked_to = _linked_to(self.handle)
         self._utilization_since_us = 0
 
@@ -159,10 +177,11 @@ class OpenGpu:
             values["power_w"] = self._read(_power_usage_w, failures)
         if values["is_power_smoothed"]:
             values["ramp_down_w_per_s"] = _ramp_down_w_per_s(self.handle)
-        if 0 < self.identity.memory_total_mib < (values["memory_used_mib"] or 0):
-            values["memory_used_mib"] = None
-            failures.append(IMPLAUSIBLE)
-        sample = GpuSample(uuid=self.identity.uuid, at_s=at_s, **values)
+        doubts = doubtful(values.get, SAMPLE_RANGES)
+        doubts |= doubtful_memory(values["memory_used_mib"], self.identity.memory_total_mib)
+        values |= dict.fromkeys(doubts)
+        words = in_words(self._doubts | doubts)
+        sample = GpuSample(uuid=self.identity.uuid, at_s=at_s, doubts=words, **values)
         return sample, failures[0] if failures else ""
 
     def holders(self) -> GpuHolders:
@@ -172,7 +191,8 @@ class OpenGpu:
             GpuReadError: A list can't be read. A GPU without a list of compute processes raises too, for
                 an empty answer would read as "free".
         """
-        return holders_of(self.handle, self.identity.uuid, self._utilization)
+        total_mib = self.identity.memory_total_mib
+        return holders_of(self.handle, self.identity.uuid, total_mib, self._utilization)
 
     def set_power_limit(self, power_limit_w: float) -> GpuLimit:
         """Set the limit; return what the GPU says of it now.
@@ -217,9 +237,14 @@ class OpenGpu:
 
 
 def holders_of(
-    handle: Any, uuid: str, utilization: Callable[[], dict[int, float]] = dict[int, float]
+    handle: Any,
+    uuid: str,
+    memory_total_mib: int,
+    utilization: Callable[[], dict[int, float]] = dict[int, float],
 ) -> GpuHolders:
     """Return who is on the GPU or the instance; `utilization` tells of PIDs how busy they keep it.
+
+    More memory used than there is counts as a figure that there is not.
 
     Raises:
         GpuReadError: A list can't be read. A GPU without a list of compute processes raises too, for an
@@ -233,11 +258,12 @@ def holders_of(
         except GpuReadError as error:
             if place == 0 or error.code not in ABSENT:
                 raise
+    used_mib = or_none(memory_used_mib, handle)
     return GpuHolders(
         uuid=uuid,
         at_s=at_s,
         processes=merge_processes(entries, utilization() if entries else {}),
-        memory_used_mib=or_none(memory_used_mib, handle),
+        memory_used_mib=None if doubtful_memory(used_mib, memory_total_mib) else used_mib,
     )
 
 
@@ -252,17 +278,29 @@ def _listed(handle: Any, functions: tuple[str, ...]) -> list[Any]:
     raise AssertionError("the last try returns or raises")
 
 
-def _identity(handle: Any, index: int, library: Library, power_scope: str) -> GpuIdentity:
+def _identity(
+    handle: Any, index: int, library: Library, power_scope: str
+) -> tuple[GpuIdentity, dict[str, Any]]:
+    """Return who it is, and what it says of that which can't be.
+
+    Raises:
+        GpuReadError: It can't be named, or is gone.
+    """
+    uuid = printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX)
+    if not is_uuid(uuid):
+        raise GpuReadError(
+            IMPLAUSIBLE, f"GPU {index} calls itself {uuid!r}: no program could be told to use it"
+        )
     size = or_none(memory, handle)
     limits_mw = unless_dead("nvmlDeviceGetPowerManagementLimitConstraints", handle)
     pci = unless_dead("nvmlDeviceGetPciInfo", handle)
     pci_bus_id = pci.busId if pci else ""
     capability = unless_dead("nvmlDeviceGetCudaComputeCapability", handle)
     node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
-    return GpuIdentity(
-        uuid=printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX),
+    identity = GpuIdentity(
+        uuid=uuid,
         index=index,
-        model=printable(call("nvmlDeviceGetName", handle), NAME_LENGTH_MAX),
+        model=printable(unless_dead("nvmlDeviceGetName", handle) or "", NAME_LENGTH_MAX),
         memory_total_mib=size.total // BYTES_PER_MIB if size else 0,
         pci_bus_id=pci_bus_id,
         # Where the GPU is no node itself, that of its PCI slot.
@@ -285,6 +323,11 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
         driver_version=library.driver_version,
         cuda_version=library.cuda_version,
     )
+    doubts = doubtful(functools.partial(getattr, identity), IDENTITY_RANGES)
+    unknown: dict[str, Any] = {name: 0 if name == "memory_total_mib" else None for name in doubts}
+    believed = replace(identity, **unknown)
+    # Without a name it is a GPU all the same; it fits whoever asks for no model.
+    return believed, doubts if identity.model else doubts | {"model": ""}
 
 
 def _limit_refusal(handle: Any) -> str:
