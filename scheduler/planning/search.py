@@ -50,7 +50,7 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     """
     if len(world.drains) == 1:
         node, penalty = as_limited(request, world, 0, limits)
-        return _placed(request, node, penalty)
+        return placed(request, node, penalty)
     mask = world.free_for(request)
     if mask is None:
         return None
@@ -61,9 +61,9 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     row, position = found
     if position != NO_POSITION:
         return Found((Part(request, row, (position,)),))
-    placed = _placed(request, world.node(row), NO_PENALTY)
-    assert placed is not None, "the columns say that it fits"
-    return placed
+    found_there = placed(request, world.node(row))
+    assert found_there is not None, "the columns say that it fits"
+    return found_there
 
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
@@ -127,11 +127,11 @@ def _on_limited(fits: Any, request: Request, limits: Limits | None) -> Found | N
     if limits is not None:
         for row in limits.rows:
             fits[row] = False
-            best = best or _placed(request, *limits.on(request, row))
+            best = best or placed(request, *limits.on(request, row))
     return best
 
 
-def _placed(request: Request, node: Node | None, penalty: Penalty) -> Found | None:
+def placed(request: Request, node: Node | None, penalty: Penalty = NO_PENALTY) -> Found | None:
     """Room in what the node has free."""
     if node is None or node.drains:
         return None
@@ -165,7 +165,5 @@ class _Cheapest:
 
     def learn(self, node: Node, loss: int, victims: int) -> None:
         """Remember what the request takes on a node for others that want the same GPUs."""
-        if self._horizon is not None and not any(
-            lack_of_host(self._request, node.spare_with(node.leaving))
-        ):
+        if self._horizon is not None and not any(lack_of_host(self._request, node.spare_with(node.leaving))):
             self._horizon.learn(self._request, node.row, loss, victims)

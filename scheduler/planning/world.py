@@ -26,6 +26,7 @@ from scheduler.planning.allocator import Hold, Live, Node, Part, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
+from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
 from scheduler.planning.mix import mix_of
 from scheduler.planning.pool import Pool, summed
@@ -135,6 +136,11 @@ class World:
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """The kinds of nodes, for gangs over several."""
+        return Kinds(self.layout)
 
     # Nodes as objects ---------------------------------------------------------------------------
 
