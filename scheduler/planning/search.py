@@ -86,13 +86,13 @@ def find_by_displacing(
     request: Request, world: World, horizons: Horizons, candidates: Candidates, limits: Limits | None = None
 ) -> Found | None:
     """Room that the cheapest victims leave, on the node where they are cheapest."""
-    best: tuple[int, int, Node, list[Live], Penalty] | None = None
+    best: tuple[int, int, list[Live]] | None = None
     best_loss = NEVER
     cheapest = _Cheapest(request, world, horizons)
     for row, bound in cheapest.first():
         if bound > best_loss:
             break
-        node, penalty = as_limited(request, world, row, limits)
+        node, _ = as_limited(request, world, row, limits)
         victims = [] if node is None else candidates(node)
         chosen = choose_victims(request, node, victims) if node is not None and victims else None
         if node is None or chosen is None:
@@ -101,15 +101,33 @@ def find_by_displacing(
         if limits is None or row not in limits.rows:
             cheapest.learn(node, loss, len(victims))
         if best is None or (chosen[0], row) < best[:2]:
-            best = (chosen[0], row, node, chosen[1], penalty)
+            best = (chosen[0], row, chosen[1])
             best_loss = loss
     if best is None:
         return None
-    _, _, node, victims, penalty = best
-    holds = [victim.hold.told(request.number, world.now_us) for victim in victims]
-    found = find_leaving_on(request, node, penalty, holds)
-    assert found is not None, "the victims were chosen so that the request fits"
-    return replace(found[1], victims=tuple(sorted(victims, key=lambda victim: victim.number)))
+    found = _where_they_leave(request, world, limits, best[1], best[2])
+    return replace(found, victims=tuple(sorted(best[2], key=lambda victim: victim.number)))
+
+
+def _where_they_leave(
+    request: Request, world: World, limits: Limits | None, row: int, victims: list[Live]
+) -> Found:
+    """The room that the victims leave: on this node, or where the next plan will find it.
+
+    A gang over several nodes leaves all of them, and on another the request may wait for fewer others.
+    """
+    numbers = {victim.number for victim in victims}
+    best: tuple[Turn, Found] | None = None
+    for each in sorted({row}.union(*(victim.rows for victim in victims))):
+        node, penalty = as_limited(request, world, each, limits)
+        if node is not None and not node.drains:
+            leaving = (live.hold for live in world.live(each) if live.number in numbers)
+            holds = [hold.told(request.number, world.now_us) for hold in leaving]
+            found = find_leaving_on(request, node, penalty, holds)
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
+    assert best is not None, "the victims were chosen so that the request fits"
+    return best[1]
 
 
 def as_limited(

@@ -28,7 +28,7 @@ from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
 from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
-from scheduler.planning.mix import mix_of
+from scheduler.planning.mix import as_parts, mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.valuation import outranked, value_bars
 
@@ -129,7 +129,7 @@ class World:
         if self._placement is None:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
-            self._placement = Fragmentation(self._free, mix)
+            self._placement = Fragmentation(self._free, as_parts(mix, self.layout.width))
         return self._placement
 
     @cached_property
