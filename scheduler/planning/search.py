@@ -14,6 +14,7 @@ from scheduler.planning.allocator import (
     Request,
     Turn,
     find_leaving_on,
+    first_turn,
     lack_of_host,
     place,
 )
@@ -64,13 +65,15 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    best: tuple[Turn, Found] | None = None
-    for row in _leaving(request, world):
+    best: tuple[Turn, int, Found] | None = None
+    for turn, row in sorted((first_turn(request, world.node(row)), row) for row in _leaving(request, world)):
+        if best is not None and best[0] < turn:
+            break
         node, penalty = as_limited(request, world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    return None if best is None else best[1]
+        if found is not None and (best is None or (found[0], row) < best[:2]):
+            best = (found[0], row, found[1])
+    return None if best is None else best[2]
 
 
 def _leaving(request: Request, world: World) -> list[int]:

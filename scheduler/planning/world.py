@@ -140,6 +140,13 @@ class World:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
 
+    @cached_property
+    def sizes_wanted(self) -> list[int]:
+        """How many GPUs of a node pending jobs want."""
+        jobs = self._snapshot.jobs
+        counts = xp.bincount(xp.where(jobs.state == PENDING, xp.clip(jobs.gpus, 0, self.layout.width), 0))
+        return (rows_where(counts[1:]) + 1).tolist()  # type: ignore[no-any-return]
+
     # Nodes as objects ---------------------------------------------------------------------------
 
     def node(self, row: int) -> Node:
@@ -259,7 +266,18 @@ class World:
     @cached_property
     def _places(self) -> tuple[Any, Any]:
         """Rows of the incumbents' hosts by node, and where in that each node's begin."""
-        node = self.incumbents.hosts.node
+        return self._by_node(self.incumbents.hosts.node)
+
+    @cached_property
+    def _leaving_places(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """The same of the holdings that go away, and of the hosts of jobs that do."""
+        holdings, hosts = rows_where(self._goes_away), rows_where(self._goes[self._hosts.job])
+        held, first_held = self._by_node(self._cell[holdings] // max(self.layout.width, 1))
+        hosted, first_hosted = self._by_node(self._hosts.node[hosts])
+        return (holdings[held], first_held), (hosts[hosted], first_hosted)
+
+    def _by_node(self, node: Any) -> tuple[Any, Any]:
+        """The order by node, and where in that each node's begin."""
         by_node = xp.argsort(node, kind="stable")
         nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
         return by_node, xp.searchsorted(node[by_node], nodes)
@@ -385,7 +403,8 @@ class World:
         width = self.layout.width
         holds = []
         parts: dict[int, dict[int, list[int]]] = {}
-        here = rows_where(self._cell // width == row) if width else rows_where(self._cell < 0)
+        (held, first_held), (hosted, first_hosted) = self._leaving_places
+        here = held[int(first_held[row]) : int(first_held[row + 1])]
         columns = (self._holder, self._cell, holdings.share_milli, self._mib)
         preemptors = holdings.preemptor[here].tolist(), holdings.stop_us[here].tolist()
         for holder, cell, milli, mib, preemptor, stop_us in zip(
@@ -400,7 +419,7 @@ class World:
                 part_of[0] += milli
                 part_of[1] += mib
         hosts = self._hosts
-        there = rows_where(self._goes[hosts.job] & (hosts.node == row))
+        there = hosted[int(first_hosted[row]) : int(first_hosted[row + 1])]
         leavers = hosts.job[there]
         columns = tuple(getattr(jobs, name) for name in ("number", "preemptor", "stop_us", "grace_us"))
         for job, cpus, memory_mib, number, preemptor, stop_us, grace_us in zip(
