@@ -11,10 +11,10 @@ Placement: whole GPUs that the fewest model sets accept, then the smallest, then
 fit), so that whole GPUs stay whole.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
 from scheduler.planning.topology import Near, best_connected
@@ -173,7 +173,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Node:
-    """A node while a plan is made; `free` and `leaving` change as jobs are served."""
+    """A node while a plan is made; `free` and `leaving` change as jobs are served, and then `changed` is called."""
 
     row: int
     gpus: tuple[Gpu, ...]
@@ -181,6 +181,21 @@ class Node:
     drains: bool
     leaving: list[Hold] = field(default_factory=list)
     _suitable: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    # Until it changes: what `preemption.choose_victims` found, by what it was asked; and `soon`.
+    choices: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    _soon: Spare | None = None
+
+    @property
+    def soon(self) -> Spare:
+        """What is free, and what leaves. Not to be changed."""
+        if self._soon is None:
+            self._soon = self.spare_with(self.leaving)
+        return self._soon
+
+    def changed(self) -> None:
+        """Forget what held of the node before something was given away, or told to leave."""
+        self._soon = None
+        self.choices.clear()
 
     def suitable(self, request: Request) -> tuple[int, ...]:
         """Positions of the open GPUs that serve the request at all, the best to give away first."""
@@ -305,7 +320,7 @@ def _best_connected(request: Request, node: Node, whole: list[int], penalty: Pen
 
 
 def find_leaving_on(
-    request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Iterable[Hold] = ()
+    request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Sequence[Hold] = ()
 ) -> tuple[Turn, Found] | None:
     """Room in what is free and what leaves, as few stops in turn as will do, and the turn of the last.
 
@@ -313,7 +328,7 @@ def find_leaving_on(
     those come first that fit after fewer stops, as they look at that moment: so later stops change nothing.
     """
     holds = [*node.leaving, *victims]
-    if not fits(request, node, node.spare_with(holds)):
+    if not fits(request, node, node.spare_with(holds) if victims else node.soon):
         return None
     spare, ready_us = node.free.copy(), 0
     order = {position: place for place, position in enumerate(node.suitable(request) if request.gpus else ())}

@@ -69,7 +69,7 @@ class Horizon:
         ]
         self._going[row] = len(going)
         self._bounds.changed(row)
-        reach = node.spare_with(node.leaving)
+        reach = node.soon.copy()
         least = [NEVER] * width
         losses = {wanted: [0] * width for wanted in self._losses}
         for each in going:

@@ -55,14 +55,27 @@ def choose_victims(request: Request, node: Node, candidates: list[Live]) -> tupl
 
     Costs compare between nodes by loss, then GPUs, then jobs.
     """
-    spare = node.spare_with(node.leaving)
+    host_lack = lack_of_host(request, node.soon)
+    # All that the choice depends on, until the node changes: many requests want the same of it.
+    memory_mib = request.gpu_memory_mib if request.is_share else 0
+    wants = (request.gpus, request.share_milli, memory_mib, node.suitable(request))
+    asked = (*wants, host_lack, tuple([live.index for live in candidates]))
+    if asked not in node.choices:
+        node.choices[asked] = _chosen(request, node, candidates, host_lack)
+    chosen: tuple[int, list[Live]] | None = node.choices[asked]
+    return chosen
+
+
+def _chosen(
+    request: Request, node: Node, candidates: list[Live], host_lack: Gain
+) -> tuple[int, list[Live]] | None:
+    spare = node.soon
     everything = spare.copy()
     for live in candidates:
         everything.add(live.hold)
     if not fits(request, node, everything):
         return None
     table = _Costs(candidates)
-    host_lack = lack_of_host(request, spare)
     problems: list[tuple[Gain, list[list[Option]]] | None]
     if request.gpus == 0:
         problems = [_host_problem(table, host_lack)]

@@ -15,7 +15,7 @@ from scheduler.planning.allocator import (
     Turn,
     find_leaving_on,
     first_turn,
-    lack_of_host,
+    host_fits,
     place,
 )
 from scheduler.planning.arrays import rows_where, xp
@@ -163,7 +163,5 @@ class _Cheapest:
 
     def learn(self, node: Node, loss: int, victims: int) -> None:
         """Remember what the request takes on a node for others that want the same GPUs."""
-        if self._horizon is not None and not any(
-            lack_of_host(self._request, node.spare_with(node.leaving))
-        ):
+        if self._horizon is not None and host_fits(self._request, node.soon):
             self._horizon.learn(self._request, node.row, loss, victims)

@@ -190,6 +190,7 @@ class World:
 
     def changed(self, node: Node) -> None:
         """Take over into the columns, when they are looked at next, what the node gave away or got back."""
+        node.changed()
         self._changed[node.row] = node
 
     def _flush(self) -> None:
@@ -198,7 +199,7 @@ class World:
         for node in self._changed.values():
             self._free.put(node, node.free)
             if self._soon is not None:
-                self._soon.put(node, node.spare_with(node.leaving))
+                self._soon.put(node, node.soon)
             if self._placement is not None:
                 self._placement.changed(node.row)
             self._soon_fits.changed(node.row)
@@ -376,7 +377,7 @@ class World:
         milli = self._snapshot.holdings.share_milli[goes]
         soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
         for node in self._nodes.values():
-            soon.put(node, node.spare_with(node.leaving))
+            soon.put(node, node.soon)
         return soon
 
     def _made_node(self, row: int) -> Node:
