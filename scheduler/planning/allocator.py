@@ -52,6 +52,11 @@ class Request(NamedTuple):
         """Whether it wants a part of one GPU."""
         return self.share_milli < WHOLE_MILLI
 
+    @property
+    def gpu_part(self) -> tuple[int, int, int, int]:
+        """What it wants of GPUs: requests that want the same have this in common."""
+        return (self.gpus, self.share_milli, self.gpu_memory_mib, self.models)
+
 
 @dataclass(slots=True)
 class Hold:

@@ -47,8 +47,7 @@ class Horizon:
 
         For its GPUs alone, so that it holds of all who want the same.
         """
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        return self._bounds.column(wants, lambda rows: self._bounds_of(request, rows))
+        return self._bounds.column(request.gpu_part, lambda rows: self._bounds_of(request, rows))
 
     def learn(self, request: Request, row: int, loss: int, candidates: int) -> None:
         """Take over the loss that the request takes on a node, the least with so many candidates.

@@ -213,7 +213,7 @@ class World:
 
         None where it fits on no node, those at the rows `without` left out.
         """
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        wants = request.gpu_part
         can = self._free_can.get(wants)
         if can is None:
             can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
@@ -226,13 +226,12 @@ class World:
 
     def leaving_for(self, request: Request) -> list[int]:
         """Rows of the nodes on which something leaves and the request fits into that and what is free."""
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        key = (*wants, request.cpus, request.memory_mib)
         soon = self.soon
-        fits: Any = self._soon_fits.column(
-            key, lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit(request, rows)
+        fits = self._soon_fits.column(
+            request.gpu_part, lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows)
         )
-        return rows_where(fits).tolist()  # type: ignore[no-any-return]
+        rows = rows_where(fits)
+        return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace."""
