@@ -178,7 +178,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Node:
-    """A node while a plan is made; `free` and `leaving` change as jobs are served, and then `changed` is called."""
+    """A node while a plan is made. `free` and `leaving` change as jobs are served; then call `changed`."""
 
     row: int
     gpus: tuple[Gpu, ...]

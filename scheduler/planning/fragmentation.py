@@ -145,8 +145,8 @@ class Fragmentation:
         ]
         self._accepted = xp.stack(accepted, axis=1) if accepted else xp.ones((nodes, 0, width), dtype=bool)
         self._pressure = _pressure(pool, mix)
-        # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and how
-        # many such GPUs; of each node the weighted thousandths that are no fragment.
+        # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and
+        # how many such GPUs; of each node the weighted thousandths that are no fragment.
         self._large_milli = xp.zeros((nodes, len(mix)), dtype=xp.int64)
         self._large_gpus = xp.zeros((nodes, len(mix)), dtype=xp.int64)
         self._usable = xp.zeros(nodes, dtype=xp.int64)
@@ -365,9 +365,7 @@ class Fragmentation:
 
 def _nowhere(rows: int) -> Any:
     """Keys and positions of nodes on which it does not fit. Shape (2, rows)."""
-    return xp.stack(
-        [xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)]
-    )
+    return xp.stack([xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)])
 
 
 def _pressure(pool: Pool, mix: MixColumns) -> Any:

@@ -34,8 +34,8 @@ class Horizon:
         loss, gpus = jobs.loss_microusd[holder], xp.bincount(jobs.holder, minlength=len(jobs.row))[holder]
         least = xp.full(nodes * width, NEVER, dtype=xp.int64)
         xp.minimum.at(least, cell, loss)
-        # Of each GPU: the least loss of a holder; and by how many GPUs are wanted what its holders lose. A job's
-        # loss counts in equal parts on as many of its GPUs: whoever takes some of them pays for all.
+        # Of each GPU: the least loss of a holder; and by how many GPUs are wanted what its holders lose. A
+        # job's loss counts in equal parts on as many of its GPUs: whoever takes some of them pays for all.
         self._least_loss = least.reshape(nodes, width)
         self._losses = {
             wanted: summed(cell, loss // xp.minimum(gpus, wanted), nodes * width).reshape(nodes, width)
@@ -96,7 +96,6 @@ class Horizon:
         losses = xp.where(usable, losses, NEVER // losses.shape[1])
         loss = xp.sort(losses, axis=1)[:, : request.gpus].sum(axis=1)
         return xp.where(usable.sum(axis=1) >= request.gpus, loss, NEVER)
-
 
     def _losses_of(self, gpus: int) -> Any:
         """What is lost of each GPU if so many are wanted. Shape (nodes, width)."""

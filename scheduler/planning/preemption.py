@@ -14,6 +14,7 @@ would be cheaper and still fit.
 """
 
 from itertools import combinations
+from typing import Protocol
 
 from scheduler.model.policy import Order
 from scheduler.model.snapshot import WHOLE_MILLI
@@ -40,7 +41,18 @@ Gain = tuple[int, ...]  # how much of each lack is covered
 Option = tuple[Gain, int]  # gain, cost
 
 
-def outranks(request: Request, live: Live, order: Order) -> bool:
+class Incumbent(Protocol):
+    """What decides who may displace a job."""
+
+    @property
+    def job_class(self) -> int: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def value_bar(self) -> int: ...
+
+
+def outranks(request: Request, live: Incumbent, order: Order) -> bool:
     """Whether the request ranks above the live job by the hysteresis."""
     if order is Order.CLASS:
         if request.job_class != live.job_class:

@@ -98,7 +98,7 @@ class World:
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
-        # Whether free GPUs serve who wants so much of them. Once they don't, they never will: they only shrink.
+        # Whether free GPUs serve who wants so much. They only shrink: once they don't, they never will.
         self._free_can: dict[tuple[int, ...], bool] = {}
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
@@ -228,7 +228,8 @@ class World:
         """Rows of the nodes on which something leaves and the request fits into that and what is free."""
         soon = self.soon
         fits = self._soon_fits.column(
-            request.gpu_part, lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows)
+            request.gpu_part,
+            lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows),
         )
         rows = rows_where(fits)
         return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
