@@ -11,7 +11,7 @@ A job of lower rank may pass if at the promised moment it (a) gives way to the b
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
@@ -171,28 +171,24 @@ def _soonest_first(
     return open_rows[xp.lexsort(xp.stack([open_rows, free_us]))[:most]].tolist()  # type: ignore[no-any-return]
 
 
+class _Started(NamedTuple):
+    """A request as an incumbent, once it has started."""
+
+    job_class: int
+    priority: int
+    value_bar: int
+
+
 def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> bool:
     """Whether the request, started then, gives way to the blocked job by the promised moment (a).
 
     Without a promise its minimum runtime is no obstacle: it will be over.
     """
-    live = Live(
-        index=UNKNOWN,
-        rows=(),
-        hold=Hold(request.number, {}, 0, 0, 0, UNKNOWN, UNKNOWN, 0),
-        job_class=request.job_class,
-        priority=request.priority,
-        value_bar=value_bar(request.value, request.restart_loss_us, policy),
-        may_yield=True,
-        yields_us=start_us + request.min_runtime_us,
-        ends_us=NEVER,
-        started_us=start_us,
-        gpus=0,
-        lost_gpu_ms=0,
-        loss_microusd=0,
-    )
-    in_time = not to.is_promised or live.yields_us <= to.start_us
-    return request.preemptible and in_time and outranks(to.request, live, policy.order)
+    in_time = not to.is_promised or start_us + request.min_runtime_us <= to.start_us
+    if not (request.preemptible and in_time):
+        return False
+    bar = value_bar(request.value, request.restart_loss_us, policy)
+    return outranks(to.request, _Started(request.job_class, request.priority, bar), policy.order)
 
 
 def ends_in_time(request: Request, to: Blocked, start_us: int) -> bool:

@@ -4,7 +4,7 @@ How such a gang is divided says `kinds.py`. Each of its parts is looked for as a
 (`search.py`); here is what chooses the nodes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ Options = dict[tuple[int, int], int]
 def find_free_over(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free, on the fewest nodes; on those that a promise limits where there are no others.
 
-    Whole nodes by row; the rest where the least room for others is lost.
+    Whole nodes by row; the rest where the fewest GPUs are free, by row.
     """
     for way in world.kinds.divisions(request):
         parts = _free(way, world, limits)
@@ -137,23 +137,25 @@ def _free(way: Division, world: World, limits: Limits | None) -> list[Found] | N
     for row in () if limits is None else limits.rows:
         held_back += [row] if rest[row] else []
         whole[row] = rest[row] = False
-    rows = rows_where(whole)[: way.wholes].tolist()
-    found = [_there(placed(way.whole, world.node(row))) for row in rows]
+    taken = rows_where(whole)[: way.wholes].tolist()
+    found = [_there(placed(way.whole, world.node(row))) for row in taken]
     for row in held_back:
         if len(found) < way.wholes:
             each = placed(way.whole, *as_limited(way.whole, world, row, limits))
             if each is not None:
                 found.append(each)
-                rows.append(row)
+                taken.append(row)
     if len(found) < way.wholes or way.rest is None:
         return found if len(found) == way.wholes else None
-    rest[xp.asarray(rows, dtype=xp.int64)] = False
-    best = world.placement.best(way.rest, world.nearest(way.rest, rest))
-    if best is not None:
-        return [*found, _there(placed(way.rest, world.node(best[0])))]
+    rest[xp.asarray(taken, dtype=xp.int64)] = False
+    rows = rows_where(rest)
+    if len(rows):
+        left = world.free.usable(way.rest, rows).sum(axis=1)
+        row = rows[xp.lexsort(xp.stack([rows, left]))][:1].tolist()[0]
+        return [*found, _there(placed(way.rest, world.node(row)))]
     for row in held_back:
         each = placed(way.rest, *as_limited(way.rest, world, row, limits))
-        if row not in rows and each is not None:
+        if row not in taken and each is not None:
             return [*found, each]
     return None
 
@@ -178,7 +180,7 @@ def _leaving_rows(way: Division, world: World, limits: Limits | None, told: Told
 
 
 def _leaving_on(
-    request: Request, world: World, row: int, limits: Limits | None, told: Iterable[Hold]
+    request: Request, world: World, row: int, limits: Limits | None, told: Sequence[Hold]
 ) -> tuple[Turn, Found] | None:
     node, penalty = as_limited(request, world, row, limits)
     return None if node is None else find_leaving_on(request, node, penalty, told)

@@ -1,12 +1,12 @@
-"""Columns over the nodes that are kept from one request to the next, and renewed only where a node changed."""
+"""Columns over the nodes that are kept from request to request, and renewed only where a node changed."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
 
 from scheduler.planning.arrays import rows_where, xp
 
-# Values of all columns together, 8 bytes each: 1,000 kinds of request on 12,500 nodes are 12.5 million. The
-# column that was asked for longest ago goes first.
+# Nodes of all columns together, 8 or 16 bytes each: 1,000 kinds of request on 12,500 nodes are 12.5 million.
+# The column that was asked for longest ago goes first.
 VALUES_MAX = 1 << 24
 
 
@@ -25,10 +25,10 @@ class Kept:
         self._changed_at[row] = self._changes
 
     def column(self, key: Hashable, made: Callable[[Any], Any]) -> Any:
-        """Int64, shape (nodes,): the column of this key, up to date.
+        """Int64, shape (..., nodes): the column, or columns, of this key, up to date.
 
-        `made` computes the values of some rows. The caller may write values into the column: they stay
-        until the node changes.
+        `made` computes the values of some rows, shape (..., rows). The caller may write values into the
+        column: they stay until the node changes.
         """
         known = self._columns.pop(key, None)
         if known is None:
@@ -39,6 +39,6 @@ class Kept:
             column, at = known
             if at < self._changes:
                 rows = rows_where(self._changed_at > at)
-                column[rows] = made(rows)
+                column[..., rows] = made(rows)
         self._columns[key] = (column, self._changes)
         return column

@@ -14,6 +14,7 @@ would be cheaper and still fit.
 """
 
 from itertools import combinations
+from typing import Protocol
 
 from scheduler.model.policy import Order
 from scheduler.model.snapshot import WHOLE_MILLI
@@ -40,7 +41,18 @@ Gain = tuple[int, ...]  # how much of each lack is covered
 Option = tuple[Gain, int]  # gain, cost
 
 
-def outranks(request: Request, live: Live, order: Order) -> bool:
+class Incumbent(Protocol):
+    """What decides who may displace a job."""
+
+    @property
+    def job_class(self) -> int: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def value_bar(self) -> int: ...
+
+
+def outranks(request: Request, live: Incumbent, order: Order) -> bool:
     """Whether the request ranks above the live job by the hysteresis."""
     if order is Order.CLASS:
         if request.job_class != live.job_class:
@@ -55,8 +67,20 @@ def choose_victims(request: Request, node: Node, candidates: list[Live]) -> tupl
 
     Costs compare between nodes by loss, then GPUs, then jobs.
     """
+    host_lack = lack_of_host(request, node.soon)
+    # All that the choice depends on, until the node changes: many requests want the same of it.
+    memory_mib = request.gpu_memory_mib if request.is_share else 0
+    wants = (request.gpus, request.share_milli, memory_mib, node.suitable(request))
+    asked = (*wants, host_lack, tuple([live.index for live in candidates]))
+    if asked not in node.choices:
+        node.choices[asked] = _chosen(request, node, candidates)
+    chosen: tuple[int, list[Live]] | None = node.choices[asked]
+    return chosen
+
+
+def _chosen(request: Request, node: Node, candidates: list[Live]) -> tuple[int, list[Live]] | None:
     table = Costs(candidates)
-    best = least_cost(request, node, node.spare_with(node.leaving), table.candidates, table)
+    best = least_cost(request, node, node.soon, table.candidates, table)
     return None if best is None else (best >> len(candidates), table.victims(best))
 
 

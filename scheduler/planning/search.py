@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from scheduler.planning.allocator import (
     NO_PENALTY,
@@ -14,7 +13,8 @@ from scheduler.planning.allocator import (
     Request,
     Turn,
     find_leaving_on,
-    lack_of_host,
+    first_turn,
+    host_fits,
     place,
 )
 from scheduler.planning.arrays import rows_where, xp
@@ -51,13 +51,9 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     if len(world.drains) == 1:
         node, penalty = as_limited(request, world, 0, limits)
         return placed(request, node, penalty)
-    mask = world.free_for(request)
-    if mask is None:
-        return None
-    own = _on_limited(mask, request, limits)
-    found = world.placement.best(request, world.nearest(request, mask))
+    found = world.best_free(request, () if limits is None else limits.rows)
     if found is None:
-        return own
+        return _on_limited(request, limits)
     row, position = found
     if position != NO_POSITION:
         return Found((Part(request, row, (position,)),))
@@ -68,18 +64,21 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    leaving = rows_where(world.leaving & ~world.drains)
-    if not len(leaving):
-        return None
-    if len(leaving) > NODES_ALL_TRIED_MAX:
-        leaving = leaving[world.soon.fit(request)[leaving]]
-    best: tuple[Turn, Found] | None = None
-    for row in leaving.tolist():
+    best: tuple[Turn, int, Found] | None = None
+    for turn, row in sorted((first_turn(request, world.node(row)), row) for row in _leaving(request, world)):
+        if best is not None and best[0] < turn:
+            break
         node, penalty = as_limited(request, world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    return None if best is None else best[1]
+        if found is not None and (best is None or (found[0], row) < best[:2]):
+            best = (found[0], row, found[1])
+    return None if best is None else best[2]
+
+
+def _leaving(request: Request, world: World) -> list[int]:
+    if len(world.drains) <= NODES_ALL_TRIED_MAX:
+        return rows_where(world.leaving & ~world.drains).tolist()  # type: ignore[no-any-return]
+    return world.leaving_for(request)
 
 
 def find_by_displacing(
@@ -139,14 +138,12 @@ def as_limited(
     return world.node(row), NO_PENALTY
 
 
-def _on_limited(fits: Any, request: Request, limits: Limits | None) -> Found | None:
-    """Take the limited nodes out of those that fit; what is free on what is left of them."""
-    best = None
-    if limits is not None:
-        for row in limits.rows:
-            fits[row] = False
-            best = best or placed(request, *limits.on(request, row))
-    return best
+def _on_limited(request: Request, limits: Limits | None) -> Found | None:
+    """Room in what is free on what is left of the limited nodes."""
+    if limits is None:
+        return None
+    found = (placed(request, *limits.on(request, row)) for row in limits.rows)
+    return next((each for each in found if each is not None), None)
 
 
 def placed(request: Request, node: Node | None, penalty: Penalty = NO_PENALTY) -> Found | None:
@@ -183,5 +180,5 @@ class _Cheapest:
 
     def learn(self, node: Node, loss: int, victims: int) -> None:
         """Remember what the request takes on a node for others that want the same GPUs."""
-        if self._horizon is not None and not any(lack_of_host(self._request, node.spare_with(node.leaving))):
+        if self._horizon is not None and host_fits(self._request, node.soon):
             self._horizon.learn(self._request, node.row, loss, victims)

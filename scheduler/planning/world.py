@@ -7,7 +7,7 @@ Three layers: *free*, what nobody has; *soon*, that and what leaves without a fu
 it what incumbents hold, the live jobs that stay unless they are displaced.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from scheduler.planning.allocator import Hold, Live, Node, Part, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
+from scheduler.planning.kept import Kept
 from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
 from scheduler.planning.mix import as_parts, mix_of
@@ -98,10 +99,12 @@ class World:
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
-        self._unfree: set[tuple[int, ...]] = set()  # of GPUs what free ones can't serve, nor ever will here
+        # Whether free GPUs serve who wants so much. They only shrink: once they don't, they never will.
+        self._free_can: dict[tuple[int, ...], bool] = {}
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
+        self._soon_fits = Kept(len(self.drains))
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -129,7 +132,9 @@ class World:
         if self._placement is None:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
-            self._placement = Fragmentation(self._free, as_parts(mix, self.layout.width))
+            mix = as_parts(mix, self.layout.width)
+            nearness = self.layout.nearness
+            self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
         return self._placement
 
     @cached_property
@@ -141,6 +146,13 @@ class World:
     def kinds(self) -> Kinds:
         """The kinds of nodes, for gangs over several."""
         return Kinds(self.layout)
+
+    @cached_property
+    def sizes_wanted(self) -> list[int]:
+        """How many GPUs of a node pending jobs want."""
+        jobs = self._snapshot.jobs
+        counts = xp.bincount(xp.where(jobs.state == PENDING, xp.clip(jobs.gpus, 0, self.layout.width), 0))
+        return (rows_where(counts[1:]) + 1).tolist()  # type: ignore[no-any-return]
 
     # Nodes as objects ---------------------------------------------------------------------------
 
@@ -185,6 +197,7 @@ class World:
 
     def changed(self, node: Node) -> None:
         """Take over into the columns, when they are looked at next, what the node gave away or got back."""
+        node.changed()
         self._changed[node.row] = node
 
     def _flush(self) -> None:
@@ -193,36 +206,40 @@ class World:
         for node in self._changed.values():
             self._free.put(node, node.free)
             if self._soon is not None:
-                self._soon.put(node, node.spare_with(node.leaving))
+                self._soon.put(node, node.soon)
             if self._placement is not None:
                 self._placement.changed(node.row)
+            self._soon_fits.changed(node.row)
         self._changed.clear()
         self._reaches.clear()
 
     # Looks --------------------------------------------------------------------------------------
 
-    def nearest(self, request: Request, fits: Any) -> Any:
-        """Of the nodes in the mask those on which the request's GPUs can be nearest to each other."""
-        if request.gpus > 1 and self.layout.nearness:
-            usable = self.free.usable(request)
-            for same in self.layout.nearness:
-                together = (same & usable[:, None, :]).sum(axis=2)
-                near = fits & ((together >= request.gpus) & usable).any(axis=1)
-                if near.any():
-                    return near
-        return fits
+    def best_free(self, request: Request, without: Sequence[int] = ()) -> tuple[int, int] | None:
+        """Where the request fits into what is free: the node to start on and `Fragmentation.best`'s position.
 
-    def free_for(self, request: Request) -> Any | None:
-        """Bool, shape (nodes,): where the request fits into what is free; None: nowhere."""
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        if wants in self._unfree:  # what is free only shrinks
+        None where it fits on no node, those at the rows `without` left out.
+        """
+        wants = request.gpu_part
+        can = self._free_can.get(wants)
+        if can is None:
+            can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
+        if not can:
             return None
-        fits = self.free.fit_gpus(request) & ~self.drains
-        if not fits.any():
-            self._unfree.add(wants)
-            return None
-        fits &= self.free.fit_host(request)
-        return fits if fits.any() else None
+        found = self.placement.best(request, without)
+        if found is None and not without:
+            del self._free_can[wants]  # looked at again, when somebody wants the same GPUs
+        return found
+
+    def leaving_for(self, request: Request) -> list[int]:
+        """Rows of the nodes on which something leaves and the request fits into that and what is free."""
+        soon = self.soon
+        fits = self._soon_fits.column(
+            request.gpu_part,
+            lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows),
+        )
+        rows = rows_where(fits)
+        return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace."""
@@ -257,7 +274,18 @@ class World:
     @cached_property
     def _places(self) -> tuple[Any, Any]:
         """Rows of the incumbents' hosts by node, and where in that each node's begin."""
-        node = self.incumbents.hosts.node
+        return self._by_node(self.incumbents.hosts.node)
+
+    @cached_property
+    def _leaving_places(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """The same of the holdings that go away, and of the hosts of jobs that do."""
+        holdings, hosts = rows_where(self._goes_away), rows_where(self._goes[self._hosts.job])
+        held, first_held = self._by_node(self._cell[holdings] // max(self.layout.width, 1))
+        hosted, first_hosted = self._by_node(self._hosts.node[hosts])
+        return (holdings[held], first_held), (hosts[hosted], first_hosted)
+
+    def _by_node(self, node: Any) -> tuple[Any, Any]:
+        """The order by node, and where in that each node's begin."""
         by_node = xp.argsort(node, kind="stable")
         nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
         return by_node, xp.searchsorted(node[by_node], nodes)
@@ -356,7 +384,7 @@ class World:
         milli = self._snapshot.holdings.share_milli[goes]
         soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
         for node in self._nodes.values():
-            soon.put(node, node.spare_with(node.leaving))
+            soon.put(node, node.soon)
         return soon
 
     def _made_node(self, row: int) -> Node:
@@ -383,7 +411,8 @@ class World:
         width = self.layout.width
         holds = []
         parts: dict[int, dict[int, list[int]]] = {}
-        here = rows_where(self._cell // width == row) if width else rows_where(self._cell < 0)
+        (held, first_held), (hosted, first_hosted) = self._leaving_places
+        here = held[int(first_held[row]) : int(first_held[row + 1])]
         columns = (self._holder, self._cell, holdings.share_milli, self._mib)
         preemptors = holdings.preemptor[here].tolist(), holdings.stop_us[here].tolist()
         for holder, cell, milli, mib, preemptor, stop_us in zip(
@@ -398,7 +427,7 @@ class World:
                 part_of[0] += milli
                 part_of[1] += mib
         hosts = self._hosts
-        there = rows_where(self._goes[hosts.job] & (hosts.node == row))
+        there = hosted[int(first_hosted[row]) : int(first_hosted[row + 1])]
         leavers = hosts.job[there]
         columns = tuple(getattr(jobs, name) for name in ("number", "preemptor", "stop_us", "grace_us"))
         for job, cpus, memory_mib, number, preemptor, stop_us, grace_us in zip(
