@@ -11,7 +11,7 @@ Placement: whole GPUs that the fewest model sets accept, then the smallest, then
 fit), so that whole GPUs stay whole.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -361,16 +361,15 @@ def first_turn(request: Request, node: Node) -> Turn:
     return min(_turn(hold, request.number) for hold in node.leaving)
 
 
-def claim(request: Request, parts: tuple[tuple[Part, Node], ...]) -> Claim:
+def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], Node]) -> Claim:
     """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
-    drawn = [hold for part, node in parts for hold in _taken(part.request, node, part.positions)]
-    return Claim(
-        request,
-        tuple(part for part, _ in parts),
-        is_free=not drawn,
-        awaited=tuple(sorted({hold.number for hold in drawn} - {UNKNOWN})),
-        ready_us=max((hold.ready_us for hold in drawn), default=0),
-    )
+    drawn: list[Hold] = []
+    for part in parts:
+        drawn += _taken(part.request, node_of(part.row), part.positions)
+    if not drawn:
+        return Claim(request, parts, is_free=True, awaited=(), ready_us=0)
+    awaited = tuple(sorted({hold.number for hold in drawn} - {UNKNOWN}))
+    return Claim(request, parts, False, awaited, max(hold.ready_us for hold in drawn))
 
 
 def _taken(request: Request, node: Node, positions: tuple[int, ...]) -> list[Hold]:

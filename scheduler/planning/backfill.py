@@ -93,7 +93,8 @@ def blocked_over(request: Request, world: World, order: Order, claims: Iterable[
         start_us = max([moments[0][row] for row in whole] + [moments[1][row] for row in rest])
         if start_us < best.start_us:
             wanted = [(way.whole, row) for row in whole] + [(way.least, row) for row in rest]
-            rooms = tuple(releases.room_at(part, row, start_us) for part, row in wanted)
+            by_row = sorted(wanted, key=lambda each: each[1])
+            rooms = tuple(releases.room_at(part, row, start_us) for part, row in by_row)
             best = Blocked(request, start_us, rooms)
     return best
 
@@ -211,10 +212,16 @@ def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool)
 def beside(to: Blocked, yielding: Callable[[Node], list[Hold]]) -> Limits:
     """What a request may use of the promised nodes; `yielding` are the holds there that it may displace."""
     rooms = {room.node.row: room for room in to.rooms}
-    return Limits(
-        tuple(sorted(rooms)),
-        lambda request, row: _beside(request, rooms[row], yielding(rooms[row].node)),
-    )
+    known: dict[tuple[int, int], tuple[Node | None, Penalty]] = {}
+
+    def on(request: Request, row: int) -> tuple[Node | None, Penalty]:
+        # Limits are made for one request, whose parts differ by their GPUs.
+        key = (row, request.gpus)
+        if key not in known:
+            known[key] = _beside(request, rooms[row], yielding(rooms[row].node))
+        return known[key]
+
+    return Limits(tuple(rooms), on)
 
 
 def _beside(request: Request, to: Room, yielding: list[Hold]) -> tuple[Node | None, Penalty]:

@@ -220,16 +220,15 @@ class Planner:
 
     def _commit(self, row: int, request: Request, found: Found) -> None:
         """Start the job, or let it wait for what it claims."""
-        parts = tuple((part, self.world.node(part.row)) for part in found.parts)
-        rows = {part.row for part in found.parts}
+        rows = [part.row for part in found.parts]
         for victim in found.victims:
             self.world.leave(victim, request.number)
-            rows.update(victim.rows)
+            rows += victim.rows
             cause = (request.number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
-        given = self.claims[request.number] = claim(request, parts)
+        given = self.claims[request.number] = claim(request, found.parts, self.world.node)
         self.world.serve(request.number, len(self.claims))
-        for touched in sorted(rows):
+        for touched in rows if len(rows) == 1 else sorted(set(rows)):
             node = self.world.node(touched)
             self.world.changed(node)
             self._horizons.changed(node)

@@ -267,9 +267,11 @@ class World:
 
     def uuids(self, parts: Iterable[Part]) -> tuple[str, ...]:
         """The UUIDs of the parts, by node and index."""
-        return tuple(
-            self.layout.gpus(part.row)[position].uuid for part in parts for position in sorted(part.positions)
-        )
+        found: list[str] = []
+        for part in parts:
+            gpus = self.layout.gpus(part.row)
+            found += [gpus[position].uuid for position in sorted(part.positions)]
+        return tuple(found)
 
     @cached_property
     def _places(self) -> tuple[Any, Any]:
