@@ -22,6 +22,8 @@ from scheduler.planning.topology import Near, best_connected
 NOT_SERVED = 1 << 62
 # When a hold's turn is: not its own victim, when its stop was decided, how its preemptor ranks, its number.
 Turn = tuple[bool, int, int, int]
+# The turn of what fits without any stop.
+NO_STOP: Turn = (False, -NOT_SERVED, 0, 0)
 
 # GPU position -> how much placement would rather not use it; 0 where it is not named.
 Penalty = Mapping[int, int]
@@ -347,10 +349,10 @@ def find_leaving_on(
             best_fit = (spare.milli[position], spare.mib[position]) if request.is_share else (0, 0)
             ready.append((penalty.get(position, 0), stops, *best_fit, order.pop(position), position))
         if len(ready) >= request.gpus and host_fits(request, spare):
-            assert stops, "what fits without a stop was found before"
             positions = tuple(entry[-1] for entry in sorted(ready)[: request.gpus])
             part = Part(request, node.row, positions)
-            return _turn(in_turn[stops - 1], request.number), Found((part,), ready_us=ready_us)
+            turn = _turn(in_turn[stops - 1], request.number) if stops else NO_STOP
+            return turn, Found((part,), ready_us=ready_us)
     raise AssertionError("what fits after all stops fits after some")
 
 

@@ -31,6 +31,7 @@ from scheduler.planning.allocator import (
     host_fits,
 )
 from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.gangs import soonest
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import Queue
 from scheduler.planning.search import NODES_TRIED_MAX, Limits
@@ -75,6 +76,28 @@ def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim
     return best
 
 
+def blocked_over(request: Request, world: World, order: Order, claims: Iterable[Claim]) -> Blocked:
+    """The same for a gang over several nodes: the earliest moment at which all its parts fit."""
+    best = Blocked(request, NEVER)
+    releases = _Releases(request, world, order, claims)
+    for way in world.kinds.divisions(request):
+        rows = _soonest_first(way.whole, world, order, releases.rows, way.nodes, way.wholes + NODES_TRIED_MAX)
+        moments = [
+            {row: room[0] for row in rows if (room := releases.room(part, row, NEVER)) is not None}
+            for part in (way.whole, way.least)
+        ]
+        chosen = soonest(way, *moments)
+        if chosen is None:
+            continue
+        whole, rest = chosen
+        start_us = max([moments[0][row] for row in whole] + [moments[1][row] for row in rest])
+        if start_us < best.start_us:
+            wanted = [(way.whole, row) for row in whole] + [(way.least, row) for row in rest]
+            rooms = tuple(releases.room_at(part, row, start_us) for part, row in wanted)
+            best = Blocked(request, start_us, rooms)
+    return best
+
+
 class _Releases:
     """What nodes get back, and when, as far as a blocked request can count on it."""
 
@@ -103,6 +126,13 @@ class _Releases:
             spare.add(hold)
         return (moment, Room(request, node, spare)) if fits(request, node, spare) else None
 
+    def room_at(self, request: Request, row: int, at_us: int) -> Room:
+        """What there is for the request at this moment."""
+        node = self._world.node(row)
+        return Room(
+            request, node, node.spare_with([*node.leaving, *(h for _, h in self._of(row, at_us + 1))])
+        )
+
     def _of(self, row: int, before_us: int) -> list[tuple[int, Hold]]:
         """The releases of a node before a moment, in turn."""
         now_us = self._world.now_us
@@ -114,11 +144,18 @@ class _Releases:
         return sorted((r for r in releases if r[0] < before_us), key=lambda release: release[0])
 
 
-def _soonest_first(request: Request, world: World, order: Order, claimed_rows: list[int]) -> list[int]:
+def _soonest_first(
+    request: Request,
+    world: World,
+    order: Order,
+    claimed_rows: list[int],
+    among: Any = True,
+    most: int = NODES_TRIED_MAX,
+) -> list[int]:
     """Rows of the nodes to look at, a bounded number: those first whose GPUs could be there soonest."""
     layout, jobs, now_us = world.layout, world.incumbents, world.now_us
-    open_rows = rows_where(~world.drains)
-    if len(open_rows) <= NODES_TRIED_MAX:
+    open_rows = rows_where(~world.drains & among)
+    if len(open_rows) <= most:
         return open_rows.tolist()  # type: ignore[no-any-return]
     yields_us = xp.where(jobs.outranked(request, order), xp.maximum(jobs.yields_us, now_us), NEVER)
     free_us = xp.minimum(jobs.ends_us, yields_us)
@@ -130,8 +167,8 @@ def _soonest_first(request: Request, world: World, order: Order, claimed_rows: l
     suits = layout.is_open if request.models == UNKNOWN else layout.fits[request.models]
     by_node = xp.where(suits, by_node, NEVER)[open_rows]
     wanted = min(max(request.gpus, 1), layout.width)
-    soonest = xp.sort(by_node, axis=1)[:, wanted - 1]
-    return open_rows[xp.lexsort(xp.stack([open_rows, soonest]))[:NODES_TRIED_MAX]].tolist()  # type: ignore[no-any-return]
+    free_us = xp.sort(by_node, axis=1)[:, wanted - 1]
+    return open_rows[xp.lexsort(xp.stack([open_rows, free_us]))[:most]].tolist()  # type: ignore[no-any-return]
 
 
 class _Started(NamedTuple):

@@ -36,9 +36,19 @@ from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
 from scheduler.planning.allocator import Claim, Found, Live, Node, Request, claim
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
-from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.backfill import (
+    Blocked,
+    beside,
+    blocked,
+    blocked_over,
+    book,
+    ends_in_time,
+    gives_way,
+    stays,
+)
+from scheduler.planning.gangs import find_free_over, find_leaving_over, find_over_by_displacing
 from scheduler.planning.horizon import Horizons
-from scheduler.planning.lack import lack, least_lacking
+from scheduler.planning.lack import lack, lack_over, least_lacking, least_lacking_over
 from scheduler.planning.layout import Layout
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
@@ -103,7 +113,7 @@ class Planner:
         """Serve everyone."""
         fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
         if self.queue.is_waiting:
-            self.queue.set_aside(self.world.layout)
+            self.queue.set_aside(self.world)
             for row, request in self.queue.requests():
                 self._serve(row, request)
         return Plan(
@@ -124,9 +134,17 @@ class Planner:
     def refuse(self, request: Request) -> None:
         """Let a request that can't be served wait, and with it all that would fail for the same lack."""
         reach, nodes = self.world.within_reach(request).pool, ~self.world.drains
-        reason = lack(request, reach, nodes)
         among = None if self._policy.backfill else self._kind(request)
+        if self.spans(request):
+            reason = lack_over(request, reach, nodes, self.world.kinds)
+            self.queue.refuse(least_lacking_over(request, reason), reason, among, spans=True)
+            return
+        reason = lack(request, reach, nodes)
         self.queue.refuse(least_lacking(request, reason, reach, nodes), reason, among)
+
+    def spans(self, request: Request) -> bool:
+        """Whether it is a gang over several nodes."""
+        return self.queue.spanning is not None and self.world.kinds.spans(request)
 
     def _stop_what_is_over(self) -> frozenset[int]:
         """Order the stops that are due; the numbers of the jobs that they stop."""
@@ -176,10 +194,13 @@ class Planner:
 
     def _find(self, request: Request, limits: Limits | None = None) -> Found | None:
         """Room for the request, the least disruptive there is."""
+        free, leaving, by_displacing = find_free, find_leaving, find_by_displacing
+        if self.spans(request):
+            free, leaving, by_displacing = find_free_over, find_leaving_over, find_over_by_displacing
         return (
-            find_free(request, self.world, limits)
-            or find_leaving(request, self.world, limits)
-            or find_by_displacing(
+            free(request, self.world, limits)
+            or leaving(request, self.world, limits)
+            or by_displacing(
                 request, self.world, self._horizons, lambda node: self.candidates(request, node), limits
             )
         )
@@ -219,7 +240,8 @@ class Planner:
         """Remember the highest job that can't be served, and what it can count on."""
         order = self._policy.order
         if self._first_blocked is None:
-            self._first_blocked = blocked(request, self.world, order, self.claims.values())
+            promised = blocked_over if self.spans(request) else blocked
+            self._first_blocked = promised(request, self.world, order, self.claims.values())
             if self._first_blocked.is_promised:
                 self.promise = Promise(request.number, self._first_blocked.start_us)
             self._strict[request.gpus > 0] = self._first_blocked
@@ -246,7 +268,8 @@ class Planner:
             among &= self._kind(request)
             self._strict.setdefault(request.gpus > 0, Blocked(request, NEVER))
         if among[row]:
-            self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among)
+            spans = self.spans(request)
+            self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among, spans=spans)
         else:
             self.queue.wait(row, Reason.WAITING_FOR_PROMISED_START)
 

@@ -27,8 +27,9 @@ from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
 from scheduler.planning.kept import Kept
+from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
-from scheduler.planning.mix import mix_of
+from scheduler.planning.mix import as_parts, mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.valuation import outranked, value_bars
 
@@ -131,6 +132,7 @@ class World:
         if self._placement is None:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
+            mix = as_parts(mix, self.layout.width)
             nearness = self.layout.nearness
             self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
         return self._placement
@@ -139,6 +141,11 @@ class World:
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """The kinds of nodes, for gangs over several."""
+        return Kinds(self.layout)
 
     @cached_property
     def sizes_wanted(self) -> list[int]:
