@@ -19,7 +19,8 @@
         ├── LauncherError       the launcher can't be reached or misbehaves
         ├── GpuReadError        a GPU could not be read
         ├── BackendUnavailable  the array library that was asked for is not there, or has no GPU
-        └── InstallationError   this environment can't run the daemon
+        ├── InstallationError   this environment can't run the daemon
+        └── SimulationStuck     a simulated world in which nothing can happen any more
 
 `SnapshotError` and `TransitionError` are defects of ours: they derive from AssertionError.
 """
@@ -137,6 +138,10 @@ class BackendUnavailable(NodeError):
 
 class InstallationError(NodeError):
     """This Python environment can't run the daemon."""
+
+
+class SimulationStuck(NodeError):
+    """Nothing in the simulated world can ever happen again, and somebody still waits."""
 
 
 class SnapshotError(AssertionError):

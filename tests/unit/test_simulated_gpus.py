@@ -7,7 +7,8 @@ import pytest
 from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuLimit, GpuSample
-from scheduler.simulation.gpus import PROFILES, SimulatedGpus
+from scheduler.simulation.boards import PROFILES
+from scheduler.simulation.gpus import SimulatedGpus
 
 
 class HandClock:
