@@ -42,6 +42,7 @@ FLEET = ((search, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
 FORGETFUL = (
     *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, world)),
     (Node, "choices", property(lambda _: {}, lambda *_: None)),
+    (search, "first_turn", lambda *_: (False, 0, 0, 0)),
 )
 TIGHT = ((kept, "VALUES_MAX", 1), (alike, "ANSWERS_MAX", 1), (alike, "STATES_MAX", 1))
 
