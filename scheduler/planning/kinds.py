@@ -62,9 +62,13 @@ class Kinds:
 
     def spans(self, request: Request) -> bool:
         """Whether no node could ever hold the gang, so that it may take several."""
+        return request.gpus > max(1, self.most_on_one(request))
+
+    def most_on_one(self, request: Request) -> int:
+        """The most GPUs of its models and memory, open or not, that a node has."""
         sizes, most = self._layout.most_gpus_ever()
-        size = int(xp.searchsorted(sizes, xp.asarray([request.gpu_memory_mib], dtype=xp.int64))[0])
-        return request.gpus > max(1, int(most[request.models, size]))
+        size = xp.searchsorted(sizes, xp.asarray([request.gpu_memory_mib], dtype=xp.int64))
+        return int(most[request.models, size].max())
 
     def spanning(self, jobs: JobColumns) -> Any:
         """Bool, shape (jobs,): the same of each."""

@@ -25,6 +25,7 @@ from tests.fakes.worlds import (
     J,
     W,
 )
+from tests.properties.amounts import MIB, MILLI, NOTHING, Amount, used_by
 from tests.properties.dividing import Way, by_node, part, spans, ways
 
 LACKS = frozenset(
@@ -36,7 +37,6 @@ LACKS = frozenset(
         Reason.WAITING_FOR_START_SLOT,
     }
 )
-MILLI, MIB = 0, 1
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,6 @@ class Chosen:
     node: int  # of a job without GPUs
     uuids: tuple[str, ...]
     ready_us: int
-
-
-class Amount:
-    """Resources of one node: per GPU [thousandths, MiB], then CPUs, memory, job slots."""
-
-    def __init__(self, gpus: dict[str, list[int]], host: list[int]) -> None:
-        self.gpus = gpus
-        self.host = host
-
-    def plus(self, other: "Amount", sign: int = 1) -> "Amount":
-        gpus = {uuid: list(amount) for uuid, amount in self.gpus.items()}
-        for uuid, amount in other.gpus.items():
-            have = gpus.setdefault(uuid, [0, 0])
-            have[MILLI] += sign * amount[MILLI]
-            have[MIB] += sign * amount[MIB]
-        return Amount(gpus, [a + sign * b for a, b in zip(self.host, other.host, strict=True)])
-
-
-NOTHING = Amount({}, [0, 0, 0])
-
-
-def used_by(job: J, uuids: tuple[str, ...]) -> Amount:
-    mib = job.gpu_memory_mib if job.share_milli < 1000 else 0
-    return Amount({uuid: [job.share_milli, mib] for uuid in uuids}, [job.cpus, job.memory_mib, 1])
 
 
 def first_ready(moments: list[float], way: Way) -> tuple[list[tuple[float, int]], ...]:
@@ -264,7 +240,7 @@ class Oracle:
         return amount
 
     def spots_over(self, job: J, amounts: dict[int, Amount]) -> Iterator[tuple[Way, tuple[str, ...]]]:
-        """Every way to divide a gang over nodes, and every set of GPUs on which it fits, the best kind first."""
+        """Every way to divide a gang over nodes and every set of GPUs on which it fits, best kind first."""
         for way in chain.from_iterable(ways(self.world, job)):
             if all(node in amounts for node, _ in way):
                 places = [list(self.spots(part(job, count), node, amounts[node])) for node, count in way]
@@ -316,12 +292,12 @@ class Oracle:
         if spans(self.world, job):
             for kind in ways(self.world, job):
                 ready = [
-                    (max(moments), [moment for moment in moments], way)
+                    (max(moments), moments, way)
                     for way in kind
                     if all(node in self.open_nodes() for node, _ in way)
                     and (moments := [self.earliest(job, part(job, n), node) for node, n in way])
                 ]
-                # Of the ways of a kind that with the nodes that are ready first, the whole ones before the rest.
+                # Of a kind the nodes that are ready first, the whole ones before the rest.
                 for moment, _, way in sorted(
                     ready, key=lambda each: (each[0], first_ready(each[1], each[2]))
                 ):
@@ -567,7 +543,8 @@ class Oracle:
             self.live.remove(victim)
             for node, held in self.held(victim).items():
                 self.leaving[node] = self.leaving[node].plus(held)
-        is_free = all([self.take(job, node, need) for node, need in parts.items()])
+        was_free = [self.take(job, node, need) for node, need in parts.items()]
+        is_free = all(was_free)
         assert is_free == (chosen.ready_us == 0), f"{job.number} is ready {chosen.ready_us}, free: {is_free}"
         for node in self.rooms.keys() & parts.keys() if stays else ():
             blocked, room = self.rooms[node]

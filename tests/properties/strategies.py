@@ -146,7 +146,7 @@ def clusters(draw: st.DrawFn) -> W:
 
 @st.composite
 def full_clusters(draw: st.DrawFn) -> W:
-    """Equal nodes that gangs over several, gangs, whole jobs and shares of low rank hold, and who wants them."""
+    """Equal nodes, full of gangs over several of them, gangs, whole jobs and shares of low rank."""
     size, tight = draw(st.integers(1, 3)), draw(st.booleans())
     nodes = tuple(N(cpus=8 if tight else 64) for _ in range(draw(st.integers(2, 4 if size < 3 else 3))))
     gpus = tuple(
