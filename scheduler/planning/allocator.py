@@ -14,7 +14,7 @@ fit), so that whole GPUs stay whole.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
 from scheduler.planning.topology import Near, best_connected
@@ -189,7 +189,7 @@ class Node:
     leaving: list[Hold] = field(default_factory=list)
     _suitable: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     # Until it changes: what `preemption.choose_victims` found, by what it was asked; and `soon`.
-    choices: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    choices: dict[tuple[object, ...], tuple[int, list[Live]] | None] = field(default_factory=dict)
     _soon: Spare | None = None
 
     @property

@@ -237,7 +237,7 @@ class Fragmentation:
             for same in self._nearness:
                 together = (same[rows] & usable[:, None, :]).sum(axis=2)
                 is_near |= ((together >= request.gpus) & usable).any(axis=1)
-                far += ~is_near
+                far += xp.where(is_near, 0, 1)
         return far
 
     def _usable_gpus(self, request: Shape, rows: Any) -> Any:

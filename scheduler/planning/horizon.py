@@ -98,8 +98,9 @@ class Horizon:
         return xp.where(usable.sum(axis=1) >= request.gpus, loss, NEVER)
 
     def _losses_of(self, gpus: int) -> Any:
-        """What is lost of each GPU if so many are wanted. Shape (nodes, width)."""
-        return self._losses[next(wanted for wanted in self._losses if wanted >= gpus)]
+        """What is lost of each GPU if so many are wanted, or all of a node. Shape (nodes, width)."""
+        most = max(self._losses)
+        return self._losses[next((wanted for wanted in self._losses if wanted >= gpus), most)]
 
 
 class Horizons:

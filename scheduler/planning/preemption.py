@@ -72,9 +72,9 @@ def choose_victims(request: Request, node: Node, candidates: list[Live]) -> tupl
     memory_mib = request.gpu_memory_mib if request.is_share else 0
     wants = (request.gpus, request.share_milli, memory_mib, node.suitable(request))
     asked = (*wants, host_lack, tuple([live.index for live in candidates]))
-    if asked not in node.choices:
-        node.choices[asked] = _chosen(request, node, candidates)
-    chosen: tuple[int, list[Live]] | None = node.choices[asked]
+    if asked in node.choices:
+        return node.choices[asked]
+    chosen = node.choices[asked] = _chosen(request, node, candidates)
     return chosen
 
 

@@ -171,8 +171,8 @@ class _Cheapest:
         fits = self._horizon.pool.fit_host(self._request)
         bounds = xp.where(fits, self._horizon.bounds(self._request), NEVER)
         for _ in range(min(NODES_TRIED_MAX, len(bounds))):
-            row = int(bounds.argmin())
-            bound = int(bounds[row])
+            row: int = bounds.argmin().item()
+            bound: int = bounds[row].item()
             if bound == NEVER:
                 return
             yield row, bound
