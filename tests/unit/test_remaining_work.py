@@ -1,4 +1,4 @@
-"""Remaining work: what is saved of ended attempts, how long the next takes, what it is worth by order of value."""
+"""Remaining work: what ended attempts saved, how long the next takes, its worth by order of value."""
 
 import asyncio
 from dataclasses import replace
