@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -230,10 +230,18 @@ def explanation(answer: job_service_pb2.ExplainJobResponse) -> Iterator[str]:
         yield f"expected start: {words.moment(answer.expected_start)}"
     if answer.obstacles:
         yield ""
-        rows = [(str(o.gpus), words.reason(o), o.detail) for o in answer.obstacles]
-        yield from output.plain_lines(output.table(("GPUS", "KEPT FROM IT BY", ""), rows, right=("GPUS",)))
+        yield from output.plain_lines(_obstacles(answer.obstacles))
     if answer.remedies:
         yield ""
         yield "what would help:"
         for remedy in answer.remedies:
             yield words.clean(f"  - {remedy}")
+
+
+def _obstacles(obstacles: Collection[job_service_pb2.Obstacle]) -> output.Table:
+    """What each rule keeps from the job; how many nodes that is only where it may be more than one."""
+    rows = [(str(o.gpus), str(o.nodes), words.reason(o), o.detail) for o in obstacles]
+    if all(o.nodes < 2 for o in obstacles):
+        one = [(gpus, *rest) for gpus, _, *rest in rows]
+        return output.table(("GPUS", "KEPT FROM IT BY", ""), one, right=("GPUS",))
+    return output.table(("GPUS", "NODES", "KEPT FROM IT BY", ""), rows, right=("GPUS", "NODES"))
