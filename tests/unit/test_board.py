@@ -97,7 +97,7 @@ def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:
 
 def test_a_baseline_outlives_the_daemon_but_not_its_driver(ledger: Ledger) -> None:
     def board_of_the_next_daemon(driver: str) -> GpuBoard:
-        board = GpuBoard(Ledger(ledger.journal, Policy()), NodeSize(8, 1024, 16))
+        board = GpuBoard(Ledger(ledger.journal, Policy()), (NodeSize(8, 1024, 16),), Telemetry(Meters()))
         board.read(GpuReadings((A, B), (), {}, driver))
         return board
 
