@@ -223,7 +223,10 @@ class _Look:
         way, most = self._way, (self._way.wholes, 0 if self._way.rest is None else 1)
         # What is cheapest for so many parts on the nodes looked at until now.
         cheapest: Options = {(0, 0): 0}
-        for rows in self._linked():
+        lots = self._linked()
+        left = sum(map(len, lots))
+        for rows in lots:
+            left -= len(rows)
             options = self._options(rows, table)
             grown = dict(cheapest)
             for (whole, rest), cost in cheapest.items():
@@ -231,7 +234,8 @@ class _Look:
                     key = (min(whole + more, most[0]), rest + also)
                     if key[1] <= most[1] and whole + more <= way.wholes:
                         grown[key] = min(cost + added, grown.get(key, cost + added))
-            cheapest = grown
+            # Who has too few whole nodes to get there with all that are left never will.
+            cheapest = {key: cost for key, cost in grown.items() if key[0] + left >= way.wholes}
         return cheapest.get(most)
 
     def _linked(self) -> list[list[int]]:

@@ -52,7 +52,7 @@ class Division(NamedTuple):
 
 
 class Kinds:
-    """The kinds of nodes of a layout. Nodes of mixed models are of none."""
+    """The kinds of nodes of a layout. Nodes of mixed models, or cut into instances, are of none."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -106,6 +106,8 @@ class Kinds:
         layout = self._layout
         model = layout.model
         pure = ((model == model[:, :1]) | ~there).all(axis=1) & there[:, 0]
+        if layout.whole is not None:  # a process uses one instance of a GPU: no gang has several
+            pure &= (layout.whole | ~there).all(axis=1)
         # Both numbers as one: the same for nodes of a kind.
         names = xp.where(pure, (model[:, 0] - UNKNOWN) * (layout.width + 1) + self._gpus, UNKNOWN)
         made = []

@@ -173,5 +173,5 @@ def test_an_entry_that_names_nobody_says_what_the_list_says() -> None:
 
 
 def test_a_gpu_whose_memory_is_not_known_has_none_to_book(board: GpuBoard) -> None:
-    board.learn_baseline(A.uuid, 500)
+    board.learn_baseline(A.uuid, 500, 1.0)
     assert board.bookable_mib(replace(A, memory_total_mib=0)) == 0

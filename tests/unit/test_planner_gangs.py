@@ -117,6 +117,12 @@ def test_nodes_of_two_models_are_no_place_for_one_gang() -> None:
     assert planned(world(("H100", "A100"), J(1, gpus=16))).waits == {1: Reason.NO_SUITABLE_GPU}
 
 
+def test_a_node_of_mixed_models_is_no_part_of_a_gang_over_several() -> None:
+    w = world(("H100", "H100", "H100"), J(1, gpus=16))
+    mixed = tuple(replace(gpu, model="A100") if gpu.uuid == "0-3" else gpu for gpu in w.gpus)
+    assert started(replace(w, gpus=mixed)) == whole(1, 2)
+
+
 def test_a_gang_that_a_node_could_hold_stays_on_one_node() -> None:
     busy = (stays(2, "0-0"), stays(3, "1-0"))
     waits = planned(world(("H100", "H100"), *busy, J(1, gpus=8)))
@@ -180,6 +186,24 @@ def test_the_cheapest_mix_gives_way_wherever_it_is() -> None:
     dear = miner(30, *whole(2), value=9_000_000)
     w = world(("H100",) * 3, *mined, half, *shares, dear, J(1, gpus=16))
     assert victims(w) == {*range(10, 18), 20, 21, 22}
+
+
+def test_loss_comes_before_few_nodes() -> None:
+    dear = [miner(10 + row, *whole(row), value=3_000_000, ran_s=3600) for row in (0, 1)]
+    cheap = [miner(20 + row, *whole(row, gpus=4), value=1_000_000, ran_s=3600) for row in (2, 3, 4, 5)]
+    w = world(("H100", "H100", "T4", "T4", "T4", "T4"), *dear, *cheap, J(1, gpus=16))
+    assert victims(w) == {22, 23, 24, 25}
+
+
+def test_who_is_on_two_of_the_nodes_is_paid_for_once() -> None:
+    # 12 and 4 GPU-hours on the first two nodes, 9 on each of the others.
+    over = miner(10, *whole(0), *whole(1)[:4], value=1_000_000, ran_s=3600)
+    beside = miner(11, *whole(1)[4:], value=1_000_000, ran_s=3600)
+    others = [miner(20 + row, *whole(row), value=1_125_000, ran_s=3600) for row in (2, 3)]
+    half = Policy(assumed_checkpoint_interval_s=7200.0)
+    w = world(("H100",) * 4, over, beside, *others, J(1, gpus=16))
+    made = planned(w, half)
+    assert {action.job for action in made.actions} == {10, 11}
 
 
 def test_a_gang_that_gives_way_leaves_all_its_nodes_and_is_paid_for_once() -> None:
