@@ -18,6 +18,7 @@ from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
 from scheduler.control.handover import HandoverVerifier, Look
 from scheduler.control.health import Health
+from scheduler.control.housekeeping import Housekeeper
 from scheduler.control.inbox import (
     Asked,
     Command,
@@ -68,7 +69,6 @@ log = logging.getLogger("wattshift.loop")
 
 # A journal that could not be written is tried again this soon.
 JOURNAL_RETRY_S = 1.0
-EXPIRE_PERIOD_S = 60.0
 # A launcher that can't be reached is tried again: at once, then ever later.
 RECONNECT_S = 0.1
 RECONNECT_S_MAX = 5.0
@@ -146,7 +146,7 @@ class Controller:
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
-        self._expired_s = 0.0
+        self._housekeeper = Housekeeper(self)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -546,7 +546,7 @@ class Controller:
             for gpu in self.board.identities:
                 if self.board.is_present(gpu.uuid):
                     self.spawn(self._look_once(gpu.uuid))
-        self._housekeep(now_s)
+        self._housekeeper.read(now_s)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run this beside the loop, until the loop ends."""
@@ -562,34 +562,6 @@ class Controller:
 
     def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
         self.inbox.put(HandoverResult(uuid, look, error))
-
-    def _housekeep(self, now_s: float) -> None:
-        journal, state = self.effects.journal, self.config.state
-        self.commands.free_mib = journal.free_mib()
-        self.commands.free_mib_min = state.free_mib_min
-        if len(self.inbox) or self.ledger.touched:
-            return
-        journal.checkpoint()
-        if now_s - self._expired_s < EXPIRE_PERIOD_S:
-            return
-        try:
-            expired = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)
-        except JournalError as error:
-            log.warning("old jobs could not be dropped: %s", error)
-            self._expired_s = now_s
-            return
-        if not expired.more:  # else the rest goes in the next quiet moment
-            self._expired_s = now_s
-        if expired.job_ids:
-            self.spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
-
-    def _remove_files(self, gone: list[str]) -> None:
-        """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""
-        for job_id in gone:
-            try:
-                self.site.remove_job(job_id)
-            except OSError as error:
-                log.warning("the files of job %s could not be removed: %s", job_id, error)
 
 
 def _as_text(columns: GpuColumns) -> dict[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.effects import nvml_fields as fields
 from scheduler.effects.nvml_plausible import (
     IDENTITY_RANGES,
     SAMPLE_RANGES,
@@ -44,27 +45,6 @@ IMPLAUSIBLE = "IMPLAUSIBLE"
 # Ours: a limit was set without an error, and is another one when it is read back.
 NOT_KEPT = "NOT_KEPT"
 
-# Fields of NVML's field-value call; most of a sample comes with one call.
-FIELD_ECC_CORRECTED = 3
-FIELD_ECC_UNCORRECTED = 4
-FIELD_POWER_CAPPED_NS = 74
-FIELD_MEMORY_TEMPERATURE = 82
-FIELD_NVLINKS = 91
-FIELD_NVLINK_TX_KIB = 138  # their scope is the number of a link, or all
-FIELD_NVLINK_RX_KIB = 139
-FIELD_REMAPPED_CORRECTED = 142
-FIELD_REMAPPED_UNCORRECTED = 143
-FIELD_REMAP_PENDING = 144
-FIELD_REMAP_FAILURE = 145
-FIELD_POWER_AVERAGE = 185
-FIELD_POWER_INSTANT = 186  # GetPowerUsage is a 1 s average on Ampere and newer, this one is not
-FIELD_RECOVERY_ACTION = 230
-FIELD_SMOOTHING_ENABLED = 251
-FIELD_SMOOTHING_RAMP_DOWN = 262  # its scope is the number of a preset profile
-FIELD_SMOOTHING_PROFILE = 264
-FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE = 267
-NOT_OVERRIDDEN = 2**32 - 1
-EVERY_NVLINK = 2**32 - 1
 # Grace superchips refuse the GPU's own scope and report the whole module's power.
 POWER_SCOPES = (("gpu", 0), ("module", 1))
 TEMPERATURE_SENSOR_GPU = 0
@@ -98,9 +78,6 @@ PROCESS_LISTS = (
         ("nvmlDeviceGetGraphicsRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v2"),
     ),
 )
-# Which member of the value's union is valid, by its valueType.
-VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
-
 SYSFS_PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
@@ -351,7 +328,7 @@ def _limit_refusal(handle: Any) -> str:
 def _power_scope(handle: Any) -> tuple[str, int]:
     """Return the scope in which the GPU reports power; "" where no field of it does."""
     for name, scope in POWER_SCOPES:
-        ids = [(FIELD_POWER_INSTANT, scope), (FIELD_POWER_AVERAGE, scope)]
+        ids = [(fields.POWER_INSTANT, scope), (fields.POWER_AVERAGE, scope)]
         if _fields(handle, ids):
             return name, scope
     return "", POWER_SCOPES[0][1]
@@ -360,7 +337,7 @@ def _power_scope(handle: Any) -> tuple[str, int]:
 def _linked_to(handle: Any) -> tuple[str, ...]:
     """Return the PCI bus ids at the other ends of its NVLinks: GPUs or switches."""
     found = set()
-    for link in range(_fields(handle, [FIELD_NVLINKS]).get(FIELD_NVLINKS, 0)):
+    for link in range(_fields(handle, [fields.NVLINKS]).get(fields.NVLINKS, 0)):
         if unless_dead("nvmlDeviceGetNvLinkState", handle, link):
             remote = unless_dead("nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
             if remote:
@@ -482,28 +459,28 @@ def _kib(value: int) -> int:
 
 
 SAMPLE_FIELDS: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
-    ("power_w", FIELD_POWER_INSTANT, _milli),
-    ("power_w_average", FIELD_POWER_AVERAGE, _milli),
-    ("power_capped_s", FIELD_POWER_CAPPED_NS, lambda ns: ns / NS_PER_S),
-    ("memory_temperature_celsius", FIELD_MEMORY_TEMPERATURE, float),
-    ("ecc_corrected", FIELD_ECC_CORRECTED, int),
-    ("ecc_uncorrected", FIELD_ECC_UNCORRECTED, int),
-    ("rows_remapped_corrected", FIELD_REMAPPED_CORRECTED, int),
-    ("rows_remapped_uncorrected", FIELD_REMAPPED_UNCORRECTED, int),
-    ("is_remap_pending", FIELD_REMAP_PENDING, bool),
-    ("has_remap_failed", FIELD_REMAP_FAILURE, bool),
-    ("recovery_action", FIELD_RECOVERY_ACTION, int),
-    ("is_power_smoothed", FIELD_SMOOTHING_ENABLED, bool),
-    ("nvlink_tx_bytes", FIELD_NVLINK_TX_KIB, _kib),
-    ("nvlink_rx_bytes", FIELD_NVLINK_RX_KIB, _kib),
+    ("power_w", fields.POWER_INSTANT, _milli),
+    ("power_w_average", fields.POWER_AVERAGE, _milli),
+    ("power_capped_s", fields.POWER_CAPPED_NS, lambda ns: ns / NS_PER_S),
+    ("memory_temperature_celsius", fields.MEMORY_TEMPERATURE, float),
+    ("ecc_corrected", fields.ECC_CORRECTED, int),
+    ("ecc_uncorrected", fields.ECC_UNCORRECTED, int),
+    ("rows_remapped_corrected", fields.REMAPPED_CORRECTED, int),
+    ("rows_remapped_uncorrected", fields.REMAPPED_UNCORRECTED, int),
+    ("is_remap_pending", fields.REMAP_PENDING, bool),
+    ("has_remap_failed", fields.REMAP_FAILURE, bool),
+    ("recovery_action", fields.RECOVERY_ACTION, int),
+    ("is_power_smoothed", fields.SMOOTHING_ENABLED, bool),
+    ("nvlink_tx_bytes", fields.NVLINK_TX_KIB, _kib),
+    ("nvlink_rx_bytes", fields.NVLINK_RX_KIB, _kib),
 )
-POWER_FIELDS = frozenset({FIELD_POWER_INSTANT, FIELD_POWER_AVERAGE})
-NVLINK_FIELDS = frozenset({FIELD_NVLINK_TX_KIB, FIELD_NVLINK_RX_KIB})
+POWER_FIELDS = frozenset({fields.POWER_INSTANT, fields.POWER_AVERAGE})
+NVLINK_FIELDS = frozenset({fields.NVLINK_TX_KIB, fields.NVLINK_RX_KIB})
 
 
 @functools.cache
 def _sample_fields(power_scope: int) -> list[Any]:
-    scopes = dict.fromkeys(POWER_FIELDS, power_scope) | dict.fromkeys(NVLINK_FIELDS, EVERY_NVLINK)
+    scopes = dict.fromkeys(POWER_FIELDS, power_scope) | dict.fromkeys(NVLINK_FIELDS, fields.EVERY_NVLINK)
     return [(field, scopes[field]) if field in scopes else field for _, field, _ in SAMPLE_FIELDS]
 
 
@@ -515,12 +492,12 @@ def _from_fields(values: dict[int, int]) -> dict[str, Any]:
 
 def _ramp_down_w_per_s(handle: Any) -> float | None:
     """Return how fast a smoothed GPU's draw may fall: as an admin overrode it, else by its profile."""
-    values = _fields(handle, [FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE, FIELD_SMOOTHING_PROFILE])
-    mw_per_s = values.get(FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE, NOT_OVERRIDDEN)
-    if mw_per_s == NOT_OVERRIDDEN and FIELD_SMOOTHING_PROFILE in values:
-        profile = (FIELD_SMOOTHING_RAMP_DOWN, values[FIELD_SMOOTHING_PROFILE])
-        mw_per_s = _fields(handle, [profile]).get(FIELD_SMOOTHING_RAMP_DOWN, NOT_OVERRIDDEN)
-    return None if mw_per_s == NOT_OVERRIDDEN else mw_per_s / MW_PER_W
+    values = _fields(handle, [fields.SMOOTHING_RAMP_DOWN_OVERRIDE, fields.SMOOTHING_PROFILE])
+    mw_per_s = values.get(fields.SMOOTHING_RAMP_DOWN_OVERRIDE, fields.NOT_OVERRIDDEN)
+    if mw_per_s == fields.NOT_OVERRIDDEN and fields.SMOOTHING_PROFILE in values:
+        profile = (fields.SMOOTHING_RAMP_DOWN, values[fields.SMOOTHING_PROFILE])
+        mw_per_s = _fields(handle, [profile]).get(fields.SMOOTHING_RAMP_DOWN, fields.NOT_OVERRIDDEN)
+    return None if mw_per_s == fields.NOT_OVERRIDDEN else mw_per_s / MW_PER_W
 
 
 def _fields(handle: Any, ids: list[Any]) -> dict[int, int]:
@@ -537,8 +514,8 @@ def _fields(handle: Any, ids: list[Any]) -> dict[int, int]:
         code = value.nvmlReturn
         if code and (name := _error_name(code)) in DEAD:
             raise GpuReadError(name, f"field {value.fieldId}: {name}")
-        if not code and 0 <= value.valueType < len(VALUE_MEMBERS):
-            found[value.fieldId] = int(getattr(value.value, VALUE_MEMBERS[value.valueType]))
+        if not code and 0 <= value.valueType < len(fields.VALUE_MEMBERS):
+            found[value.fieldId] = int(getattr(value.value, fields.VALUE_MEMBERS[value.valueType]))
     return found
 
 
