@@ -1,0 +1,264 @@
+"""A workload under the real loop in virtual time: jobs come when their rows say, until nothing can change.
+
+A victim stops as soon as it is signalled: its grace bounds what it may take, and a trace does not know what
+it would. Whatever else a start, a stop or a hand-over costs is what loop and simulated launcher take.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scheduler.control.board import NodeSize
+from scheduler.control.inbox import Submission, Submit
+from scheduler.control.loop import Controller
+from scheduler.errors import InputError
+from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
+from scheduler.model.policy import Policy
+from scheduler.model.settings import MICROUSD_PER_USD, Config, JobsConfig, SamplingConfig, StateConfig
+from scheduler.simulation.boards import PROCESS_MEMORY_MIB, RESERVE_MIB, Board, Profile, boards
+from scheduler.simulation.daemon import SimulatedDaemon
+from scheduler.simulation.inputs import EventRow, JobRow, JobStore, NodeRow, PriceRow
+from scheduler.simulation.machine import Machine, Workload
+from scheduler.simulation.record import Changes, Place, Progress, Recorder
+from scheduler.simulation.site import Site, budget_steps, price_steps
+from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
+
+# Nothing of a plan hangs on how often boards are read; what they use is booked as often.
+SAMPLING_PERIOD_S = 300.0
+_PENDING_MAX = 100_000_000
+_DAY_S = 86_400.0
+# What a finished job leaves in the journal is of no use here.
+_STATE = StateConfig(
+    finished_jobs_kept_s=600.0,
+    finished_jobs_kept_max=10_000,
+    journal_segment_events_max=20_000,
+    journal_segments_kept_max=1,
+    free_mib_min=1,
+)
+# Submissions of one moment that go in one command.
+_SUBMISSIONS_AT_ONCE = 500
+_SM_CLOCK_MHZ = 1500
+# Memory as a disk, so that a commit costs no seek.
+_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What is replayed."""
+
+    nodes: tuple[NodeRow, ...]
+    prices: tuple[PriceRow, ...] = ()
+    events: tuple[EventRow, ...] = ()
+    policy: Policy = Policy()  # noqa: RUF009 (frozen)
+    until_s: float | None = None  # None = until no job can change any more
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it."""
+
+    end_s: float
+    record: Recorder
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory that goes away again, in memory if it can be."""
+    with tempfile.TemporaryDirectory(prefix="wattshift-simulate-") as name:
+        yield Path(name)
+
+
+def notes(world: World) -> list[str]:
+    """What of the inputs changes no decision yet, for whoever reads the results."""
+    found = []
+    if world.events:
+        found.append(
+            "Grid events are not known to the daemon yet: nothing is shed for them. "
+            "How long the site was above its budget is what it would have been."
+        )
+    if world.prices:
+        found.append(
+            "Prices do not steer yet: nothing stops because electricity is dear. "
+            "Cost is booked at the true price."
+        )
+    return found
+
+
+def replay(
+    world: World, jobs: JobStore, folder: Path, on_progress: Callable[[Progress], None] = lambda _: None
+) -> Outcome:
+    """Replay the jobs on the nodes; attempts.csv and timeline.csv are written into the folder.
+
+    Raises:
+        InputError: More than one node.
+    """
+    if len(world.nodes) != 1:
+        raise InputError(f"{len(world.nodes)} nodes were given; one node can be simulated so far")
+    directory = str(_MEMORY) if _MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="wattshift-journal-", dir=directory) as state:
+        return run(_Replay(world, jobs, folder, on_progress).run(Path(state)))
+
+
+class _Replay:
+    """One replay."""
+
+    def __init__(
+        self, world: World, jobs: JobStore, folder: Path, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._world = world
+        self._jobs = jobs
+        self._folder = folder
+        self._on_progress = on_progress
+        self._workloads: dict[str, Workload] = {}  # by job id, of those that are not final
+        self._all_submitted = False
+
+    async def run(self, state_dir: Path) -> Outcome:
+        """Replay until the end."""
+        world = self._world
+        (node,) = world.nodes
+        machine = Machine(_boards(node), VirtualClock(EPOCH_S), self._workloads.__getitem__)
+        config = Config(
+            policy=world.policy,
+            state=_STATE,
+            jobs=JobsConfig(pending_max=_PENDING_MAX),
+            sampling=SamplingConfig(SAMPLING_PERIOD_S, _DAY_S),
+        )
+        size = NodeSize(node.cpus_milli, node.memory_mib, world.policy.live_jobs_max)
+        daemon = SimulatedDaemon(machine, state_dir, config, size)
+        site = Site(price_steps(world.prices), budget_steps(world.events), world.events, node.base_w)
+        places = {uuid: Place(node.node_id, b.identity.index) for uuid, b in machine.boards.items()}
+        record = Recorder(machine, site, places, node.node_id, self._folder, self._on_progress)
+        try:
+            await daemon.start()
+            await self._until_over(daemon, record)
+            record.finish()
+            end_s = asyncio.get_running_loop().time()
+            assert not daemon.controller.meters.tick_failures, "a tick failed; the log says why"
+            daemon.stop()
+        finally:
+            record.close()
+        return Outcome(end_s, record)
+
+    async def _until_over(self, daemon: SimulatedDaemon, record: Recorder) -> None:
+        daemon.controller.watchers.join(Changes(record.see))
+        tasks = [
+            asyncio.ensure_future(work)
+            for work in (self._feed(daemon, record), record.sample(), self._over(daemon, record))
+        ]
+        feed, sampling, over = tasks
+        loop = asyncio.get_running_loop()
+        until_s = self._world.until_s
+        left_s = None if until_s is None else until_s - loop.time()
+        try:
+            await asyncio.wait({over, feed}, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION)
+            for task in (feed, over):
+                if task.done():
+                    task.result()
+        finally:
+            for task in (feed, sampling, over):
+                task.cancel()
+
+    async def _feed(self, daemon: SimulatedDaemon, record: Recorder) -> None:
+        """Submit every job at its time."""
+        loop = asyncio.get_running_loop()
+        batch: list[JobRow] = []
+        for row in self._jobs:
+            if batch and (row.submit_s > batch[0].submit_s or len(batch) == _SUBMISSIONS_AT_ONCE):
+                await self._submit(daemon, record, batch)
+                batch = []
+            if row.submit_s > loop.time():
+                await asyncio.sleep(row.submit_s - loop.time())
+            batch.append(row)
+        if batch:
+            await self._submit(daemon, record, batch)
+        self._all_submitted = True
+        record.changed.set()
+
+    async def _submit(self, daemon: SimulatedDaemon, record: Recorder, rows: list[JobRow]) -> None:
+        submissions = []
+        for row in rows:
+            record.announce(row)
+            submissions.append(Submission(_spec(row, self._world.policy), {}))
+        for row, job in zip(rows, await daemon.ask(Submit(tuple(submissions))), strict=True):
+            self._workloads[job.id] = _workload(row, self._world.policy)
+
+    async def _over(self, daemon: SimulatedDaemon, record: Recorder) -> None:
+        """Come back when no job can change any more."""
+        while not self._is_over(daemon.controller, daemon.machine):
+            await record.changed.wait()
+            record.changed.clear()
+
+    def _is_over(self, control: Controller, machine: Machine) -> bool:
+        ledger = control.ledger
+        if not self._all_submitted:
+            return False
+        if not ledger.jobs:
+            return True
+        if any(job.state not in (JobState.PENDING, JobState.RUNNING) for job in ledger.jobs.values()):
+            return False
+        last_plan = control.last_plan
+        is_settled = machine.is_endless and not control.board.occupants()
+        return is_settled and (last_plan is None or last_plan.wake_us is None)
+
+
+def _boards(node: NodeRow) -> dict[str, Board]:
+    """The node's boards: what jobs may book of one is its memory less the driver's reserve."""
+    profile = Profile(
+        model=node.gpu_model,
+        memory_mib=node.gpu_memory_mib + RESERVE_MIB,
+        idle_w=node.gpu_idle_w,
+        power_limit_w_min=node.gpu_power_limit_w_min,
+        power_limit_w_max=node.gpu_power_limit_w_max,
+        sm_clock_mhz=_SM_CLOCK_MHZ,
+    )
+    return boards([profile] * node.gpus, node.node_id, EPOCH_S)
+
+
+def _spec(row: JobRow, policy: Policy) -> JobSpec:
+    """The row as a client's submission: what it does not say is its class's."""
+    said = policy.classes[row.job_class]
+
+    def default(value: float | None, other: float) -> float:
+        return other if value is None else value
+
+    return JobSpec(
+        name=row.job_id,
+        command=("simulated",),
+        job_class=row.job_class,
+        priority=row.priority,
+        value_microusd_per_gpu_hour=round(
+            default(row.value_usd_per_gpu_hour, said.value_usd_per_gpu_hour) * MICROUSD_PER_USD
+        ),
+        gpus=row.gpus,
+        gpu_share_milli=row.gpu_share_milli,
+        gpu_memory_mib=said.gpu_memory_mib if row.gpu_memory_mib is None else row.gpu_memory_mib,
+        gpu_models=row.gpu_models,
+        # Thousandths of CPUs, here and in the node's size: a plan only compares.
+        cpus=said.cpus * 1000 if row.cpus_milli is None else row.cpus_milli,
+        memory_mib=said.memory_mib if row.memory_mib is None else row.memory_mib,
+        preemptible=said.preemptible if row.preemptible is None else row.preemptible,
+        on_preempt=OnPreempt.REQUEUE,
+        grace_s=default(row.grace_s, said.grace_s),
+        min_runtime_s=default(row.min_runtime_s, said.min_runtime_s),
+        restart_loss_s=default(row.restart_loss_s, said.restart_loss_s),
+        exit_zero_is_done=True,  # only who has done all its work exits 0 here
+        restart=RestartRule.NEVER,
+        expected_duration_s=row.expected_s,
+        deadline_s=None if row.deadline_s is None else EPOCH_S + row.deadline_s,
+        draw_w=row.draw_w,
+        tenant=row.tenant,
+    )
+
+
+def _workload(row: JobRow, policy: Policy) -> Workload:
+    said = policy.classes[row.job_class]
+    return Workload(
+        duration_s=row.duration_s,
+        restart_loss_s=said.restart_loss_s if row.restart_loss_s is None else row.restart_loss_s,
+        draw_w=row.draw_w,
+        memory_mib=row.gpu_memory_mib or PROCESS_MEMORY_MIB,
+        share_milli=row.gpu_share_milli,
+    )
