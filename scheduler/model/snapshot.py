@@ -53,7 +53,7 @@ class JobColumns:
     time_limit_us: Any  # duration; UNKNOWN
     started_us: Any  # of the live attempt; UNKNOWN before it runs
     checkpoint_us: Any  # last one known of the live attempt; UNKNOWN
-    node: Any  # where a live job is; UNKNOWN
+    node: Any  # where a live job is, of a gang over several nodes one that it holds GPUs of; UNKNOWN
     preemptor: Any  # number of the job that a stopping one gives way to; UNKNOWN
     stop_us: Any  # when the stop of a stopping job was decided; UNKNOWN
 
@@ -77,9 +77,11 @@ class GpuColumns:
     island: Any = None
     switch: Any = None
     numa: Any = None
+    # Equal numbers are of one model. Left out they are UNKNOWN, and so equal, for every row.
+    model: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("island", "switch", "numa"):
+        for name in ("island", "switch", "numa", "model"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.full(len(self.uuid), UNKNOWN, dtype=np.int64))
         # Here and not in the snapshot: they outlive many.
@@ -105,6 +107,9 @@ class NodeColumns:
 @dataclass(frozen=True, slots=True, eq=False)
 class HoldingColumns:
     """Shape (holdings,) each: job row `job` holds GPU row `gpu`.
+
+    A gang over several nodes holds GPUs of each of them. Its CPUs and host memory are there in proportion to
+    the GPUs, rounded up, and it takes a place for a live job on each.
 
     `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified; of those the last
     two columns say what `JobColumns` says of a stopping job. Left out they are UNKNOWN for every row.
@@ -292,7 +297,7 @@ def _check_jobs(table: _Table, jobs: JobColumns, nodes: int, model_sets: int) ->
 
 
 def _check_holdings(table: _Table, holdings: HoldingColumns, jobs: JobColumns, gpus: GpuColumns) -> None:
-    """Who holds a GPU is there and live, on the GPU's node, with its own share; and nothing is held twice."""
+    """Who holds a GPU is there, live and on its node, with its own share; and nothing is held twice."""
     if not len(holdings):
         return
     table._replace(label=lambda row: f"GPU row {holdings.gpu[row]}").within("gpu", 0, len(gpus) - 1)
@@ -323,8 +328,10 @@ def _check_holders(
     live, here, own = state != PENDING, node == where, share == holdings.share_milli
     if not (over | (live & here & own)).all():
         table.check(over | live, lambda row: f"held by job {number[job[row]]}, which is pending")
+        # A gang may hold GPUs of several nodes; its own node is one of them.
+        at_home = np.bincount(job[here & ~over], minlength=len(jobs)) > 0
         table.check(
-            over | here,
+            over | here | at_home[job],
             lambda row: f"on node {where[row]}, held by job {number[job[row]]} on node {node[row]}",
         )
         table.check(

@@ -19,14 +19,16 @@ VERSION = "simulated"
 class SimulatedDaemon:
     """A daemon on a machine, with its state in a directory; machine and launcher outlive it."""
 
-    def __init__(self, machine: Machine, state_dir: Path, config: Config, size: NodeSize) -> None:
-        """Take the machine, the journal's directory (best in memory), the settings, the node's size."""
+    def __init__(
+        self, machine: Machine, state_dir: Path, config: Config, sizes: tuple[NodeSize, ...]
+    ) -> None:
+        """Take the machine, the journal's directory (best in memory), the settings, each node's size."""
         self.machine = machine
         self.launcher = SimulatedLauncher(machine)
         self.config = config
         self._gpus = MachineGpus(machine)
         self._state_dir = state_dir
-        self._size = size
+        self._sizes = sizes
         self._journal: SqliteJournal | None = None
         self._controller: Controller | None = None
         self._pid = 0
@@ -67,7 +69,7 @@ class SimulatedDaemon:
         try:
             effects = Effects(clock, journal, self.launcher, self._gpus, MachineProcesses(self.machine))
             site = Site(
-                size=self._size,
+                sizes=self._sizes,
                 base_environment={},
                 remove_job=lambda _: None,
                 was_begun=self.launcher.was_begun,

@@ -152,6 +152,7 @@ def running(number: int, *on: str, ran_s: float = 3600, **others: Any) -> J:
 
 def snapshot(world: W) -> Snapshot:
     """The world as the planner sees it."""
+    models = sorted({gpu.model for gpu in world.gpus})
     sets = list(dict.fromkeys([*world.model_sets, *(job.models for job in world.jobs)]))
     fits = [[not models or gpu.model in models for gpu in world.gpus] for models in sets]
     holdings = [
@@ -171,6 +172,7 @@ def snapshot(world: W) -> Snapshot:
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("index", "node", "memory_mib")),
             _ints(columns.OPEN if gpu.is_open else columns.CLOSED for gpu in world.gpus),
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("island", "switch", "numa")),
+            _ints(models.index(gpu.model) for gpu in world.gpus),
         ),
         nodes=NodeColumns(
             *(_ints(getattr(node, name.name) for node in world.nodes) for name in fields(NodeColumns))
@@ -188,7 +190,7 @@ def applied(world: W, plan: Plan) -> W:
         match action:
             case StartJob(gpus=on, node=node):
                 assert job.state == PENDING
-                assert all(world.gpu(uuid).node == node for uuid in on)
+                assert not on or node == min(world.gpu(uuid).node for uuid in on)
                 jobs[job.number] = replace(job, state=STARTING, on=on, node=node)
             case PreemptJob(preemptor=preemptor):
                 assert job.state in (STARTING, RUNNING, SUSPENDED)
