@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from scheduler.cli.convert import convert
 from scheduler.cli.exit_codes import ExitCode
 from scheduler.cli.failures import CliError
 
@@ -34,7 +35,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--seed",
     type=click.IntRange(0, SEED_MAX),
-    help="Of --synthetic: equal seeds give equal days.  [default: 0]",
+    default=0,
+    show_default=True,
+    help="Of what is drawn by chance: the synthetic day. A replay of files draws nothing.",
 )
 @click.option(
     "--until",
@@ -70,6 +73,9 @@ def simulate(ctx: click.Context, /, out: Path | None, **options: Any) -> None:
             _simulate(world, store, config, out, "")
 
 
+simulate.add_command(convert)
+
+
 def _check(ctx: click.Context, options: dict[str, Any], out: Path | None) -> None:
     """What can't be together, or is missing."""
     wanted = ["--out"] if out is None else []
@@ -78,8 +84,6 @@ def _check(ctx: click.Context, options: dict[str, Any], out: Path | None) -> Non
             raise click.UsageError("--synthetic makes up the jobs; leave --jobs out", ctx)
     else:
         wanted += [f"--{name}" for name in ("nodes", "jobs") if options[name] is None]
-        if options["seed"] is not None:
-            raise click.UsageError("--seed is of --synthetic; a replay of files draws nothing by chance", ctx)
     if wanted:
         raise click.UsageError(f"missing {', '.join(wanted)}", ctx)
     if options["compare"] and options["policy"]:
@@ -92,7 +96,7 @@ def _files(options: dict[str, Any], out: Path) -> dict[str, Path | None]:
     if options["synthetic"]:
         from scheduler.simulation import synthetic
 
-        made = synthetic.write(out / "inputs", options["seed"] or 0, files["nodes"])
+        made = synthetic.write(out / "inputs", options["seed"], files["nodes"])
         files = {**made, **{name: path for name, path in files.items() if path is not None}}
         _tell(f"the synthetic day is in {out / 'inputs'}")
     return files

@@ -42,14 +42,14 @@ def figure(title: str, words: str, legend: Sequence[Series], svg: str) -> str:
     )
 
 
-def stacked(times_s: Sequence[float], series: Sequence[Series], top: float, unit: str) -> str:
-    """Areas on top of each other; `top` is the least that the axis shows."""
+def stacked(times_s: Sequence[float], series: Sequence[Series], end_s: float, top: float, unit: str) -> str:
+    """Areas on top of each other, from 0 to the end; `top` is the least that the axis shows."""
     floor = [0.0] * len(times_s)
     sums: list[list[float]] = []
     for one in series:
         floor = [low + (value or 0.0) for low, value in zip(floor, one.values, strict=True)]
         sums.append(floor)
-    frame = _Frame.over_time(times_s, 0.0, max([top, *(floor or [0.0])]), unit)
+    frame = _Frame.over_time(end_s, 0.0, max([top, *(floor or [0.0])]), unit)
     parts = []
     below = [0.0] * len(times_s)
     for one, above in zip(series, sums, strict=True):
@@ -60,10 +60,12 @@ def stacked(times_s: Sequence[float], series: Sequence[Series], top: float, unit
     return frame.svg("".join(parts))
 
 
-def lines(times_s: Sequence[float], series: Sequence[Series], unit: str, height: int = HEIGHT) -> str:
-    """Lines over time."""
+def lines(
+    times_s: Sequence[float], series: Sequence[Series], end_s: float, unit: str, height: int = HEIGHT
+) -> str:
+    """Lines over time, from 0 to the end."""
     found = [value for one in series for value in one.values if value is not None]
-    frame = _Frame.over_time(times_s, min([0.0, *found]), max([0.0, *found]), unit, height)
+    frame = _Frame.over_time(end_s, min([0.0, *found]), max([0.0, *found]), unit, height)
     return frame.svg("".join(_line(frame, times_s, one) for one in series))
 
 
@@ -152,15 +154,12 @@ class _Frame:
     is_logarithmic: bool = False
 
     @classmethod
-    def over_time(
-        cls, times_s: Sequence[float], low: float, high: float, unit: str, height: int = HEIGHT
-    ) -> "_Frame":
-        first_s, last_s = (times_s[0], times_s[-1]) if times_s else (0.0, 1.0)
-        span_s = max(last_s - first_s, 1.0)
+    def over_time(cls, end_s: float, low: float, high: float, unit: str, height: int = HEIGHT) -> "_Frame":
+        span_s = max(end_s, 1.0)
         step_s = next((s for s in _STEPS_S if span_s / s <= _TICKS_X), _STEPS_S[-1])
-        x_ticks = [(i * step_s, clock(i * step_s)) for i in range(int(span_s // step_s) + 1)]
+        x_ticks = [(float(i * step_s), clock(i * step_s)) for i in range(int(span_s // step_s) + 1)]
         low, high, y_ticks = _scale(low, high)
-        return cls(first_s, first_s + span_s, low, high, tuple(x_ticks), y_ticks, unit, height)
+        return cls(0.0, span_s, low, high, tuple(x_ticks), y_ticks, unit, height)
 
     @classmethod
     def logarithmic(cls, low: float, high: float) -> "_Frame":

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -296,39 +297,42 @@ def _limit(count: int, rows_max: int, line: int, problems: Problems) -> None:
 
 
 class Room:
-    """What the largest nodes have, to refuse a job that fits on none of them."""
+    """What the nodes have, to refuse a job that fits on none of them even if it is empty."""
 
     def __init__(self, nodes: Iterable[NodeRow]) -> None:
-        """Take the nodes."""
-        self._shapes = sorted(
-            {(n.gpu_model, n.gpus, n.gpu_memory_mib, n.cpus_milli, n.memory_mib) for n in nodes}
-        )
+        """Take the nodes; of those that are alike one is looked at."""
+        alike = {(n.gpu_model, n.gpus, n.gpu_memory_mib, n.cpus_milli, n.memory_mib): n for n in nodes}
+        self._nodes = list(alike.values())
         self.lack = lru_cache(maxsize=10_000)(self._lack)
 
     def _lack(
         self, gpus: int, models: tuple[str, ...], gpu_mib: int, cpus_milli: int, memory_mib: int
     ) -> tuple[str, str] | None:
         """The column that rules a job out on every node, and why; None where it fits on one."""
-        left = self._shapes
+
+        def has_model(node: NodeRow) -> bool:
+            return not models or any(model_matches(model, node.gpu_model) for model in models)
+
         if gpus:
-            left = [s for s in left if s[1]]
-        asked = (
-            (
-                "gpu_models",
-                lambda s: not gpus or not models or any(model_matches(model, s[0]) for model in models),
-                "no node has such a GPU",
-            ),
-            ("gpu_memory_mib", lambda s: not gpus or s[2] >= gpu_mib, "the largest fitting GPU has {2}"),
-            ("gpus", lambda s: s[1] >= gpus, "the largest node that fits has {1}"),
-            ("cpus", lambda s: s[3] >= cpus_milli, "the largest node that fits has {3:g}"),
-            ("memory_mib", lambda s: s[4] >= memory_mib, "the largest node that fits has {4}"),
+            matching = [node for node in self._nodes if node.gpus and has_model(node)]
+            if not matching:
+                return "gpu_models" if models else "gpus", "no node has such a GPU"
+        else:
+            matching = self._nodes
+        amounts = (
+            ("gpu_memory_mib", gpu_mib if gpus else 0, attrgetter("gpu_memory_mib"), 1),
+            ("gpus", gpus, attrgetter("gpus"), 1),
+            ("cpus", cpus_milli, attrgetter("cpus_milli"), 1000),
+            ("memory_mib", memory_mib, attrgetter("memory_mib"), 1),
         )
-        for column, fits, words in asked:
-            fitting = [shape for shape in left if fits(shape)]
-            if not fitting:
-                most = [max((s[place] for s in left), default=0) for place in range(1, 5)]
-                return column, words.format("", most[0], most[1], most[2] / 1000, most[3])
-            left = fitting
+        for column, wanted, amount, unit in amounts:
+            most = max(map(amount, matching), default=0)
+            matching = [node for node in matching if amount(node) >= wanted]
+            if not matching:
+                return (
+                    column,
+                    f"must be at most {most / unit:g}, what the largest node has that fits otherwise",
+                )
         return None
 
 
@@ -428,7 +432,7 @@ def _cell(values: dict[str, Any], column: str) -> str:
     value = values[column]
     if isinstance(value, tuple):
         return "|".join(value)
-    return f"{value / 1000 if column == 'cpus' else value:g}"
+    return f"{int(value) / 1000:g}" if column == "cpus" else f"{value:g}"
 
 
 def write_rows(path: Path, columns: Iterable[Column], rows: Iterable[dict[str, Any]]) -> None:

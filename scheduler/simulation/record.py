@@ -6,7 +6,7 @@ Everything is taken from the daemon's published changes and the machine's truth;
 import asyncio
 import csv
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,14 +34,6 @@ SAMPLE_S_FIRST = 60.0
 _S_PER_HOUR = 3600.0
 # Progress is told once in so many changes of jobs.
 _CHANGES_PER_REPORT = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a GPU is."""
-
-    node_id: str
-    index: int
 
 
 @dataclass(slots=True)
@@ -111,18 +103,16 @@ class Recorder:
         self,
         machine: Machine,
         site: Site,
-        places: Mapping[str, Place],
-        home: str,
+        nodes: Sequence[str],
         folder: Path,
         on_progress: Callable[[Progress], None],
     ) -> None:
-        """Take the machine, the site's meter, where each GPU is (by UUID), where jobs without one are."""
+        """Take the machine, the site's meter, the nodes' names, the folder, whom to tell how far it is."""
         self.site = site
         self.tallies = {job_class: ClassTally() for job_class in JobClass}
         self.samples: list[Sample] = []
         self._machine = machine
-        self._places = places
-        self._home = home
+        self._nodes = nodes
         self._on_progress = on_progress
         self._rows: dict[str, JobRow] = {}  # announced, and not seen yet
         self._jobs: dict[int, _Tracked] = {}
@@ -261,15 +251,17 @@ class Recorder:
         tracked.written = attempt.number
         begun_s = attempt.started_s if attempt.started_s is not None else attempt.decided_s
         start_s = begun_s - self._epoch_s
-        places = [self._places[uuid] for uuid in attempt.gpus]
-        node_id = places[0].node_id if places else self._home
+        gpus = [self._machine.boards[uuid].identity for uuid in attempt.gpus]
+        nodes = {gpu.node for gpu in gpus} or {attempt.node}
+        # A gang over several nodes names the node of each of its GPUs.
+        names = [gpu.node for gpu in gpus] if len(nodes) > 1 else nodes
         row = tracked.row
         self._attempts.writerow(
             (
                 row.job_id,
                 attempt.number,
-                node_id,
-                "|".join(str(place.index) for place in places),
+                "|".join(self._nodes[node] for node in names),
+                "|".join(str(gpu.index) for gpu in gpus),
                 row.gpu_share_milli,
                 _seconds(start_s),
                 _seconds(end_s),

@@ -6,7 +6,7 @@ it would. Whatever else a start, a stop or a hand-over costs is what loop and si
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 from scheduler.control.board import NodeSize
 from scheduler.control.inbox import Submission, Submit
 from scheduler.control.loop import Controller
-from scheduler.errors import InputError
 from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
 from scheduler.model.policy import Policy
 from scheduler.model.settings import MICROUSD_PER_USD, Config, JobsConfig, SamplingConfig, StateConfig
@@ -22,7 +21,7 @@ from scheduler.simulation.boards import PROCESS_MEMORY_MIB, RESERVE_MIB, Board, 
 from scheduler.simulation.daemon import SimulatedDaemon
 from scheduler.simulation.inputs import EventRow, JobRow, JobStore, NodeRow, PriceRow
 from scheduler.simulation.machine import Machine, Workload
-from scheduler.simulation.record import Changes, Place, Progress, Recorder
+from scheduler.simulation.record import Changes, Progress, Recorder
 from scheduler.simulation.site import Site, budget_steps, price_steps
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
 
@@ -90,13 +89,7 @@ def notes(world: World) -> list[str]:
 def replay(
     world: World, jobs: JobStore, folder: Path, on_progress: Callable[[Progress], None] = lambda _: None
 ) -> Outcome:
-    """Replay the jobs on the nodes; attempts.csv and timeline.csv are written into the folder.
-
-    Raises:
-        InputError: More than one node.
-    """
-    if len(world.nodes) != 1:
-        raise InputError(f"{len(world.nodes)} nodes were given; one node can be simulated so far")
+    """Replay the jobs on the nodes; attempts.csv and timeline.csv are written into the folder."""
     directory = str(_MEMORY) if _MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="wattshift-journal-", dir=directory) as state:
         return run(_Replay(world, jobs, folder, on_progress).run(Path(state)))
@@ -118,19 +111,20 @@ class _Replay:
     async def run(self, state_dir: Path) -> Outcome:
         """Replay until the end."""
         world = self._world
-        (node,) = world.nodes
-        machine = Machine(_boards(node), VirtualClock(EPOCH_S), self._workloads.__getitem__)
+        machine = Machine(_boards(world.nodes), VirtualClock(EPOCH_S), self._workloads.__getitem__)
         config = Config(
             policy=world.policy,
             state=_STATE,
             jobs=JobsConfig(pending_max=_PENDING_MAX),
             sampling=SamplingConfig(SAMPLING_PERIOD_S, _DAY_S),
         )
-        size = NodeSize(node.cpus_milli, node.memory_mib, world.policy.live_jobs_max)
-        daemon = SimulatedDaemon(machine, state_dir, config, size)
-        site = Site(price_steps(world.prices), budget_steps(world.events), world.events, node.base_w)
-        places = {uuid: Place(node.node_id, b.identity.index) for uuid, b in machine.boards.items()}
-        record = Recorder(machine, site, places, node.node_id, self._folder, self._on_progress)
+        live_jobs_max = world.policy.live_jobs_max
+        sizes = tuple(NodeSize(node.cpus_milli, node.memory_mib, live_jobs_max) for node in world.nodes)
+        daemon = SimulatedDaemon(machine, state_dir, config, sizes)
+        base_w = sum(node.base_w for node in world.nodes)
+        site = Site(price_steps(world.prices), budget_steps(world.events), world.events, base_w)
+        names = [node.node_id for node in world.nodes]
+        record = Recorder(machine, site, names, self._folder, self._on_progress)
         try:
             await daemon.start()
             await self._until_over(daemon, record)
@@ -204,17 +198,20 @@ class _Replay:
         return is_settled and (last_plan is None or last_plan.wake_us is None)
 
 
-def _boards(node: NodeRow) -> dict[str, Board]:
-    """The node's boards: what jobs may book of one is its memory less the driver's reserve."""
-    profile = Profile(
-        model=node.gpu_model,
-        memory_mib=node.gpu_memory_mib + RESERVE_MIB,
-        idle_w=node.gpu_idle_w,
-        power_limit_w_min=node.gpu_power_limit_w_min,
-        power_limit_w_max=node.gpu_power_limit_w_max,
-        sm_clock_mhz=_SM_CLOCK_MHZ,
-    )
-    return boards([profile] * node.gpus, node.node_id, EPOCH_S)
+def _boards(nodes: Iterable[NodeRow]) -> dict[str, Board]:
+    """All nodes' boards: what jobs may book of one is its memory less the driver's reserve."""
+    found: dict[str, Board] = {}
+    for row, node in enumerate(nodes):
+        profile = Profile(
+            model=node.gpu_model,
+            memory_mib=node.gpu_memory_mib + RESERVE_MIB,
+            idle_w=node.gpu_idle_w,
+            power_limit_w_min=node.gpu_power_limit_w_min,
+            power_limit_w_max=node.gpu_power_limit_w_max,
+            sm_clock_mhz=_SM_CLOCK_MHZ,
+        )
+        found |= boards([profile] * node.gpus, node.node_id, EPOCH_S, row)
+    return found
 
 
 def _spec(row: JobRow, policy: Policy) -> JobSpec:

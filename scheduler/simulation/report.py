@@ -30,13 +30,13 @@ STYLE = """
 body {font: 14px/1.45 system-ui, sans-serif; color: #222; background: #fff}
 body {max-width: 980px; margin: 24px auto; padding: 0 16px}
 h1 {font-size: 22px; margin: 0 0 4px} h2 {font-size: 16px; margin: 28px 0 6px} p {margin: 4px 0}
-.tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 8px; margin: 14px 0}
+.tiles {display: grid; grid-template-columns: repeat(auto-fit, minmax(104px, 1fr)); gap: 8px; margin: 14px 0}
 .tile {border: 1px solid #ddd; border-radius: 6px; padding: 8px 10px}
 .tile b {display: block; font-size: 18px} .tile small {color: #666}
 table {border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums}
 th, td {padding: 3px 8px; text-align: right; border-bottom: 1px solid #eee}
 th {font-weight: 600; color: #555} th:first-child, td:first-child {text-align: left}
-.scroll {overflow-x: auto}
+.scroll {overflow-x: auto} th, td {white-space: nowrap}
 figure {margin: 18px 0 0} figcaption small {color: #666; margin: 0 10px 0 4px}
 svg {width: 100%; height: auto; display: block}
 .key {margin-right: 12px; white-space: nowrap; font-size: 12px}
@@ -54,6 +54,7 @@ class Buckets:
     """The timeline in equal stretches of time; each column's mean over them, None where it is empty."""
 
     times_s: tuple[float, ...]  # the middle of each
+    end_s: float
     columns: dict[str, list[float | None]]
 
 
@@ -108,7 +109,7 @@ def read_buckets(timeline: Path, end_s: float) -> Buckets:
         ]
         for name in names
     }
-    return Buckets(tuple((i + 0.5) * width_s for i in range(BUCKETS_MAX)), means)
+    return Buckets(tuple((i + 0.5) * width_s for i in range(BUCKETS_MAX)), end_s, means)
 
 
 def _until_end(rows: Iterable[dict[str, str]], end_s: float) -> Iterable[dict[str, str]]:
@@ -182,7 +183,7 @@ def _gpus(buckets: Buckets, gpus: int) -> str:
         )
         for job_class in JobClass
     ]
-    svg = charts.stacked(buckets.times_s, series, gpus, "GPUs")
+    svg = charts.stacked(buckets.times_s, series, buckets.end_s, gpus, "GPUs")
     return figure("GPUs", f"held by each class, of {gpus}", series, svg)
 
 
@@ -192,7 +193,10 @@ def _queue(buckets: Buckets) -> str:
         Series("running", _BLUE, buckets.columns["running_jobs"]),
     ]
     return figure(
-        "Queue", "jobs that wait and jobs that run", series, charts.lines(buckets.times_s, series, "jobs")
+        "Queue",
+        "jobs that wait and jobs that run",
+        series,
+        charts.lines(buckets.times_s, series, buckets.end_s, "jobs"),
     )
 
 
@@ -204,10 +208,12 @@ def _power(buckets: Buckets) -> Iterable[str]:
     draw = Series("draw", _GREEN, kw["draw_w"])
     budget = Series("budget", _RED, kw["budget_w"], dashed=True)
     shown = [draw, budget] if any(value is not None for value in budget.values) else [draw]
-    yield figure("Power", "of the site, at the meter", shown, charts.lines(buckets.times_s, shown, "kW"))
+    yield figure(
+        "Power", "of the site, at the meter", shown, charts.lines(buckets.times_s, shown, buckets.end_s, "kW")
+    )
     price = Series("price", _INK, buckets.columns["usd_per_mwh"])
     if any(value is not None for value in price.values):
-        svg = charts.lines(buckets.times_s, [price], "USD/MWh", height=charts.HEIGHT // 2 + 20)
+        svg = charts.lines(buckets.times_s, [price], buckets.end_s, "USD/MWh", height=charts.HEIGHT // 2 + 20)
         yield figure("Price", "of electricity", [price], svg)
 
 
@@ -219,7 +225,7 @@ def _money(samples: Sequence[Sample]) -> str:
         Series("profit", _GREEN, [sample.value_usd - sample.cost_usd for sample in samples], dashed=True),
     ]
     words = "since the beginning; a job pays when it is complete, mining as it works"
-    return figure("Value and cost", words, series, charts.lines(times_s, series, "USD"))
+    return figure("Value and cost", words, series, charts.lines(times_s, series, times_s[-1], "USD"))
 
 
 def _waits(waits_s: dict[JobClass, Sequence[float]]) -> str:
@@ -237,7 +243,7 @@ def _preemptions(samples: Sequence[Sample]) -> str:
         for place, job_class in enumerate(JobClass)
     ]
     times_s = [sample.time_s for sample in samples]
-    svg = charts.stacked(times_s, series, 1.0, "preemptions")
+    svg = charts.stacked(times_s, series, times_s[-1], 1.0, "preemptions")
     return figure("Preemptions", "since the beginning, by the class that gave way", series, svg)
 
 
