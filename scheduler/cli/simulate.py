@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from scheduler.cli.failures import CliError
 
 if TYPE_CHECKING:
     from scheduler.model.settings import Config
+    from scheduler.simulation.inputs import JobStore
     from scheduler.simulation.record import Progress
     from scheduler.simulation.replay import World
 
@@ -57,20 +58,14 @@ def simulate(ctx: click.Context, /, out: Path | None, **options: Any) -> None:
         return
     _check(ctx, options, out)
     assert out is not None
-    from scheduler.simulation import replay
-
-    with ExitStack() as stack:
-        scratch = stack.enter_context(replay.scratch())
-        out.mkdir(parents=True, exist_ok=True)
-        files = _files(options, out)
-        world = _world(files, options["until"])
-        store = _load(files["jobs"], world, scratch)
-        stack.callback(store.close)
+    out.mkdir(parents=True, exist_ok=True)
+    files = _files(options, out)
+    world = _world(files, options["until"])
+    with closing(_load(files["jobs"], world)) as store:
         if options["compare"]:
             _compare(world, store, options["compare"], out)
         else:
-            config = _config(options["policy"])
-            _simulate(world, store, config, out, "")
+            _simulate(world, store, _config(options["policy"]), out, "")
 
 
 simulate.add_command(convert)
@@ -115,11 +110,11 @@ def _world(files: dict[str, Path | None], until_s: float | None) -> World:
     )
 
 
-def _load(jobs: Path | None, world: World, scratch: Path) -> Any:
+def _load(jobs: Path | None, world: World) -> JobStore:
     from scheduler.simulation import inputs
 
     assert jobs is not None
-    store = inputs.JobStore(scratch)
+    store = inputs.JobStore()
     store.load(jobs, inputs.Room(world.nodes))
     return store
 
@@ -144,7 +139,7 @@ def _config(path: Path | None) -> Config:
     return replace(plain, policy=found.policy)
 
 
-def _simulate(world: World, store: Any, config: Config, out: Path, label: str) -> dict[str, Any]:
+def _simulate(world: World, store: JobStore, config: Config, out: Path, label: str) -> dict[str, Any]:
     """Replay once; returns the summary, which is written and told."""
     from dataclasses import replace
 
@@ -183,7 +178,7 @@ def _print(found: dict[str, Any], label: str) -> None:
     )
 
 
-def _compare(world: World, store: Any, policies: tuple[Path, Path], out: Path) -> None:
+def _compare(world: World, store: JobStore, policies: tuple[Path, Path], out: Path) -> None:
     from scheduler.simulation import compare
 
     names = [path.stem for path in policies]

@@ -156,7 +156,7 @@ class _Frame:
     @classmethod
     def over_time(cls, end_s: float, low: float, high: float, unit: str, height: int = HEIGHT) -> "_Frame":
         span_s = max(end_s, 1.0)
-        step_s = next((s for s in _STEPS_S if span_s / s <= _TICKS_X), _STEPS_S[-1])
+        step_s = next((s for s in _STEPS_S if span_s / s <= _TICKS_X + 0.5), _STEPS_S[-1])
         x_ticks = [(float(i * step_s), clock(i * step_s)) for i in range(int(span_s // step_s) + 1)]
         low, high, y_ticks = _scale(low, high)
         return cls(0.0, span_s, low, high, tuple(x_ticks), y_ticks, unit, height)

@@ -47,13 +47,18 @@ def write_page(folder: Path, found: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _row(of: str, name: str, first: float | None, second: float | None) -> tuple[str, ...]:
+    return of, name, _shown(first), _shown(second), _change(first, second)
+
+
+def _change(first: float | None, second: float | None) -> str:
+    """In percent, or as a difference where the first is so small that percents say nothing."""
     if first is None or second is None:
-        change = "-"
-    elif first:
-        change = f"{(second - first) / abs(first):+.1%}"
-    else:
-        change = "0" if not second else f"{second:+g}"
-    return of, name, _shown(first), _shown(second), change
+        return "-"
+    if _shown(first) == _shown(second):
+        return "="
+    if abs(first) < 1.0:
+        return f"{second - first:+,.2f}"
+    return f"{(second - first) / abs(first):+.1%}"
 
 
 def _shown(value: float | None) -> str:

@@ -339,9 +339,9 @@ class Room:
 class JobStore:
     """The jobs of a file in a scratch database, from which they come in the order of submission."""
 
-    def __init__(self, scratch: Path) -> None:
-        """Make the database in a directory that goes away with everything in it."""
-        self._db = sqlite3.connect(scratch / "jobs.sqlite", isolation_level=None)
+    def __init__(self) -> None:
+        """Make the database: a temporary file that nobody else sees (SQLite's, of the empty name)."""
+        self._db = sqlite3.connect("", isolation_level=None)
         # Nobody needs it after a crash.
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("PRAGMA synchronous = OFF")

@@ -120,7 +120,6 @@ class Recorder:
         site.settled(sum(self._targets_w.values()))
         for board in machine.boards.values():
             board.on_change = self._board_changed
-        self.changed = asyncio.Event()
         self._arrived_milli = 0
         self._held_milli = dict.fromkeys(JobClass, 0)
         self._running = self._pending = self._arrived = self._ended = self._changes = 0
@@ -161,7 +160,6 @@ class Recorder:
         self._changes += 1
         if self._changes % _CHANGES_PER_REPORT == 0:
             self._on_progress(Progress(self._time_s, self._arrived, self._ended))
-        self.changed.set()
 
     async def sample(self) -> None:
         """Take samples for the curves, for ever."""

@@ -6,8 +6,7 @@ it would. Whatever else a start, a stop or a hand-over costs is what loop and si
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from scheduler.simulation.site import Site, budget_steps, price_steps
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
 
 # Nothing of a plan hangs on how often boards are read; what they use is booked as often.
-SAMPLING_PERIOD_S = 300.0
+SAMPLING_PERIOD_S = 3600.0
 _PENDING_MAX = 100_000_000
 _DAY_S = 86_400.0
 # What a finished job leaves in the journal is of no use here.
@@ -61,13 +60,6 @@ class Outcome:
 
     end_s: float
     record: Recorder
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """A directory that goes away again, in memory if it can be."""
-    with tempfile.TemporaryDirectory(prefix="wattshift-simulate-") as name:
-        yield Path(name)
 
 
 def notes(world: World) -> list[str]:
@@ -137,12 +129,13 @@ class _Replay:
         return Outcome(end_s, record)
 
     async def _until_over(self, daemon: SimulatedDaemon, record: Recorder) -> None:
-        daemon.controller.watchers.join(Changes(record.see))
-        tasks = [
+        watchers = daemon.controller.watchers
+        watchers.join(Changes(record.see))
+        ticked = watchers.watch_node()
+        feed, sampling, over = (
             asyncio.ensure_future(work)
-            for work in (self._feed(daemon, record), record.sample(), self._over(daemon, record))
-        ]
-        feed, sampling, over = tasks
+            for work in (self._feed(daemon, record, ticked), record.sample(), self._over(daemon, ticked))
+        )
         loop = asyncio.get_running_loop()
         until_s = self._world.until_s
         left_s = None if until_s is None else until_s - loop.time()
@@ -155,7 +148,7 @@ class _Replay:
             for task in (feed, sampling, over):
                 task.cancel()
 
-    async def _feed(self, daemon: SimulatedDaemon, record: Recorder) -> None:
+    async def _feed(self, daemon: SimulatedDaemon, record: Recorder, ticked: asyncio.Event) -> None:
         """Submit every job at its time."""
         loop = asyncio.get_running_loop()
         batch: list[JobRow] = []
@@ -169,7 +162,7 @@ class _Replay:
         if batch:
             await self._submit(daemon, record, batch)
         self._all_submitted = True
-        record.changed.set()
+        ticked.set()
 
     async def _submit(self, daemon: SimulatedDaemon, record: Recorder, rows: list[JobRow]) -> None:
         submissions = []
@@ -179,23 +172,24 @@ class _Replay:
         for row, job in zip(rows, await daemon.ask(Submit(tuple(submissions))), strict=True):
             self._workloads[job.id] = _workload(row, self._world.policy)
 
-    async def _over(self, daemon: SimulatedDaemon, record: Recorder) -> None:
+    async def _over(self, daemon: SimulatedDaemon, ticked: asyncio.Event) -> None:
         """Come back when no job can change any more."""
         while not self._is_over(daemon.controller, daemon.machine):
-            await record.changed.wait()
-            record.changed.clear()
+            await ticked.wait()
+            ticked.clear()
 
     def _is_over(self, control: Controller, machine: Machine) -> bool:
-        ledger = control.ledger
+        """Whether nothing is under way, nobody ends by himself, and time alone changes no plan."""
         if not self._all_submitted:
             return False
-        if not ledger.jobs:
+        jobs = control.ledger.jobs
+        if not jobs:
             return True
-        if any(job.state not in (JobState.PENDING, JobState.RUNNING) for job in ledger.jobs.values()):
+        if len(control.inbox) or not machine.is_endless or control.board.occupants():
             return False
-        last_plan = control.last_plan
-        is_settled = machine.is_endless and not control.board.occupants()
-        return is_settled and (last_plan is None or last_plan.wake_us is None)
+        if any(job.state not in (JobState.PENDING, JobState.RUNNING) for job in jobs.values()):
+            return False
+        return control.last_plan is None or control.last_plan.wake_us is None
 
 
 def _boards(nodes: Iterable[NodeRow]) -> dict[str, Board]:

@@ -34,7 +34,7 @@ h1 {font-size: 22px; margin: 0 0 4px} h2 {font-size: 16px; margin: 28px 0 6px} p
 .tile {border: 1px solid #ddd; border-radius: 6px; padding: 8px 10px}
 .tile b {display: block; font-size: 18px} .tile small {color: #666}
 table {border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums}
-th, td {padding: 3px 8px; text-align: right; border-bottom: 1px solid #eee}
+th, td {padding: 3px 6px; font-size: 13px; text-align: right; border-bottom: 1px solid #eee}
 th {font-weight: 600; color: #555} th:first-child, td:first-child {text-align: left}
 .scroll {overflow-x: auto} th, td {white-space: nowrap}
 figure {margin: 18px 0 0} figcaption small {color: #666; margin: 0 10px 0 4px}
