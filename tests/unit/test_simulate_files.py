@@ -135,7 +135,7 @@ def test_openb_tasks_become_jobs(tmp_path: Path) -> None:
     assert (second.gpu_models, second.gpus, second.job_class.name) == (("V100M16", "V100M32"), 2, "TRAINING")
 
 
-def test_philly_jobs_are_in_milliseconds_and_may_be_worth_more_the_smaller_they_are(tmp_path: Path) -> None:
+def test_philly_times_are_in_milliseconds_and_the_smaller_may_be_worth_more(tmp_path: Path) -> None:
     source = tmp_path / "trace.csv"
     source.write_text(
         "job_id,num_gpu,submit_time,duration,model_name\n0,1,0,3600000,vgg\n1,4,5000,7200000,bert\n"
