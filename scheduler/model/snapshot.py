@@ -162,6 +162,9 @@ class Snapshot:
     holdings: HoldingColumns
     model_fits: Any  # bool, shape (model sets, gpus): does GPU g serve jobs with this set of models
     mix: MixColumns | None = None  # None: what the jobs of this snapshot ask for
+    # Shape (jobs,): what a GPU-hour of each earns before its energy, micro-USD; `JobColumns.value` is what is
+    # left. None: no price is known, and energy costs nothing.
+    gross_value: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.now_us, int | np.integer):
@@ -182,6 +185,9 @@ class Snapshot:
             of_gpus.within("node", 0, len(nodes) - 1)
         _check_jobs(of_jobs, jobs, len(nodes), len(self.model_fits))
         _check_holdings(of_holdings, holdings, jobs, gpus)
+        gross = self.gross_value
+        if gross is not None and (gross.shape != (len(jobs),) or gross.dtype != _INT64):
+            raise SnapshotError(f"gross_value is {gross.dtype} of shape {gross.shape} for {len(jobs)} jobs")
 
 
 # The checks run each tick: whole columns in as few passes as will do, and words only for a row that fails

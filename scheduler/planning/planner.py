@@ -37,6 +37,7 @@ from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED
 from scheduler.planning.allocator import Claim, Found, Live, Node, Request, claim
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
 from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.economics import too_dear_to_go_on
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
 from scheduler.planning.layout import Layout
@@ -92,6 +93,7 @@ class Planner:
         self._first_blocked: Blocked | None = None
         # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
         self._strict: dict[bool, Blocked] = {}
+        self._dear_later_us: Any = xp.zeros(0, dtype=xp.int64)
         jobs = snapshot.jobs
         self._timed = rows_where((jobs.time_limit_us != UNKNOWN) | (jobs.deadline_us != UNKNOWN))
         stopping = self._stop_what_is_over()
@@ -137,6 +139,10 @@ class Planner:
             live = (jobs.state == STARTING) | (jobs.state == RUNNING) | (jobs.state == SUSPENDED)
             for number in jobs.number[live & self._is_on(draining)].tolist():
                 order[number] = RequeueJob(number, Reason.NODE_DRAINED)
+        if self._snapshot.gross_value is not None:
+            dear, self._dear_later_us = too_dear_to_go_on(self._snapshot)
+            for number in jobs.number[dear].tolist():
+                order[number] = RequeueJob(number, Reason.STOPPED_FOR_PRICE)
         if len(timed):
             running = jobs.state[timed] == RUNNING
             started_us, limit_us = jobs.started_us[timed], jobs.time_limit_us[timed]
@@ -271,7 +277,7 @@ class Planner:
         jobs, now_us, codes, timed = self._snapshot.jobs, self.now_us, self.queue.codes, self._timed
         promised = [] if self.promise is None else [xp.asarray([self.promise.start_us])]
         backing_off = rows_where(codes == WAIT_CODE[Reason.BACKING_OFF])
-        moments = [*promised, jobs.eligible_us[backing_off]]
+        moments = [*promised, jobs.eligible_us[backing_off], self._dear_later_us]
         if len(timed):
             running = jobs.state[timed] == RUNNING
             limited = timed[running & (jobs.time_limit_us[timed] != UNKNOWN)]

@@ -81,6 +81,7 @@ class J(Short):
     node: int = UNKNOWN
     preemptor: int = UNKNOWN
     stop_us: int = UNKNOWN
+    energy_cost: int = 0  # micro-USD per GPU-hour; counts where the world has a price
 
     @property
     def is_live(self) -> bool:
@@ -126,6 +127,7 @@ class W(Short):
     nodes: tuple[N, ...] = (N(),)
     handovers: tuple[HandOver, ...] = ()
     now_us: int = NOW_US
+    has_price: bool = False
     # Sets of models in the order of their rows in `model_fits`; the jobs' own are appended.
     model_sets: tuple[tuple[str, ...], ...] = field(default=((),))
 
@@ -164,9 +166,14 @@ def snapshot(world: W) -> Snapshot:
         (UNKNOWN, world.gpus.index(world.gpu(h.uuid)), h.share_milli, h.memory_mib, h.preemptor, h.stop_us)
         for h in world.handovers
     ]
+    jobs, gross = world.jobs, None
+    if world.has_price:
+        gross = _ints(job.value for job in jobs)
+        jobs = tuple(replace(job, value=job.value - job.energy_cost) for job in jobs)
     return Snapshot(
         now_us=world.now_us,
-        jobs=_job_columns(world.jobs, sets),
+        jobs=_job_columns(jobs, sets),
+        gross_value=gross,
         gpus=GpuColumns(
             tuple(gpu.uuid for gpu in world.gpus),
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("index", "node", "memory_mib")),
