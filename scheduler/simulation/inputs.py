@@ -6,13 +6,13 @@ database that gives them back in the order of submission.
 
 import math
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -27,6 +27,7 @@ from scheduler.simulation.csv_files import Column, Problems, boolean, number, th
 
 NODES_MAX = 100_000
 GPUS_PER_NODE_MAX = 64
+_GANG_GPUS_MAX = 65_536
 SERIES_ROWS_MAX = 1_000_000
 EVENTS_MAX = 10_000
 # Thirty years: beyond that a time is a mistake, such as milliseconds for seconds.
@@ -152,7 +153,7 @@ JOB_COLUMNS = (
     Column("submit_s", _time),
     Column("class", _class),
     Column("duration_s", number(0, TIME_S_MAX, infinite=True)),
-    Column("gpus", whole(0, GPUS_PER_NODE_MAX)),
+    Column("gpus", whole(0, _GANG_GPUS_MAX)),
     Column("gpu_share_milli", _share, SHARE_MILLI_WHOLE),
     Column("priority", whole(0, PRIORITY_MAX), PRIORITY_DEFAULT),
     Column("gpu_memory_mib", whole(0, _MIB_MAX), None),
@@ -297,43 +298,66 @@ def _limit(count: int, rows_max: int, line: int, problems: Problems) -> None:
 
 
 class Room:
-    """What the nodes have, to refuse a job that fits on none of them even if it is empty."""
+    """What the nodes have, to refuse a job that fits nowhere even if everything is empty.
+
+    A gang that no node can hold takes several that are alike, and of each a part of its CPUs and memory.
+    """
 
     def __init__(self, nodes: Iterable[NodeRow]) -> None:
-        """Take the nodes; of those that are alike one is looked at."""
-        alike = {(n.gpu_model, n.gpus, n.gpu_memory_mib, n.cpus_milli, n.memory_mib): n for n in nodes}
-        self._nodes = list(alike.values())
+        """Take the nodes; of those that are alike one is looked at, and how many there are."""
+        self._count = Counter(_Shape(*map(node.__getattribute__, _Shape._fields)) for node in nodes)
         self.lack = lru_cache(maxsize=10_000)(self._lack)
 
     def _lack(
         self, gpus: int, models: tuple[str, ...], gpu_mib: int, cpus_milli: int, memory_mib: int
     ) -> tuple[str, str] | None:
-        """The column that rules a job out on every node, and why; None where it fits on one."""
-
-        def has_model(node: NodeRow) -> bool:
-            return not models or any(model_matches(model, node.gpu_model) for model in models)
-
+        """The column that rules a job out, and why; None where it fits."""
+        matching = list(self._count)
         if gpus:
-            matching = [node for node in self._nodes if node.gpus and has_model(node)]
+            matching = [shape for shape in matching if shape.gpus and shape.has_one_of(models)]
             if not matching:
                 return "gpu_models" if models else "gpus", "no node has such a GPU"
         else:
-            matching = self._nodes
+            gpu_mib = 0
         amounts = (
-            ("gpu_memory_mib", gpu_mib if gpus else 0, attrgetter("gpu_memory_mib"), 1),
-            ("gpus", gpus, attrgetter("gpus"), 1),
-            ("cpus", cpus_milli, attrgetter("cpus_milli"), 1000),
-            ("memory_mib", memory_mib, attrgetter("memory_mib"), 1),
+            ("gpu_memory_mib", gpu_mib),
+            ("gpus", gpus),
+            ("cpus_milli", cpus_milli),
+            ("memory_mib", memory_mib),
         )
-        for column, wanted, amount, unit in amounts:
-            most = max(map(amount, matching), default=0)
-            matching = [node for node in matching if amount(node) >= wanted]
+        too_wide = gpus > max((shape.gpus for shape in matching), default=0)
+        spread = too_wide and any(self._count[shape] > 1 for shape in matching)
+        for name, wanted in amounts:
+            had = {shape: self._had(shape, name, gpus if spread else 0) for shape in matching}
+            matching = [shape for shape in matching if had[shape] >= wanted]
             if not matching:
-                return (
-                    column,
-                    f"must be at most {most / unit:g}, what the largest node has that fits otherwise",
-                )
+                most = max(had.values()) / (1000 if name == "cpus_milli" else 1)
+                where = "what nodes that are alike have together" if spread else "what the largest node has"
+                return name.removesuffix("_milli"), f"must be at most {most:g}, {where} that fits otherwise"
         return None
+
+    def _had(self, shape: "_Shape", name: str, gang_gpus: int) -> int:
+        """What a job could have of such a node; a gang over several of all those that it would take."""
+        amount: int = getattr(shape, name)
+        if not gang_gpus or name == "gpu_memory_mib":
+            return amount
+        if name == "gpus":
+            return amount * self._count[shape]
+        return amount * gang_gpus // shape.gpus
+
+
+class _Shape(NamedTuple):
+    """What of a node matters to whether a job fits."""
+
+    gpu_model: str
+    gpus: int
+    gpu_memory_mib: int
+    cpus_milli: int
+    memory_mib: int
+
+    def has_one_of(self, models: tuple[str, ...]) -> bool:
+        """Whether its GPUs are of a model that is asked for."""
+        return not models or any(model_matches(model, self.gpu_model) for model in models)
 
 
 class JobStore:

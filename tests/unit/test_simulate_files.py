@@ -170,7 +170,8 @@ def test_requests_become_the_replicas_that_serve_them(tmp_path: Path) -> None:
 def test_a_wrong_trace_is_named(tmp_path: Path) -> None:
     source = tmp_path / "requests.csv"
     source.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:04.5,1,1\n2023-11-16 18:17:04.4,1,1\nnow,1,1\n"
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:17:04.5,1,1\n2023-11-16 18:17:04.4,1,1\nnow,1,1\n"
     )
     with pytest.raises(InputError) as refused:
         converters.azure_jobs(

@@ -3,6 +3,7 @@
 import math
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,8 @@ def test_every_cell_of_a_job_is_read(tmp_path: Path, store: JobStore) -> None:
     )
     (found,) = jobs(tmp_path, store, text)
     assert found == JobRow(
-        "x, y", 1.0, JobClass.INFERENCE, 60.0, 1, 250, 7, 1000, 2500, 64, 70.0, 1.25, 500.0, True, 3.0, 4.0, 5.0,
-        ("H100", "A100"), 333.5, "red",
+        "x, y", 1.0, JobClass.INFERENCE, 60.0, 1, 250, 7, 1000, 2500, 64, 70.0, 1.25, 500.0, True, 3.0,
+        4.0, 5.0, ("H100", "A100"), 333.5, "red",
     )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_every_cell_of_a_job_is_read(tmp_path: Path, store: JobStore) -> None:
         ("a,-1,BATCH,1,5", ":2: submit_s: must be a number from 0 to 1e+09, is '-1'"),
         ("a,1_0,BATCH,1,5", ":2: submit_s: must be a number from 0 to 1e+09, is '1_0'"),
         ("a,0,GAMING,1,5", ":2: class: must be one of INFERENCE, TRAINING, BATCH, MINING, is 'GAMING'"),
-        ("a,0,BATCH,1.5,5", ":2: gpus: must be a whole number from 0 to 64, is '1.5'"),
+        ("a,0,BATCH,1.5,5", ":2: gpus: must be a whole number from 0 to 65536, is '1.5'"),
         ("a,0,BATCH,1,0", ":2: duration_s: must be above 0, is '0'"),
         ("a,0,BATCH,1,soon", ":2: duration_s: must be a number from 0 to 1e+09 or inf, is 'soon'"),
         (
@@ -214,6 +215,18 @@ def test_events_may_overlap_and_must_last(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(InputError, match=r":2: end_s: time runs backwards: must be after start_s \(100\)"):
         read_events(write(tmp_path, "event_id,start_s,end_s,site_power_w\na,100,100,500\n"))
+
+
+def test_a_gang_may_take_several_nodes_that_are_alike(tmp_path: Path, store: JobStore) -> None:
+    nodes = [replace(NODE, node_id=f"n{n}") for n in range(3)]
+    nodes += [replace(NODE, node_id=f"a{n}", gpu_model="A100", gpus=4) for n in range(5)]
+    header = f"{JOBS_HEADER},gpu_models,cpus"
+    text = f"{header}\na,0,TRAINING,24,5,,192\nb,0,TRAINING,20,5,A100,\n"
+    assert [job.gpus for job in jobs(tmp_path, store, text, *nodes)] == [24, 20]
+    with pytest.raises(InputError) as refused:
+        jobs(tmp_path, JobStore(), f"{header}\na,0,TRAINING,25,5,,\nb,0,TRAINING,24,5,,193\n", *nodes)
+    assert ":2: gpus: must be at most 24, what nodes that are alike have together" in str(refused.value)
+    assert ":3: cpus: must be at most 192, what nodes that are alike have together" in str(refused.value)
 
 
 def test_a_job_of_no_gpus_may_go_to_a_node_without_any(tmp_path: Path, store: JobStore) -> None:
