@@ -25,7 +25,7 @@ from scheduler.simulation.site import Site, budget_steps, price_steps
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
 
 # Nothing of a plan hangs on how often boards are read; what they use is booked as often.
-SAMPLING_PERIOD_S = 3600.0
+SAMPLING_PERIOD_S = 6 * 3600.0
 _PENDING_MAX = 100_000_000
 _DAY_S = 86_400.0
 # What a finished job leaves in the journal is of no use here.
