@@ -371,9 +371,7 @@ class Fragmentation:
 
 def _nowhere(rows: int) -> Any:
     """Keys and positions of nodes on which it does not fit. Shape (2, rows)."""
-    return xp.stack(
-        [xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)]
-    )
+    return xp.stack([xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)])
 
 
 def _pressure(pool: Pool, mix: MixColumns) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from scheduler.planning.allocator import (
     NO_PENALTY,
@@ -160,7 +159,5 @@ class _Cheapest:
 
     def learn(self, node: Node, loss: int, victims: int) -> None:
         """Remember what the request takes on a node for others that want the same GPUs."""
-        if self._horizon is not None and not any(
-            lack_of_host(self._request, node.spare_with(node.leaving))
-        ):
+        if self._horizon is not None and not any(lack_of_host(self._request, node.spare_with(node.leaving))):
             self._horizon.learn(self._request, node.row, loss, victims)
