@@ -30,7 +30,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--jobs", type=_FILE, help="The jobs: a CSV file, in any order.")
 @click.option("--prices", type=_FILE, help="Electricity prices: a CSV file.")
 @click.option("--events", type=_FILE, help="Grid events: a CSV file.")
-@click.option("--policy", type=_FILE, help="A wattshift.toml: its [policy] and [classes.*] hold.")
+@click.option("--policy", type=_FILE, help="A wattshift.toml: its [policy], [classes.*] and [power] hold.")
 @click.option("--compare", nargs=2, type=_FILE, metavar="A.toml B.toml", help="Two policies side by side.")
 @click.option("--synthetic", is_flag=True, help="Make up a busy day; with --nodes, for those nodes.")
 @click.option(
@@ -128,7 +128,7 @@ def _config(path: Path | None) -> Config:
 
     found = configuration.load(path)
     plain = Config(node=NodeConfig(name=found.node.name))
-    used = ("policy",)
+    used = ("policy", "power")
     idle = [
         f.name
         for f in fields(Config)
@@ -136,7 +136,10 @@ def _config(path: Path | None) -> Config:
     ]
     if idle:
         _tell(f"{path}: not used in a simulation: {', '.join(f'[{name}]' for name in idle)}")
-    return replace(plain, policy=found.policy)
+    for key, instead in (("base_w", "nodes.csv"), ("price_source", "prices.csv")):
+        if getattr(found.power, key) != getattr(plain.power, key):
+            _tell(f"{path}: power.{key} is not used in a simulation; {instead} says it")
+    return replace(plain, policy=found.policy, power=found.power)
 
 
 def _simulate(world: World, store: JobStore, config: Config, out: Path, label: str) -> dict[str, Any]:
@@ -146,17 +149,16 @@ def _simulate(world: World, store: JobStore, config: Config, out: Path, label: s
     from scheduler.simulation import outputs, report
     from scheduler.simulation import replay as replays
 
-    world = replace(world, policy=config.policy)
-    notes = replays.notes(world)
-    for note in notes:
-        _tell(note)
+    world = replace(world, policy=config.policy, power=config.power)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     with _Bar(world.until_s, store.count, label) as bar:
         outcome = replays.replay(world, store, out, bar.tell)
+    for refusal in outcome.refusals:
+        _tell(refusal)
     found = outputs.summary(outcome)
     outputs.write_summary(out / "summary.json", found)
-    report.write_report(out, outcome, found, sum(node.gpus for node in world.nodes), notes)
+    report.write_report(out, outcome, found, sum(node.gpus for node in world.nodes))
     _print(found, label)
     _tell(f"{outcome.end_s:.0f} s simulated in {time.monotonic() - begun:.1f} s; see {out / 'report.html'}")
     return found

@@ -60,6 +60,8 @@ HORIZON_S_MIN, HORIZON_S_MAX = 60.0, 3600.0
 # What the plan's error is given back with each reading below the budget.
 CORRECTION_DECAY = 0.1
 MILLI = 1000
+# Watts that come back do so in steps of this length, where no reading comes sooner.
+RETURN_STEP_S = 1.0
 # Longer than any grace and minimum runtime that a configuration takes.
 DURATION_S_LONG = 1e9
 
@@ -134,6 +136,20 @@ class PowerControl:
         self.budget.advance(self._control.config.power, now_s, self._lead_s(), self.most_w)
         if was_active and not self.is_active:
             self._give_back(list(self._control.ledger.power.limits))
+
+    def wake_s(self, now_s: float) -> float | None:
+        """When time alone could change the budget."""
+        state = self._control.ledger.power
+        moments = [state.budget_valid_until_s]
+        for one in state.budget:
+            moments += [one.start_s, one.end_s]
+        events = [event for event in state.events if event.binds]
+        lead_s = self._lead_s() if events else 0.0
+        for event in events:
+            moments += [event.start_s if event.emergency else event.start_s - lead_s, event.end_s]
+        if state.returned_from_w is not None:
+            moments.append(max(state.return_began_s, now_s + RETURN_STEP_S))
+        return min((moment for moment in moments if moment is not None and moment > now_s), default=None)
 
     def _lead_s(self) -> float:
         """How long before its start a voluntary shed must begin: who stops has his grace, boards settle."""

@@ -111,6 +111,7 @@ class Recorder:
         self.site = site
         self.tallies = {job_class: ClassTally() for job_class in JobClass}
         self.samples: list[Sample] = []
+        self.moved = asyncio.Event()  # a board's draw is going elsewhere
         self._machine = machine
         self._nodes = nodes
         self._on_progress = on_progress
@@ -202,6 +203,7 @@ class Recorder:
         if by_w:
             self._targets_w[uuid] = target_w
             self.site.change(by_w, time_s)
+            self.moved.set()
 
     def _at(self, time_s: float) -> None:
         """Something changes now: what held is a row, and so is each step of price and budget since."""

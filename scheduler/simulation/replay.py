@@ -7,7 +7,7 @@ it would. Whatever else a start, a stop or a hand-over costs is what loop and si
 import asyncio
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scheduler.control.board import NodeSize
@@ -15,12 +15,20 @@ from scheduler.control.inbox import Submission, Submit
 from scheduler.control.loop import Controller
 from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
 from scheduler.model.policy import Policy
-from scheduler.model.settings import MICROUSD_PER_USD, Config, JobsConfig, SamplingConfig, StateConfig
+from scheduler.model.settings import (
+    MICROUSD_PER_USD,
+    Config,
+    JobsConfig,
+    PowerConfig,
+    SamplingConfig,
+    StateConfig,
+)
 from scheduler.simulation.boards import PROCESS_MEMORY_MIB, RESERVE_MIB, Board, Profile, boards
 from scheduler.simulation.daemon import SimulatedDaemon
 from scheduler.simulation.inputs import EventRow, JobRow, JobStore, NodeRow, PriceRow
 from scheduler.simulation.machine import Machine, Workload
 from scheduler.simulation.record import Changes, Progress, Recorder
+from scheduler.simulation.signals import Signals, look
 from scheduler.simulation.site import Site, budget_steps, price_steps
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
 
@@ -51,6 +59,7 @@ class World:
     prices: tuple[PriceRow, ...] = ()
     events: tuple[EventRow, ...] = ()
     policy: Policy = Policy()  # noqa: RUF009 (frozen)
+    power: PowerConfig = PowerConfig()  # noqa: RUF009 (frozen); its base_w is the nodes'
     until_s: float | None = None  # None = until no job can change any more
 
 
@@ -60,22 +69,7 @@ class Outcome:
 
     end_s: float
     record: Recorder
-
-
-def notes(world: World) -> list[str]:
-    """What of the inputs changes no decision yet, for whoever reads the results."""
-    found = []
-    if world.events:
-        found.append(
-            "Grid events are not known to the daemon yet: nothing is shed for them. "
-            "How long the site was above its budget is what it would have been."
-        )
-    if world.prices:
-        found.append(
-            "Prices do not steer yet: nothing stops because electricity is dear. "
-            "Cost is booked at the true price."
-        )
-    return found
+    refusals: tuple[str, ...]  # grid events that the daemon did not take on
 
 
 def replay(
@@ -99,13 +93,16 @@ class _Replay:
         self._on_progress = on_progress
         self._workloads: dict[str, Workload] = {}  # by job id, of those that are not final
         self._all_submitted = False
+        self._signals = Signals(world.prices, world.events, EPOCH_S)
 
     async def run(self, state_dir: Path) -> Outcome:
         """Replay until the end."""
         world = self._world
         machine = Machine(_boards(world.nodes), VirtualClock(EPOCH_S), self._workloads.__getitem__)
+        power = replace(world.power, base_w=sum(node.base_w for node in world.nodes), price_source="")
         config = Config(
             policy=world.policy,
+            power=power,
             state=_STATE,
             jobs=JobsConfig(pending_max=_PENDING_MAX),
             sampling=SamplingConfig(SAMPLING_PERIOD_S, _DAY_S),
@@ -113,8 +110,8 @@ class _Replay:
         live_jobs_max = world.policy.live_jobs_max
         sizes = tuple(NodeSize(node.cpus_milli, node.memory_mib, live_jobs_max) for node in world.nodes)
         daemon = SimulatedDaemon(machine, state_dir, config, sizes)
-        base_w = sum(node.base_w for node in world.nodes)
-        site = Site(price_steps(world.prices), budget_steps(world.events), world.events, base_w)
+        budgets = budget_steps(world.events, power.budget_w)
+        site = Site(price_steps(world.prices), budgets, world.events, power.base_w, power.pue)
         names = [node.node_id for node in world.nodes]
         record = Recorder(machine, site, names, self._folder, self._on_progress)
         try:
@@ -126,26 +123,34 @@ class _Replay:
             daemon.stop()
         finally:
             record.close()
-        return Outcome(end_s, record)
+        return Outcome(end_s, record, tuple(self._signals.refusals))
 
     async def _until_over(self, daemon: SimulatedDaemon, record: Recorder) -> None:
         watchers = daemon.controller.watchers
         watchers.join(Changes(record.see))
         ticked = watchers.watch_node()
-        feed, sampling, over = (
+        signals = self._signals
+        tasks = [
             asyncio.ensure_future(work)
-            for work in (self._feed(daemon, record, ticked), record.sample(), self._over(daemon, ticked))
-        )
+            for work in (
+                signals.tell_events(daemon),
+                signals.tell_prices(daemon),
+                self._feed(daemon, record, ticked),
+                self._over(daemon, ticked),
+                look(daemon, daemon.machine, record.moved),
+                record.sample(),
+            )
+        ]
         loop = asyncio.get_running_loop()
         until_s = self._world.until_s
         left_s = None if until_s is None else until_s - loop.time()
+        *to_end, _, _ = tasks
         try:
-            await asyncio.wait({over, feed}, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION)
-            for task in (feed, over):
-                if task.done():
-                    task.result()
+            done, _ = await asyncio.wait(to_end, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
         finally:
-            for task in (feed, sampling, over):
+            for task in tasks:
                 task.cancel()
 
     async def _feed(self, daemon: SimulatedDaemon, record: Recorder, ticked: asyncio.Event) -> None:
@@ -185,7 +190,11 @@ class _Replay:
         jobs = control.ledger.jobs
         if not jobs:
             return True
+        if not self._signals.is_over or asyncio.get_running_loop().time() < self._signals.last_s:
+            return False
         if len(control.inbox) or not machine.is_endless or control.board.occupants():
+            return False
+        if control.ledger.power.returned_from_w is not None:
             return False
         if any(job.state not in (JobState.PENDING, JobState.RUNNING) for job in jobs.values()):
             return False

@@ -58,15 +58,13 @@ class Buckets:
     columns: dict[str, list[float | None]]
 
 
-def write_report(
-    folder: Path, outcome: Outcome, found: dict[str, Any], gpus: int, notes: Sequence[str]
-) -> None:
+def write_report(folder: Path, outcome: Outcome, found: dict[str, Any], gpus: int) -> None:
     """Write report.html into the folder, where timeline.csv is already."""
     record = outcome.record
     buckets = read_buckets(folder / "timeline.csv", outcome.end_s)
     parts = [
         _tiles(found, gpus, outcome.end_s),
-        _notes(notes),
+        _notes(outcome.refusals),
         _table(found),
         "<h2>Over time</h2>",
         _gpus(buckets, gpus),

@@ -12,7 +12,7 @@ from scheduler.errors import InputError
 from scheduler.model.policy import Order, Policy
 from scheduler.simulation import charts, compare, converters, outputs, report, synthetic
 from scheduler.simulation.inputs import JobStore, Room, read_events, read_nodes, read_prices
-from scheduler.simulation.replay import World, notes, replay
+from scheduler.simulation.replay import World, replay
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/simulate"
 
@@ -28,7 +28,7 @@ def simulated(folder: Path, policy: Policy) -> dict[str, Any]:
     outcome = replay(world, store, folder)
     store.close()
     found = outputs.summary(outcome)
-    report.write_report(folder, outcome, found, 6, notes(world))
+    report.write_report(folder, outcome, found, 6)
     return found
 
 

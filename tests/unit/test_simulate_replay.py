@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scheduler.model.policy import Order, Policy
+from scheduler.model.settings import PowerConfig
 from scheduler.simulation.inputs import EventRow, JobStore, NodeRow, PriceRow, Room
 from scheduler.simulation.outputs import percentile, summary
 from scheduler.simulation.replay import World, replay
@@ -39,7 +40,7 @@ def replayed(tmp_path: Path) -> Replay:
         store.close()
         files = (tmp_path / "attempts.csv", tmp_path / "timeline.csv")
         attempts, timeline = (list(csv.DictReader(path.read_text().splitlines())) for path in files)
-        return summary(outcome), attempts, timeline
+        return {**summary(outcome), "refusals": outcome.refusals}, attempts, timeline
 
     return run
 
@@ -175,15 +176,60 @@ def test_the_timeline_tells_of_the_same_gpus_as_the_attempts(replayed: Replay) -
     assert used_s == pytest.approx(booked_s, abs=0.5)
 
 
-def test_a_budget_is_in_the_timeline_and_time_above_it_is_counted(replayed: Replay) -> None:
-    events = (EventRow("e", 50.0, 80.0, 300.0, 0.0, True),)
-    found, _, timeline = replayed("a,0,BATCH,1,100,,500", events=events)
-    assert [(row["time_s"], row["budget_w"]) for row in timeline][2:4] == [
-        ("50.000", "300.0"),
-        ("80.000", ""),
+def test_a_grid_event_sheds_and_its_watts_come_back(replayed: Replay) -> None:
+    events = (EventRow("e", 50.0, 80.0, 500.0, 0.0, True),)
+    found, attempts, timeline = replayed("a,0,BATCH,1,100,,500", events=events)
+    shed = [(row["time_s"], float(row["draw_w"])) for row in timeline if row["budget_w"]]
+    # At once to the least that the limit may be; when that is measured, to what there is room for.
+    assert shed == [("50.000", 300.0), ("52.500", 500.0)]
+    assert 0.3 < found["site"]["over_budget_seconds"] < 3.0
+    assert found["site"]["shed_seconds"] == found["site"]["over_budget_seconds"]
+    # It works at four fifths of its speed for 30 s, and until the watts come back after the event.
+    late_s = float(attempts[0]["end_s"]) - 100.002
+    assert 6.0 <= late_s < 12.0
+
+
+def test_a_configured_budget_holds_all_the_time(replayed: Replay) -> None:
+    rows = "a,0,BATCH,1,100,,500\nb,0,BATCH,1,100,,500"
+    found, _, timeline = replayed(rows, node(gpus=2), power=PowerConfig(budget_w=800.0, pue=1.1))
+    assert {row["budget_w"] for row in timeline} == {"800.0"}
+    assert max(float(row["draw_w"]) for row in timeline) <= 800.0
+    assert found["site"]["over_budget_seconds"] == 0.0
+    assert found["classes"]["batch"]["completed"] == 2
+
+
+def test_a_refused_event_is_told(tmp_path: Path, replayed: Replay) -> None:
+    events = (
+        EventRow("e", 50.0, 80.0, 120.0, 10.0, False),
+        EventRow("f", 90.0, 95.0, 160.0, 10.0, False),
+    )
+    found, _, _ = replayed("a,0,INFERENCE,1,200,,500", events=events)
+    assert "grid event e was refused" in found["refusals"][0]
+    assert len(found["refusals"]) == 2
+    assert found["site"]["over_budget_seconds"] == pytest.approx(35.0, abs=0.1)
+
+
+def test_miners_follow_the_price_as_soon_as_it_is_known(replayed: Replay) -> None:
+    # It earns 0.035 USD an hour at 0.7 kW: 50 USD/MWh is its break-even.
+    prices = (PriceRow(0.0, 20.0, 0.0), PriceRow(1000.0, 400.0, 1300.0), PriceRow(3000.0, -5.0, 0.0))
+    prices += (PriceRow(4000.0, -5.0, 0.0),)  # until then something could change
+    found, attempts, _ = replayed("m,0,MINING,1,inf,0.035", prices=prices)
+    times = [(row["start_s"], row["end_s"], row["end_reason"]) for row in attempts]
+    assert times == [
+        ("0.002", "1300.000", "STOPPED_FOR_PRICE"),
+        ("3000.002", "4000.000", "SIMULATION_ENDED"),
     ]
-    assert found["site"]["over_budget_seconds"] == pytest.approx(30.0)
-    assert found["site"]["shed_seconds"] == pytest.approx(30.0)
+    # The true price counts, known or not.
+    kwh = (800.0 * 1000.0, 800.0 * 300.0 + 150.0 * 1700.0, 800.0 * 1000.0)
+    cost_usd = (kwh[0] * 20.0 + kwh[1] * 400.0 - kwh[2] * 5.0) / 3.6e9
+    assert found["site"]["energy_cost_usd"] == pytest.approx(cost_usd, rel=0.01)
+
+
+def test_many_prices_are_told_bit_by_bit(replayed: Replay) -> None:
+    prices = tuple(PriceRow(60.0 * n, 20.0 if n % 200 < 100 else 400.0, 0.0) for n in range(620))
+    _, attempts, _ = replayed("m,0,MINING,1,inf,0.035", prices=prices, until_s=37_200.0)
+    assert [row["start_s"] for row in attempts] == [f"{12_000 * n}.002" if n else "0.002" for n in range(4)]
+    assert [row["end_s"] for row in attempts[:3]] == [f"{12_000 * n + 6_000}.000" for n in range(3)]
 
 
 def test_the_policy_decides(replayed: Replay) -> None:
