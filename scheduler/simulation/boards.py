@@ -180,6 +180,11 @@ class Board:
             sm_clock_mhz=self.profile.sm_clock_mhz if busy else _IDLE_CLOCK_MHZ,
         )
 
+    def energy_j(self, now_s: float) -> float:
+        """What it has used since it was made."""
+        self._advance(now_s)
+        return self.energy_mj / 1000.0
+
     def holders(self, now_s: float) -> GpuHolders:
         """Who is on it now, as the process lists say."""
         listed = tuple(

@@ -32,6 +32,8 @@ SIMULATION_ENDED = "SIMULATION_ENDED"
 SAMPLES_MAX = 800
 SAMPLE_S_FIRST = 60.0
 _S_PER_HOUR = 3600.0
+# What sums of floats in another order may differ by.
+_ENERGY_ERROR = 1e-6
 # Progress is told once in so many changes of jobs.
 _CHANGES_PER_REPORT = 32
 
@@ -181,6 +183,7 @@ class Recorder:
             if tracked.holding and last is not None and last.started_s is not None:
                 self._attempt_ended(tracked, last, end_s, SIMULATION_ENDED)
         self.site.advance(end_s)
+        self._check_energy(end_s)
         self._write_row()
         self._take_sample()
         self._on_progress(Progress(end_s, self._arrived, self._ended))
@@ -331,6 +334,13 @@ class Recorder:
                 tuple(tally.lost_gpu_s for tally in tallies),
             )
         )
+
+    def _check_energy(self, end_s: float) -> None:
+        """The site's closed form and the sum of the boards are two ways to the same joules."""
+        now_s = self._epoch_s + end_s
+        boards_j = sum(board.energy_j(now_s) for board in self._machine.boards.values())
+        site_j = self.site.energy_j / self.site.pue - self.site.base_w * end_s
+        assert abs(site_j - boards_j) <= _ENERGY_ERROR * max(1.0, boards_j), (site_j, boards_j)
 
     def _now_s(self) -> float:
         return self._machine.clock.true_s() - self._epoch_s
