@@ -1,6 +1,7 @@
 """What the site may draw now: of all sources the tightest, and watts that come back only bit by bit."""
 
 import random
+from collections.abc import Callable
 
 from scheduler.control.ledger import Ledger
 from scheduler.model.power import BudgetKind, GridEvent, Source
@@ -25,17 +26,18 @@ class Budget:
         """The source that binds, or would if no watts were coming back."""
         return min(self.sources, key=lambda source: source.budget_w, default=None)
 
-    def advance(self, config: PowerConfig, now_s: float, lead_s: float, most_w: float) -> None:
+    def advance(self, config: PowerConfig, now_s: float, lead_s: float, most_w: Callable[[], float]) -> None:
         """Go by what holds now.
 
-        `lead_s`: so long before its start an event's shed begins; `most_w`: all that the site could draw.
+        `lead_s`: so long before its start an event's shed begins; `most_w`: all that the site could draw,
+        asked only where a budget is in force.
         """
         self.sources = tuple(self._sources(config, now_s, lead_s))
         tightest = self.tightest
         if self.in_force_w is None:
             self.in_force_w = tightest.budget_w if tightest else None
             return
-        wanted_w = min(tightest.budget_w, most_w) if tightest else most_w
+        wanted_w = min(tightest.budget_w, most_w()) if tightest else most_w()
         state = self._ledger.power
         if wanted_w <= self.in_force_w:
             self._arrive(tightest.budget_w if tightest else None, now_s)

@@ -131,9 +131,10 @@ class PowerControl:
 
     def advance(self, now_s: float) -> None:
         """Go by the budget that holds now; begin and end grid events."""
-        self.sheds.advance(now_s, self._lead_s())
+        lead_s = self._lead_s() if self._control.ledger.power.events else 0.0
+        self.sheds.advance(now_s, lead_s)
         was_active = self.is_active
-        self.budget.advance(self._control.config.power, now_s, self._lead_s(), self.most_w)
+        self.budget.advance(self._control.config.power, now_s, lead_s, lambda: self.most_w)
         if was_active and not self.is_active:
             self._give_back(list(self._control.ledger.power.limits))
 
