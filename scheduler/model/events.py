@@ -427,7 +427,18 @@ def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
         failures=event.failures,
         queued_since_s=job.queued_since_s if final else event.at_s,
         finished_s=event.at_s if final else None,
+        worked_s=job.worked_s + _saved_s(job, attempt),
     )
+
+
+def _saved_s(job: Job, attempt: Attempt) -> float:
+    """What of an ended attempt's work is saved: until it was told to go, else until its last checkpoint."""
+    asked = attempt.notice is not None and not attempt.lost
+    until_s = (attempt.signalled_s or attempt.exited_s) if asked else attempt.checkpoint_s
+    if attempt.started_s is None or until_s is None:
+        return 0.0
+    lost_s = job.spec.restart_loss_s if attempt.number > 1 else 0.0
+    return max(0.0, until_s - attempt.started_s - lost_s)
 
 
 def _moved(job: Job, to: JobState, reason: Reason, at_s: float) -> Job:
