@@ -159,6 +159,8 @@ def gpu(view: GpuView) -> node_pb2.Gpu:
         memory_total_mib=identity.memory_total_mib,
         power_limit_w_min=identity.power_limit_w_min,
         power_limit_w_max=identity.power_limit_w_max,
+        parent_uuid=identity.parent_uuid,
+        slices=identity.slices,
         processes=[
             node_pb2.GpuProcess(pid=p.pid, memory_mib=p.memory_mib, user=p.user, command=p.command)
             for p in view.foreign

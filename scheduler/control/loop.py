@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scheduler.control.abilities import Abilities
 from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
@@ -38,6 +39,7 @@ from scheduler.control.inbox import (
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
+from scheduler.control.occupancy import Occupancy
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
 from scheduler.control.power import PowerControl
@@ -45,6 +47,7 @@ from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
 from scheduler.control.watch import Watchers
+from scheduler.control.witness import Witness
 from scheduler.effects.clock import Clock
 from scheduler.effects.gpus import GpuReadings, Gpus
 from scheduler.effects.journal import Journal
@@ -111,11 +114,11 @@ class Controller:
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
+        self.witness = Witness(effects.gpus)
+        self.occupancy = Occupancy(self)
         self.verifier = HandoverVerifier(
-            effects.gpus,
-            foreign=lambda: self.config.foreign,
-            baseline_mib=self.board.baseline_mib.get,
-            is_held=self.is_held,
+            self.witness,
+            self.occupancy.facts(),
             on_result=self._handover_ended,
             timeout_s=lambda: self.config.policy.handover_timeout_s,
         )
@@ -130,6 +133,7 @@ class Controller:
         self.prices = Prices(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
+        self.abilities = Abilities(self.problems)
         self.last_plan: Plan | None = None
         self._memo = Memo()
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
@@ -260,22 +264,20 @@ class Controller:
         snapshot = self.board.snapshot(self.effects.clock.now_s())
         return explain(snapshot, self.config.policy, job.number)
 
-    def preview(self, spec: JobSpec) -> Preview:
-        """What would happen to such a job; it is in the table for as long as the planner looks."""
+    def preview(self, spec: JobSpec) -> tuple[Preview, float]:
+        """What would happen to such a job, and the seconds until its GPUs are proved free, as forecast.
+
+        It is in the table for as long as the planner looks.
+        """
         now_s = self.effects.clock.now_s()
         number = self.ledger.next_number
         self.ledger.table.put(submitted(JobSubmitted(now_s, "", number, spec), 0))
         try:
-            return preview(self.board.snapshot(now_s), self.config.policy, number)
+            found = preview(self.board.snapshot(now_s), self.config.policy, number)
         finally:
             self.ledger.table.drop(number)
-
-    def is_held(self, uuid: str, pid: int) -> bool:
-        """Whether the process belongs to a live job that holds the GPU."""
-        return any(
-            job.attempts[-1].pid is not None and self.effects.processes.belongs_to(pid, job.attempts[-1].pid)
-            for job in self.board.holders(uuid)
-        )
+        told = [victim.number for victim in found.victims]
+        return found, self.occupancy.forecast.until_free_s(found.gpus, told, now_s)
 
     # A tick -----------------------------------------------------------------------------------
 
@@ -367,9 +369,9 @@ class Controller:
             case GpuReadings():
                 self._read(item, now_s)
             case HandoverResult():
-                self.reports.handover(item, now_s)
+                self.occupancy.handover(item, now_s)
             case HoldersSeen():
-                self.reports.holders(item.holders)
+                self.occupancy.seen(item.holders, now_s)
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
@@ -383,7 +385,7 @@ class Controller:
             case Elapsed():
                 pass
             case _:
-                self.reports.report(item, now_s)
+                self.reports.report(item)
         return None
 
     def _answer(self, item: Asked, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
@@ -405,8 +407,7 @@ class Controller:
             self._release_or_acquire()
         elif isinstance(command, Uncordon):
             assert isinstance(result, str)
-            self.board.doubt(result)
-            self.orders.watch(result)
+            self.occupancy.prove_again(result)
         return item.answer, result
 
     def _plan(self, now_s: float) -> float | None:
@@ -528,20 +529,20 @@ class Controller:
     def _read(self, readings: GpuReadings, now_s: float) -> None:
         for code in readings.errors.values():
             self.meters.telemetry_errors[(code,)] += 1
-        if "driver" in readings.errors:
-            self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
-        else:
-            self.problems.pop("driver", None)
         fresh = self.board.read(readings)
+        self.abilities.read(readings, self.board)
         self.accounts.read()
-        self.reports.fresh_gpus(fresh)
+        self.occupancy.fresh(fresh)
+        self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
-            occupied = self.board.occupants()
+            known = frozenset(self.board.row)
+            self.witness.forget(known)
+            self.occupancy.forget(known)
             for gpu in self.board.identities:
-                if self.board.is_present(gpu.uuid) and gpu.uuid not in occupied:
+                if self.board.is_present(gpu.uuid):
                     self.spawn(self._look_once(gpu.uuid))
         self._housekeep(now_s)
 
@@ -553,7 +554,7 @@ class Controller:
 
     async def _look_once(self, uuid: str) -> None:
         try:
-            self.inbox.put(HoldersSeen(await self.effects.gpus.holders(uuid)))
+            self.inbox.put(HoldersSeen(await self.witness.holders(uuid)))
         except GpuReadError as error:
             self.meters.telemetry_errors[(error.code,)] += 1
 

@@ -42,6 +42,8 @@ FIELD_ECC_UNCORRECTED = 4
 FIELD_POWER_CAPPED_NS = 74
 FIELD_MEMORY_TEMPERATURE = 82
 FIELD_NVLINKS = 91
+FIELD_NVLINK_TX_KIB = 138  # their scope is the number of a link, or all
+FIELD_NVLINK_RX_KIB = 139
 FIELD_REMAPPED_CORRECTED = 142
 FIELD_REMAPPED_UNCORRECTED = 143
 FIELD_REMAP_PENDING = 144
@@ -54,6 +56,7 @@ FIELD_SMOOTHING_RAMP_DOWN = 262  # its scope is the number of a preset profile
 FIELD_SMOOTHING_PROFILE = 264
 FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE = 267
 NOT_OVERRIDDEN = 2**32 - 1
+EVERY_NVLINK = 2**32 - 1
 # Grace superchips refuse the GPU's own scope and report the whole module's power.
 POWER_SCOPES = (("gpu", 0), ("module", 1))
 TEMPERATURE_SENSOR_GPU = 0
@@ -65,6 +68,7 @@ TOPOLOGY_ONE_SWITCH = 10  # the farthest that two GPUs below one switch are from
 MW_PER_W = 1000
 NS_PER_S = 1_000_000_000
 PERCENT = 100
+BYTES_PER_KIB = 1024
 CUDA_MAJOR, CUDA_MINOR = 1000, 10  # 12080 is 12.8
 # pynvml sizes a process list at twice what the driver says plus 5; three misses in a row are a fork bomb.
 LIST_TRIES_MAX = 3
@@ -149,6 +153,7 @@ class OpenGpu:
         at_s = time.time()
         failures: list[str] = []
         values = {name: self._read(reader, failures) for name, reader in SAMPLE_CALLS.items()}
+        values |= self._read(_utilization_ratios, failures) or {}
         values |= _from_fields(_fields(self.handle, _sample_fields(self._scope)))
         if values["power_w"] is None:
             values["power_w"] = self._read(_power_usage_w, failures)
@@ -253,17 +258,21 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
     pci = unless_dead("nvmlDeviceGetPciInfo", handle)
     pci_bus_id = pci.busId if pci else ""
     capability = unless_dead("nvmlDeviceGetCudaComputeCapability", handle)
+    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
     return GpuIdentity(
         uuid=printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX),
         index=index,
         model=printable(call("nvmlDeviceGetName", handle), NAME_LENGTH_MAX),
         memory_total_mib=size.total // BYTES_PER_MIB if size else 0,
         pci_bus_id=pci_bus_id,
-        numa=_numa(handle, pci_bus_id),
+        # Where the GPU is no node itself, that of its PCI slot.
+        numa=_numa_of_slot(pci_bus_id) if node is None else node,
+        is_numa_node=node is not None,
         minor_number=unless_dead("nvmlDeviceGetMinorNumber", handle),
         power_limit_w_min=_watts(limits_mw[0]) if limits_mw else None,
         power_limit_w_max=_watts(limits_mw[1]) if limits_mw else None,
         power_limit_w_default=_watts(unless_dead("nvmlDeviceGetPowerManagementDefaultLimit", handle)),
+        power_limit_refusal=_limit_refusal(handle),
         power_scope=power_scope,
         sm_clock_mhz_max=unless_dead("nvmlDeviceGetMaxClockInfo", handle, CLOCK_SM),
         temperature_celsius_slowdown=unless_dead(
@@ -276,6 +285,24 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
         driver_version=library.driver_version,
         cuda_version=library.cuda_version,
     )
+
+
+def _limit_refusal(handle: Any) -> str:
+    """Return what keeps the limit from being set, "" where it can be or there is none.
+
+    The limit that it has is set again. Nothing else tells: rights are checked in the kernel, where root in a
+    container may be nobody. Known now, and not when watts must go.
+    """
+    limit_mw = unless_dead("nvmlDeviceGetPowerManagementLimit", handle)
+    if limit_mw is None:
+        return ""
+    try:
+        call("nvmlDeviceSetPowerManagementLimit", handle, limit_mw)
+    except GpuReadError as error:
+        if error.code in DEAD:
+            raise
+        return error.code
+    return ""
 
 
 def _power_scope(handle: Any) -> tuple[str, int]:
@@ -298,11 +325,7 @@ def _linked_to(handle: Any) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _numa(handle: Any, pci_bus_id: str) -> int | None:
-    """Return NVML's node where the GPU is one itself (Grace), else that of its PCI slot."""
-    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
-    if node is not None:
-        return node
+def _numa_of_slot(pci_bus_id: str) -> int | None:
     # NVML writes 00000000:3B:00.0, sysfs 0000:3b:00.0.
     text = read_text(SYSFS_PCI_DEVICES / pci_bus_id.lower()[4:] / "numa_node").strip() if pci_bus_id else ""
     return int(text) if text.isdigit() else None  # -1 = unknown
@@ -330,8 +353,22 @@ def memory_used_mib(handle: Any) -> int:
     return used // BYTES_PER_MIB
 
 
-def _utilization_ratio(handle: Any) -> float:
-    percent: int = call("nvmlDeviceGetUtilizationRates", handle).gpu
+def _utilization_ratios(handle: Any) -> dict[str, float]:
+    """Return two fields of a sample: one call has both."""
+    rates = call("nvmlDeviceGetUtilizationRates", handle)
+    return {
+        "utilization_ratio": rates.gpu / PERCENT,
+        "memory_utilization_ratio": rates.memory / PERCENT,
+    }
+
+
+def _engine_ratio(function: str, handle: Any) -> float:
+    percent, _ = call(function, handle)
+    return float(percent / PERCENT)
+
+
+def _fan_speed_ratio(handle: Any) -> float:
+    percent: int = call("nvmlDeviceGetFanSpeed", handle)
     return percent / PERCENT
 
 
@@ -377,13 +414,15 @@ def _clock_reasons(handle: Any) -> int:
 
 SAMPLE_CALLS: dict[str, Callable[[Any], Any]] = {
     "memory_used_mib": memory_used_mib,
-    "utilization_ratio": _utilization_ratio,
+    "encoder_utilization_ratio": functools.partial(_engine_ratio, "nvmlDeviceGetEncoderUtilization"),
+    "decoder_utilization_ratio": functools.partial(_engine_ratio, "nvmlDeviceGetDecoderUtilization"),
     "power_limit_w": _power_limit_w,
     "power_limit_w_enforced": _power_limit_w_enforced,
     "energy_mj": _energy_mj,
     "temperature_celsius": _temperature_celsius,
     "sm_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_SM),
     "memory_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_MEMORY),
+    "fan_speed_ratio": _fan_speed_ratio,
     "clock_reasons": _clock_reasons,
 }
 
@@ -393,6 +432,10 @@ SAMPLE_CALLS: dict[str, Callable[[Any], Any]] = {
 
 def _milli(value: int) -> float:
     return value / MW_PER_W
+
+
+def _kib(value: int) -> int:
+    return value * BYTES_PER_KIB
 
 
 SAMPLE_FIELDS: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
@@ -408,16 +451,17 @@ SAMPLE_FIELDS: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
     ("has_remap_failed", FIELD_REMAP_FAILURE, bool),
     ("recovery_action", FIELD_RECOVERY_ACTION, int),
     ("is_power_smoothed", FIELD_SMOOTHING_ENABLED, bool),
+    ("nvlink_tx_bytes", FIELD_NVLINK_TX_KIB, _kib),
+    ("nvlink_rx_bytes", FIELD_NVLINK_RX_KIB, _kib),
 )
 POWER_FIELDS = frozenset({FIELD_POWER_INSTANT, FIELD_POWER_AVERAGE})
-# Which member of the value's union is valid, by its valueType.
-VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+NVLINK_FIELDS = frozenset({FIELD_NVLINK_TX_KIB, FIELD_NVLINK_RX_KIB})
 
 
 @functools.cache
 def _sample_fields(power_scope: int) -> list[Any]:
-    ids = [field for _, field, _ in SAMPLE_FIELDS]
-    return [(field, power_scope) if field in POWER_FIELDS else field for field in ids]
+    scopes = dict.fromkeys(POWER_FIELDS, power_scope) | dict.fromkeys(NVLINK_FIELDS, EVERY_NVLINK)
+    return [(field, scopes[field]) if field in scopes else field for _, field, _ in SAMPLE_FIELDS]
 
 
 def _from_fields(values: dict[int, int]) -> dict[str, Any]:

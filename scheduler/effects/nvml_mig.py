@@ -14,7 +14,6 @@ from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 EMPTY_SLOT = "ERROR_NOT_FOUND"
-EVERY_INSTANCE = 2**32 - 1  # what an event says that concerns the whole GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +122,11 @@ class Instances:
             uuid=one.uuid,
             memory_used_mib=nvml.or_none(nvml.memory_used_mib, one.handle),
             utilization_ratio=None,
+            memory_utilization_ratio=None,
+            encoder_utilization_ratio=None,
+            decoder_utilization_ratio=None,
+            nvlink_tx_bytes=None,
+            nvlink_rx_bytes=None,
             power_w=None if parent.power_w is None else parent.power_w * share,
             power_w_average=None if parent.power_w_average is None else parent.power_w_average * share,
             power_limit_w=None,

@@ -34,6 +34,7 @@ INSTANCES_MAX = 8
 STEPS_MAX = 64
 ANY_GPU = -1
 NO_INSTANCE = 2**32 - 1
+KIB = 2**10
 GIB = 2**30
 LISTS = ("compute", "graphics", "mps")
 NVLINK_TO_SWITCH = 2
