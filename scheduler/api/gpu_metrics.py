@@ -1,6 +1,6 @@
 """What the metrics page says of GPUs: who they are, where they stand, and the last reading of each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from scheduler.api.exposition import Page
@@ -10,7 +10,6 @@ from scheduler.model.gpus import GpuIdentity, GpuSample, GpuState
 
 _MIB = 1 << 20
 _HZ_PER_MHZ = 1_000_000
-_MJ_PER_J = 1000
 GPU = ("gpu",)
 
 _Thing = TypeVar("_Thing")
@@ -81,11 +80,6 @@ _SAMPLED: tuple[tuple[str, str, Callable[[GpuSample], float | None]], ...] = (
 # What the GPU counts itself.
 _COUNTED: tuple[tuple[str, str, Callable[[GpuSample], float | None]], ...] = (
     (
-        "gpu_energy_joules",
-        "Energy that the GPU counted since its driver was loaded.",
-        lambda s: None if s.energy_mj is None else s.energy_mj / _MJ_PER_J,
-    ),
-    (
         "gpu_power_capped_seconds",
         "Time for which the power limit held the clock back, since the driver was loaded.",
         lambda s: s.power_capped_s,
@@ -153,8 +147,8 @@ _INFO: tuple[tuple[str, Callable[[GpuIdentity], str]], ...] = (
 _STATES = tuple((state, state.value) for state in GpuState)
 
 
-def put_gpus(page: Page, views: list[GpuView], now_s: float) -> None:
-    """Put all GPUs on the page."""
+def put_gpus(page: Page, views: list[GpuView], energy_j: Mapping[Labels, float], now_s: float) -> None:
+    """Put all GPUs on the page; `energy_j` is what each has used, as it is booked."""
     page.gauge(
         "gpu_info",
         "A GPU of this node.",
@@ -187,6 +181,12 @@ def put_gpus(page: Page, views: list[GpuView], now_s: float) -> None:
         page.gauge(name, text, _reported(samples, read_sample), GPU)
     for name, text, read_sample in _COUNTED:
         page.counter(name, text, _reported(samples, read_sample), GPU)
+    page.counter(
+        "gpu_energy_joules",
+        "Energy that the GPU used since the daemon was started, whatever its own counter did.",
+        ((key, energy_j[key]) for key, _ in identities if key in energy_j),
+        GPU,
+    )
 
 
 def _reported(

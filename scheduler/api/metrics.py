@@ -30,7 +30,7 @@ class NodeMetrics:
         control = self._control
         now_s = control.effects.clock.now_s()
         page = Page()
-        put_gpus(page, control.board.views(now_s), now_s)
+        put_gpus(page, control.board.views(now_s), control.meters.gpu_energy_j, now_s)
         self._put_jobs(page)
         self._put_meters(page)
         page.gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])

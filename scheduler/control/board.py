@@ -12,6 +12,7 @@ import numpy as np
 
 from scheduler.control.ledger import Ledger
 from scheduler.control.table import Leaver, gave_way
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.events import BaselineLearned
 from scheduler.model.gpus import PID_LIMIT, GpuIdentity, GpuProcess, GpuSample, GpuState
@@ -68,14 +69,16 @@ class GpuView:
     job_ids: tuple[str, ...]
     free_share_milli: int
     foreign: tuple[GpuProcess, ...]
+    telemetry_problems: tuple[str, ...] = ()
 
 
 class GpuBoard:
     """Every GPU that this daemon has seen, by index."""
 
-    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...]) -> None:
+    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...], telemetry: Telemetry) -> None:
         """Take the ledger and the size of each node, in the order in which GPUs name them."""
         self._ledger = ledger
+        self._telemetry = telemetry
         self.sizes = sizes
         self.identities: tuple[GpuIdentity, ...] = ()
         self.row: dict[str, int] = {}
@@ -248,6 +251,7 @@ class GpuBoard:
                     job_ids=tuple(sorted(job.id for job in jobs)),
                     free_share_milli=max(0, SHARE_MILLI_WHOLE - held - occupied),
                     foreign=self.foreign.get(gpu.uuid, ()),
+                    telemetry_problems=self._telemetry.of(gpu.uuid),
                 )
             )
         return views

@@ -18,6 +18,7 @@ from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
 from scheduler.control.handover import HandoverVerifier, Look
 from scheduler.control.health import Health
+from scheduler.control.housekeeping import Housekeeper
 from scheduler.control.inbox import (
     Asked,
     Command,
@@ -46,6 +47,7 @@ from scheduler.control.power import PowerControl
 from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
+from scheduler.control.telemetry import Telemetry
 from scheduler.control.watch import Watchers
 from scheduler.control.witness import Witness
 from scheduler.effects.clock import Clock
@@ -67,7 +69,6 @@ log = logging.getLogger("wattshift.loop")
 
 # A journal that could not be written is tried again this soon.
 JOURNAL_RETRY_S = 1.0
-EXPIRE_PERIOD_S = 60.0
 # A moment nearer than this has come: clocks are no finer, and a tick must not call itself.
 WAKE_S_MIN = 0.001
 # A launcher that can't be reached is tried again: at once, then ever later.
@@ -109,8 +110,9 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
-        self.board = GpuBoard(self.ledger, site.sizes)
-        self.accounts = Accounts(self.ledger, self.board, self.meters)
+        self.telemetry = Telemetry(self.meters)
+        self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
@@ -146,7 +148,7 @@ class Controller:
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
-        self._expired_s = 0.0
+        self._housekeeper = Housekeeper(self)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -160,7 +162,7 @@ class Controller:
             JournalError: The journal can't be written.
         """
         now_s = self.effects.clock.now_s()
-        self.accounts.resume(now_s)
+        self.accounts.resume(rebooted=self.rebooted)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
         self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         self.health.start()
@@ -222,8 +224,8 @@ class Controller:
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
-        self.accounts.book(now_s)
+        self.accounts.settle()
+        self.accounts.book_all(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -340,17 +342,18 @@ class Controller:
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
+        self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        has_readings = any(isinstance(item, GpuReadings) for item in items)
+        if has_readings:
+            self.accounts.read(now_s)  # not before it is known who has ended meanwhile
         self.prices.advance(now_s)
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
-        self.accounts.book_ended(now_s)
-        if self.accounts.due(now_s):
-            self.accounts.book(now_s)
+        self.accounts.book(now_s, has_readings=has_readings)
         try:
             self._commit()
         except JournalError as error:
@@ -527,11 +530,13 @@ class Controller:
     # Readings ---------------------------------------------------------------------------------
 
     def _read(self, readings: GpuReadings, now_s: float) -> None:
-        for code in readings.errors.values():
-            self.meters.telemetry_errors[(code,)] += 1
+        self.telemetry.read(readings, now_s)
         fresh = self.board.read(readings)
+        if unused := self.telemetry.nameless(self.board.row):
+            self.problems["telemetry"] = unused
+        else:
+            self.problems.pop("telemetry", None)
         self.abilities.read(readings, self.board)
-        self.accounts.read()
         self.occupancy.fresh(fresh)
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
@@ -544,7 +549,7 @@ class Controller:
             for gpu in self.board.identities:
                 if self.board.is_present(gpu.uuid):
                     self.spawn(self._look_once(gpu.uuid))
-        self._housekeep(now_s)
+        self._housekeeper.read(now_s)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run this beside the loop, until the loop ends."""
@@ -560,34 +565,6 @@ class Controller:
 
     def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
         self.inbox.put(HandoverResult(uuid, look, error))
-
-    def _housekeep(self, now_s: float) -> None:
-        journal, state = self.effects.journal, self.config.state
-        self.commands.free_mib = journal.free_mib()
-        self.commands.free_mib_min = state.free_mib_min
-        if len(self.inbox) or self.ledger.touched:
-            return
-        journal.checkpoint()
-        if now_s - self._expired_s < EXPIRE_PERIOD_S:
-            return
-        try:
-            expired = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)
-        except JournalError as error:
-            log.warning("old jobs could not be dropped: %s", error)
-            self._expired_s = now_s
-            return
-        if not expired.more:  # else the rest goes in the next quiet moment
-            self._expired_s = now_s
-        if expired.job_ids:
-            self.spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
-
-    def _remove_files(self, gone: list[str]) -> None:
-        """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""
-        for job_id in gone:
-            try:
-                self.site.remove_job(job_id)
-            except OSError as error:
-                log.warning("the files of job %s could not be removed: %s", job_id, error)
 
 
 def _as_text(columns: GpuColumns) -> dict[str, str]:

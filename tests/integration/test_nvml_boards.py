@@ -229,33 +229,6 @@ async def test_a_process_says_how_busy_it_keeps_its_gpu_where_that_is_known(tmp_
         assert (await only_process()).utilization_ratio == 0.25
 
 
-# Libraries that lie ----------------------------------------------------------------------------
-
-
-async def test_more_memory_used_than_there_is_is_reported_and_not_believed(tmp_path: Path) -> None:
-    fake = FakeNvml(tmp_path)
-    fake.gpus[0].memory_used = 90_000 * 2**20
-    readings = await first_round(fake)
-    assert readings.samples[0].memory_used_mib is None
-    assert readings.errors == {fake.gpus[0].uuid: "IMPLAUSIBLE"}
-
-
-async def test_a_uuid_that_comes_twice_is_one_gpu_and_an_error(tmp_path: Path) -> None:
-    fake = FakeNvml(tmp_path, gpus=3)
-    fake.gpus[2].uuid_bytes = fake.gpus[0].uuid.encode()
-    readings = await first_round(fake)
-    uuids = [fake.gpus[0].uuid, fake.gpus[1].uuid]
-    assert [gpu.uuid for gpu in readings.identities] == [sample.uuid for sample in readings.samples] == uuids
-    assert readings.errors == {"index 2": "UUID_TWICE"}
-
-
-async def test_a_name_that_would_steer_a_terminal_is_made_harmless(tmp_path: Path) -> None:
-    fake = FakeNvml(tmp_path)
-    fake.gpus[0].name = b"\x1b[2JNVIDIA H100" + b"x" * 80
-    readings = await first_round(fake)
-    assert readings.identities[0].model == "?[2JNVIDIA H100" + "x" * 80
-
-
 # Events ----------------------------------------------------------------------------------------
 
 

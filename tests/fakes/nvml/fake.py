@@ -112,7 +112,7 @@ class Step(ctypes.Structure):
 class Gpu(ctypes.Structure):
     _fields_ = (
         ("uuid_bytes", ctypes.c_char * 96),
-        ("name", ctypes.c_char * 96),
+        ("name", ctypes.c_char * 256),
         ("bus_id", ctypes.c_char * 32),
         *((figure, ctypes.c_uint64) for figure in (*GPU_FIGURES, *GPU_INPUTS)),
         ("lost", ctypes.c_int32),

@@ -88,7 +88,7 @@ struct step {
 #define AS_U64(name) uint64_t name;
 struct gpu {
     char uuid[96];
-    char name[96];
+    char name[256]; /* longer than a caller's buffer may be */
     char bus_id[32];
     FIGURES(AS_U64)
     INPUTS(AS_U64)
