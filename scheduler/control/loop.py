@@ -69,6 +69,8 @@ log = logging.getLogger("wattshift.loop")
 
 # A journal that could not be written is tried again this soon.
 JOURNAL_RETRY_S = 1.0
+# A moment nearer than this has come: clocks are no finer, and a tick must not call itself.
+WAKE_S_MIN = 0.001
 # A launcher that can't be reached is tried again: at once, then ever later.
 RECONNECT_S = 0.1
 RECONNECT_S_MAX = 5.0
@@ -512,13 +514,14 @@ class Controller:
         """The answer as it is after the whole tick: a job may have started in it."""
         return self.reports.newest(result)
 
-    def _wake_at(self, moments: tuple[float | None, ...], now_s: float) -> None:
-        wake_s = min((moment for moment in moments if moment is not None), default=None)
+    def _wake_at(self, moments_s: tuple[float | None, ...], now_s: float) -> None:
+        """Tick again at the first of these moments."""
+        wake_s = min((moment for moment in moments_s if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if wake_s is not None:
-            delay_s = max(0.0, wake_s - now_s)
+            delay_s = max(WAKE_S_MIN, wake_s - now_s)
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._elapsed)
 
     def _elapsed(self) -> None:

@@ -67,6 +67,8 @@ HORIZON_S_MIN, HORIZON_S_MAX = 60.0, 3600.0
 # What the plan's error is given back with each reading below the budget.
 CORRECTION_DECAY = 0.1
 MILLI = 1000
+# Watts that come back do so in steps of this length, where no reading comes sooner.
+RETURN_STEP_S = 1.0
 # Longer than any grace and minimum runtime that a configuration takes.
 DURATION_S_LONG = 1e9
 
@@ -159,6 +161,9 @@ class PowerControl:
             for event in self._control.ledger.power.events
             if event.binds and event.state is ShedState.SCHEDULED
         ]
+        state = self._control.ledger.power
+        if state.returned_from_w is not None:
+            moments.append(max(state.return_began_s, now_s + RETURN_STEP_S))
         return min((moment for moment in moments if moment > now_s), default=None)
 
     def _cut_off(self) -> list[tuple[Job, float]]:

@@ -59,7 +59,13 @@ class SimulatedDaemon:
         assert not self.runs
         clock = self.machine.clock
         self._pid += 1
-        journal = SqliteJournal(self._state_dir, now_s=clock.now_s())
+        kept = self.config.state
+        journal = SqliteJournal(
+            self._state_dir,
+            now_s=clock.now_s(),
+            segment_events=kept.journal_segment_events_max,
+            segments_kept=kept.journal_segments_kept_max,
+        )
         try:
             effects = Effects(clock, journal, self.launcher, self._gpus, MachineProcesses(self.machine))
             site = Site(

@@ -61,6 +61,7 @@ class Work:
     """What a job has got done in all its attempts, in seconds at full speed."""
 
     useful_s: float = 0.0
+    lost_s: float = 0.0  # restart losses worked off
     restarts: int = 0
 
 
@@ -156,6 +157,16 @@ class Machine:
         work = self.work.get(job_id)
         return work.useful_s if work else 0.0
 
+    def settle(self) -> None:
+        """Count the work of all that runs until now."""
+        for process in self.processes.values():
+            self._count(process)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether nothing that runs would ever end by itself."""
+        return all(p.done is None and p.ending is None for p in self.processes.values())
+
     def reboot(self) -> None:
         """Every process is gone at once and says nothing."""
         now_s = self.clock.true_s()
@@ -197,7 +208,9 @@ class Machine:
         process.at_s = now_s
         lost_s = min(did_s, process.restart_left_s)
         process.restart_left_s -= lost_s
-        self.work[process.key.job_id].useful_s += did_s - lost_s
+        work = self.work[process.key.job_id]
+        work.lost_s += lost_s
+        work.useful_s += did_s - lost_s
 
     def _end(self, process: Process, exit_code: int | None, signal: int | None) -> None:
         self._count(process)

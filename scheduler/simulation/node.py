@@ -18,7 +18,7 @@ from scheduler.effects.launcher import (
     StopOrder,
 )
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuLimit, GpuProcess
+from scheduler.model.gpus import GpuHolders, GpuLimit, GpuProcess, GpuSample
 from scheduler.simulation.boards import DRIVER_VERSION, Board
 from scheduler.simulation.machine import Machine, Process
 
@@ -190,7 +190,7 @@ class MachineGpus:
         boards = self._machine.boards.values()
         return GpuReadings(
             identities=tuple(board.identity for board in boards),
-            samples=tuple(replace(board.sample(true_s), at_s=now_s) for board in boards),
+            samples=tuple(_seen_at(board.sample(true_s), now_s) for board in boards),
             errors={},
             driver_version=DRIVER_VERSION,
         )
@@ -209,6 +209,11 @@ class MachineGpus:
 
     def _now_s(self) -> float:
         return self._machine.clock.now_s()
+
+
+def _seen_at(sample: GpuSample, now_s: float) -> GpuSample:
+    """The sample with the time that the daemon's clock tells."""
+    return sample if sample.at_s == now_s else replace(sample, at_s=now_s)
 
 
 class MachineProcesses:
