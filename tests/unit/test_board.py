@@ -12,7 +12,7 @@ from scheduler.control.meters import Meters
 from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
-from scheduler.model.events import GpuMarked
+from scheduler.model.events import DaemonStarted, GpuMarked
 from scheduler.model.gpus import PID_LIMIT, GpuIdentity, GpuProcess, GpuState
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
@@ -110,6 +110,15 @@ def test_a_baseline_outlives_the_daemon_but_not_its_driver(ledger: Ledger) -> No
     assert upgraded.empty_mib("GPU-a") == EMPTY_MIB_MAX
     upgraded.learn_baseline("GPU-a", 700, 2.0)
     assert upgraded.empty_mib("GPU-a") == 700
+
+
+def test_a_baseline_does_not_outlive_a_reboot(board: GpuBoard, ledger: Ledger) -> None:
+    ledger.apply(DaemonStarted(1.0, "0", "boot-1", 1))
+    board.learn_baseline(A.uuid, 512, 1.0)
+    ledger.apply(DaemonStarted(2.0, "0", "boot-1", 2))
+    assert A.uuid in ledger.baselines
+    ledger.apply(DaemonStarted(3.0, "0", "boot-2", 3))
+    assert not ledger.baselines
 
 
 def test_a_baseline_that_was_not_kept_is_not_known(board: GpuBoard, ledger: Ledger) -> None:
