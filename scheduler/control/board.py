@@ -180,6 +180,13 @@ class GpuBoard:
                 found[uuid] = [Occupant("", 0, SHARE_MILLI_WHOLE, 0)]
         return found
 
+    def is_left(self, uuid: str) -> bool:
+        """Whether an attempt of ours ended on the GPU and is not proved gone."""
+        return any(
+            uuid in leaving.gpus and (job_id, attempt, uuid) not in self._proved
+            for (job_id, attempt), leaving in self._ledger.leaving.items()
+        )
+
     def doubt(self, uuid: str) -> None:
         """The GPU must be proved free before anything starts on it."""
         self._unproved.add(uuid)
