@@ -122,6 +122,7 @@ class Controller:
         self.last_plan: Plan | None = None
         self._memo = Memo()
         self._gpus_before: dict[str, str] = {}
+        self._before = self.rebooted, self._gpus_before  # as they were when the tick began
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -315,10 +316,18 @@ class Controller:
     def _forget_turn(self) -> None:
         self.meters.tick_failures += 1
         self.ledger.abandon()
+        self._undo_turn()
+
+    def _undo_turn(self) -> None:
+        """The ledger is as it was before the tick; so must be all that was made of it."""
         self.orders.clear()
+        self.reports.recall_victims()
+        self.standing.reload()
+        self.rebooted, self._gpus_before = self._before
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
+        self._before = self.rebooted, self._gpus_before
         self.accounts.advance(now_s)
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
@@ -435,9 +444,20 @@ class Controller:
     def _not_kept(self, items: list[Item], error: JournalError) -> None:
         log.error("the journal could not be written: %s", error)
         self.problems["journal"] = str(error)
-        self.orders.clear()
+        self._undo_turn()
         self._fail_asked(items, Unavailable(f"nothing was accepted: {error}"))
-        self.inbox.put_back([item for item in items if not isinstance(item, Asked)])
+        # A launcher's end was acted on; said again, each try would connect once more. A greeting of before it
+        # is of a launcher that is gone.
+        gone = [at for at, item in enumerate(items) if isinstance(item, LauncherGone)]
+        stale = {
+            at for at, item in enumerate(items) if gone and at < gone[-1] and isinstance(item, LauncherBack)
+        }
+        kept = [
+            item
+            for at, item in enumerate(items)
+            if not isinstance(item, Asked | LauncherGone) and at not in stale
+        ]
+        self.inbox.put_back(kept)
         asyncio.get_running_loop().call_later(JOURNAL_RETRY_S, self._schedule)
 
     @staticmethod

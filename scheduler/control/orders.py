@@ -122,10 +122,12 @@ class Orders:
         self._watches[uuid] = once
 
     def clear(self) -> None:
-        """The tick was not kept: nothing follows from it."""
+        """The tick was not kept: nothing follows from it but looks at GPUs, which do no harm."""
+        watches = dict(self._watches)
         for number in self._unkept:
             self._take_back(number)
         self._begin()
+        self._watches.update(watches)
 
     def _begin(self) -> None:
         for orders in (self._kills, self._stops, self._forgets, self._starts, self._unkept):

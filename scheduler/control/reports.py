@@ -93,7 +93,7 @@ class ReportHandler:
         control.problems.pop("launcher", None)
         self._apply(LauncherConnected(now_s, hello.launcher_id))
         held = {(one.key.job_id, one.key.attempt): one for one in hello.attempts}
-        self._recall_victims()
+        self.recall_victims()
         for job in list(control.ledger.live_jobs()):
             mine = held.pop((job.id, job.attempt), None)
             if mine is not None:
@@ -110,8 +110,8 @@ class ReportHandler:
                 control.orders.kill(key)
         control.rebooted = False  # whatever is lost from here on is lost otherwise
 
-    def _recall_victims(self) -> None:
-        """Know again, after a restart, who stops for whom."""
+    def recall_victims(self) -> None:
+        """Know again, after a restart or a tick that was not kept, who stops for whom."""
         self._victims.clear()
         for job in self._control.ledger.jobs.values():
             last = job.last
