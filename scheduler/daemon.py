@@ -212,10 +212,13 @@ class _Daemon:
         user = pwd.getpwnam(self._config.jobs.user) if self._config.jobs.user else pwd.getpwuid(os.geteuid())
         jobs_dir = state_dir / JOBS_DIRECTORY
         return Site(
-            size=NodeSize(
-                cpus=node.cpus or len(os.sched_getaffinity(0)),
-                memory_mib=node.memory_mib or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
-                live_jobs_max=self._config.policy.live_jobs_max,
+            sizes=(
+                NodeSize(
+                    cpus=node.cpus or len(os.sched_getaffinity(0)),
+                    memory_mib=node.memory_mib
+                    or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
+                    live_jobs_max=self._config.policy.live_jobs_max,
+                ),
             ),
             base_environment={"PATH": JOB_PATH, "HOME": user.pw_dir, "USER": user.pw_name, "LANG": "C.UTF-8"},
             remove_job=partial(remove_job, jobs_dir),

@@ -33,6 +33,7 @@ _OBSTACLES = {
 _WAITS = {
     Reason.BACKING_OFF: "It backs off",
     Reason.NODE_DRAINING: "The node drains: nothing starts",
+    Reason.WAITING_FOR_PRICE: "Its energy would cost more than it is worth: it waits for a lower price",
     Reason.NO_SUITABLE_GPU: "No GPU that is open now could ever serve it",
     Reason.WAITING_FOR_GPUS: "It waits for GPUs",
     Reason.WAITING_FOR_GPU_MEMORY: "It waits for GPU memory",
@@ -188,6 +189,8 @@ def _remedy(remedy: Remedy, spec: JobSpec) -> str:
             return f"a priority of at least {amount} instead of {spec.priority}"
         case RemedyKind.HIGHER_VALUE:
             return f"a value of at least {amount / MICROUSD_PER_USD:.2f} USD per GPU-hour"
+        case RemedyKind.CHEAPER_ENERGY:
+            return f"energy that costs at most {amount / MICROUSD_PER_USD:.4f} USD per GPU-hour"
         case RemedyKind.HIGHER_CLASS:
             return f"the class {JobClass(amount).name} instead of {spec.job_class.name}"
         case RemedyKind.BE_PREEMPTIBLE:

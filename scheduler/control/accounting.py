@@ -75,7 +75,6 @@ class Accounts:
 
     def read(self) -> None:
         """Split the energy since the last readings."""
-        holders = self._board.holders()
         for uuid, sample in self._board.samples.items():
             before = self._counters.get(uuid)
             if before is not None and before[0] == sample.at_s:
@@ -88,7 +87,7 @@ class Accounts:
                 used_mj = float(max(0, sample.energy_mj - before[1]))  # a reset counter books nothing
             else:
                 used_mj = (sample.power_w or 0.0) * elapsed_s * 1000.0
-            jobs = holders.get(uuid, [])
+            jobs = self._board.holders(uuid)
             left = SHARE_MILLI_WHOLE
             for job in jobs:
                 self._jobs[job.number] = job

@@ -15,7 +15,7 @@ def check_feasible(spec: JobSpec, board: GpuBoard, prefix: str) -> None:
         Infeasible: Fields rule it out; each is named, under `prefix`.
     """
     found: list[FieldViolation] = []
-    size = board.size
+    size = board.sizes[0]
     if spec.cpus > size.cpus:
         found.append(FieldViolation(prefix + "cpus", f"is {spec.cpus}; this node has {size.cpus} for jobs"))
     if spec.memory_mib > size.memory_mib:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from scheduler.control.ledger import Ledger
-from scheduler.control.table import gave_way
+from scheduler.control.table import Leaver, gave_way
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuSample, GpuState
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
@@ -24,7 +24,6 @@ from scheduler.model.snapshot import (
     OPEN,
     UNKNOWN,
     GpuColumns,
-    HoldingColumns,
     NodeColumns,
     Snapshot,
 )
@@ -70,9 +69,10 @@ class GpuView:
 class GpuBoard:
     """Every GPU that this daemon has seen, by index."""
 
-    def __init__(self, ledger: Ledger, size: NodeSize) -> None:
+    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...]) -> None:
+        """Take the ledger and the size of each node, in the order in which GPUs name them."""
         self._ledger = ledger
-        self.size = size
+        self.sizes = sizes
         self.identities: tuple[GpuIdentity, ...] = ()
         self.row: dict[str, int] = {}
         self.samples: dict[str, GpuSample] = {}
@@ -85,7 +85,10 @@ class GpuBoard:
         self.released = False
         self._present: frozenset[str] = frozenset()
         self._read: tuple[GpuIdentity, ...] = ()
+        self._absent: frozenset[str] = frozenset()  # known, and not in the last round
+        self._baselines = 0  # how often one changed
         self._gpus: tuple[object, GpuColumns] | None = None
+        self._nodes: tuple[object, NodeColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
 
     def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
@@ -111,9 +114,10 @@ class GpuBoard:
                 del known[uuid]
                 self.samples.pop(uuid, None)
                 self._unproved.discard(uuid)
-            self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.index, gpu.uuid)))
+            self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.node, gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
             self._present, self._read = present, readings.identities
+            self._absent = frozenset(self.row) - present
             self._ledger.table.see_gpus(self.identities)
         return fresh
 
@@ -127,7 +131,7 @@ class GpuBoard:
             gpu.uuid
             for gpu in known
             if gpu.uuid not in names and (gpu.uuid in parents or gpu.parent_uuid in names | parents)
-        } - {*self.holders(), *leaving}
+        } - {*self._ledger.table.holdings.by_gpu, *leaving}
 
     def is_present(self, uuid: str) -> bool:
         """Whether the last round of readings saw the GPU."""
@@ -135,7 +139,9 @@ class GpuBoard:
 
     def learn_baseline(self, uuid: str, used_mib: int) -> None:
         """Note what the empty GPU shows as used. Only ever less: a leak must not become normal bit by bit."""
-        self.baseline_mib[uuid] = min(used_mib, self.baseline_mib.get(uuid, used_mib))
+        if used_mib < self.baseline_mib.get(uuid, used_mib + 1):
+            self.baseline_mib[uuid] = used_mib
+            self._baselines += 1
 
     def occupants(self) -> dict[str, list[Occupant]]:
         """By GPU, what ended there and is not proved gone; or that nobody has looked yet."""
@@ -146,9 +152,8 @@ class GpuBoard:
                     found.setdefault(uuid, []).append(
                         Occupant(job_id, attempt, leaving.share_milli, leaving.memory_mib)
                     )
-        held = self.holders() if self._unproved else {}
         for uuid in self._unproved:
-            if uuid not in held and uuid not in found:
+            if not self.is_held(uuid) and uuid not in found:
                 found[uuid] = [Occupant("", 0, SHARE_MILLI_WHOLE, 0)]
         return found
 
@@ -171,13 +176,13 @@ class GpuBoard:
         """Forget the proofs of attempts that the ledger has as verified."""
         self._proved = {key for key in self._proved if key[:2] in self._ledger.leaving}
 
-    def holders(self) -> dict[str, list[Job]]:
-        """Live jobs by the GPU that they hold."""
-        held: dict[str, list[Job]] = {}
-        for job in self._ledger.live_jobs():
-            for uuid in job.attempts[-1].gpus:
-                held.setdefault(uuid, []).append(job)
-        return held
+    def holders(self, uuid: str) -> list[Job]:
+        """Live jobs that hold a GPU."""
+        return self._ledger.table.holdings.jobs(uuid)
+
+    def is_held(self, uuid: str) -> bool:
+        """Whether a live job holds a GPU."""
+        return uuid in self._ledger.table.holdings.by_gpu
 
     def state(self, uuid: str, held: bool, leaving: bool) -> tuple[GpuState, Reason, str]:
         """The GPU's state, its reason and the facts behind it."""
@@ -196,10 +201,10 @@ class GpuBoard:
 
     def views(self, now_s: float) -> list[GpuView]:
         """All GPUs, by index."""
-        holders, occupants = self.holders(), self.occupants()
+        occupants = self.occupants()
         views = []
         for gpu in self.identities:
-            jobs = holders.get(gpu.uuid, [])
+            jobs = self.holders(gpu.uuid)
             occupied = sum(o.share_milli for o in occupants.get(gpu.uuid, ()))
             held = sum(job.spec.gpu_share_milli for job in jobs)
             state, reason, detail = self.state(gpu.uuid, bool(jobs), bool(occupied))
@@ -225,11 +230,14 @@ class GpuBoard:
         """GPU memory that jobs may book: the total less what the empty GPU shows as used."""
         return gpu.memory_total_mib - self.baseline_mib.get(gpu.uuid, 0)
 
+    def basis(self) -> tuple[object, ...]:
+        """What snapshots are made of, but for the time; equal where nothing that the planner sees changed."""
+        head = self._ledger.journal.head
+        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving())
+
     def snapshot(self, now_s: float) -> Snapshot:
         """The world now, for the planner; valid until the next change."""
-        return self._ledger.table.snapshot(
-            now_s, self._gpu_columns(), self._node_columns(), self._holding_columns()
-        )
+        return self._ledger.table.snapshot(now_s, self._gpu_columns(), self._node_columns(), self._leaving())
 
     def _gpu_columns(self) -> GpuColumns:
         """The GPUs' columns; made again only when something in them changed."""
@@ -237,8 +245,8 @@ class GpuBoard:
         key = (
             self.identities,
             self.released,
-            frozenset(uuid for uuid in self.row if uuid in closed or not self.is_present(uuid)),
-            tuple(self.baseline_mib.items()),
+            frozenset(closed | self._absent),
+            self._baselines,
         )
         if self._gpus is None or self._gpus[0] != key:
             self._gpus = (key, self._made_gpu_columns(key[2]))
@@ -246,45 +254,39 @@ class GpuBoard:
 
     def _made_gpu_columns(self, closed: frozenset[str]) -> GpuColumns:
         gpus = self.identities
+        models = sorted({gpu.model for gpu in gpus})
         states = [CLOSED if self.released or gpu.uuid in closed else OPEN for gpu in gpus]
         return GpuColumns(
             uuid=tuple(gpu.uuid for gpu in gpus),
             index=np.arange(len(gpus), dtype=np.int64),
-            node=np.zeros(len(gpus), dtype=np.int64),
+            node=np.array([gpu.node for gpu in gpus], dtype=np.int64),
             memory_mib=np.array([self.bookable_mib(gpu) for gpu in gpus], dtype=np.int64),
             state=np.array(states, dtype=np.int64),
             island=_known(gpu.island for gpu in gpus),
             switch=_known(gpu.switch for gpu in gpus),
             numa=_known(gpu.numa for gpu in gpus),
+            model=np.array([models.index(gpu.model) for gpu in gpus], dtype=np.int64),
         )
 
     def _node_columns(self) -> NodeColumns:
         drain = self._ledger.drain
         code = NOT_DRAINING if drain is None else DRAINING_STOP if drain.stop_jobs else DRAINING
-        size = self.size
-        return NodeColumns(
-            *(np.array([v], dtype=np.int64) for v in (size.cpus, size.memory_mib, size.live_jobs_max, code))
-        )
+        if self._nodes is None or self._nodes[0] != (code, self.sizes):
+            rows = [(size.cpus, size.memory_mib, size.live_jobs_max, code) for size in self.sizes]
+            columns: Any = np.array(rows, dtype=np.int64).T
+            self._nodes = ((code, self.sizes), NodeColumns(*columns))
+        return self._nodes[1]
 
-    def _holding_columns(self) -> HoldingColumns:
-        rows: list[tuple[int, ...]] = []
-        table = self._ledger.table
-        for job in self._ledger.live_jobs():
-            row = table.row(job.number)
-            for uuid in job.attempts[-1].gpus:
-                gpu = self.row.get(uuid)
-                if gpu is not None:  # an adopted job may hold a GPU that has not come back
-                    spec = job.spec
-                    rows.append((row, gpu, spec.gpu_share_milli, spec.gpu_memory_mib, UNKNOWN, UNKNOWN))
+    def _leaving(self) -> list[Leaver]:
+        rows: list[Leaver] = []
         for uuid, occupants in self.occupants().items():
             gpu = self.row.get(uuid)
             if gpu is not None:
                 for one in occupants:
                     leaving = self._ledger.leaving.get((one.job_id, one.attempt))
                     notice = gave_way(leaving.notice if leaving else None)
-                    rows.append((UNKNOWN, gpu, one.share_milli, one.memory_mib, *notice))
-        columns: Any = np.array(rows, dtype=np.int64).reshape(len(rows), 6).T
-        return HoldingColumns(*columns)
+                    rows.append((gpu, one.share_milli, one.memory_mib, *notice))
+        return rows
 
 
 def _known(numbers: Iterable[int | None]) -> Any:

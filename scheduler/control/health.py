@@ -123,7 +123,7 @@ class Health:
 
     def _is_near_our_kill(self, uuid: str, now_s: float) -> bool:
         board = self._control.board
-        stopping = any(job.attempts[-1].notice for job in board.holders().get(uuid, ()))
+        stopping = any(job.attempts[-1].notice for job in board.holders(uuid))
         ended_s = self._ended_s.get(uuid)
         return stopping or (ended_s is not None and now_s - ended_s <= OWN_KILL_S)
 
@@ -176,7 +176,7 @@ class Health:
         self._move_jobs(uuid, now_s)
 
     def _move_jobs(self, uuid: str, now_s: float) -> None:
-        for job in self._control.board.holders().get(uuid, ()):
+        for job in self._control.board.holders(uuid):
             if job.state in _MOVABLE:
                 self._control.commands.stop(job, JobState.PREEMPTING, Reason.GPU_FAILED, now_s)
 

@@ -78,7 +78,7 @@ class Effects:
 class Site:
     """What the composition root knows of the place."""
 
-    size: NodeSize
+    sizes: tuple[NodeSize, ...]  # of each node that is planned for: of this one
     base_environment: Mapping[str, str]  # of every job: a minimal PATH, HOME
     remove_job: Callable[[str], None]  # removes what a job left on disk
     was_begun: Callable[[str, int], bool]  # whether a launcher ever took the order to start an attempt
@@ -97,7 +97,7 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
-        self.board = GpuBoard(self.ledger, site.size)
+        self.board = GpuBoard(self.ledger, site.sizes)
         self.accounts = Accounts(self.ledger, self.board, self.meters)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
@@ -121,8 +121,11 @@ class Controller:
         self.problems: dict[str, str] = {}
         self.last_plan: Plan | None = None
         self._memo = Memo()
-        self._gpus_before: dict[str, str] = {}
-        self._before = self.rebooted, self._gpus_before  # as they were when the tick began
+        self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
+        self._wake_s: float | None = None  # when time alone could change it
+        self._gpus_before: GpuColumns | None = None
+        # As they were when the tick began.
+        self._before: tuple[bool, GpuColumns | None] = (self.rebooted, None)
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -226,7 +229,9 @@ class Controller:
             self.ledger.apply(PolicyChanged(self.effects.clock.now_s(), config.policy))
         self.ledger.set_policy(config.policy)
         self.config = config
-        self.board.size = replace(self.board.size, live_jobs_max=config.policy.live_jobs_max)
+        self.board.sizes = tuple(
+            replace(size, live_jobs_max=config.policy.live_jobs_max) for size in self.board.sizes
+        )
         self.standing.reload()
         self.inbox.put(Elapsed())
 
@@ -257,8 +262,7 @@ class Controller:
         """Whether the process belongs to a live job that holds the GPU."""
         return any(
             job.attempts[-1].pid is not None and self.effects.processes.belongs_to(pid, job.attempts[-1].pid)
-            for job in self.ledger.live_jobs()
-            if uuid in job.attempts[-1].gpus
+            for job in self.board.holders(uuid)
         )
 
     # A tick -----------------------------------------------------------------------------------
@@ -324,6 +328,8 @@ class Controller:
         self.reports.recall_victims()
         self.standing.reload()
         self.rebooted, self._gpus_before = self._before
+        self._planned = None  # the numbers of dropped events come again
+        self._release_or_acquire()
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
@@ -393,6 +399,9 @@ class Controller:
         if not self.ledger.needs_plan:
             self.last_plan = None
             return None
+        basis = (self.board.basis(), self.config.policy)
+        if self._still_holds(basis, now_s):
+            return self._wake_s
         begun = time.perf_counter()
         try:
             snapshot = self.board.snapshot(now_s)
@@ -404,22 +413,26 @@ class Controller:
             return None
         self.problems.pop("planner", None)
         self.meters.plan_s.observe(time.perf_counter() - begun)
-        self.last_plan = made
+        self.last_plan, self._planned = made, (basis, now_s)
+        self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
             self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))
             self.reports.perform(made.actions, now_s)
-        return None if made.wake_us is None else made.wake_us / 1e6
+        return self._wake_s
+
+    def _still_holds(self, basis: object, now_s: float) -> bool:
+        """Whether the last plan is what another would be: nothing changed, and time alone can't yet."""
+        if self.last_plan is None or self._planned is None or self._planned[0] != basis:
+            return False
+        return self._planned[1] <= now_s and (self._wake_s is None or now_s < self._wake_s)
 
     def _gpus_changed(self, columns: GpuColumns) -> tuple[str, ...]:
-        now = {
-            uuid: f"{int(state)} {int(memory)}"
-            for uuid, state, memory in zip(columns.uuid, columns.state, columns.memory_mib, strict=True)
-        }
-        changed = tuple(
-            f"{uuid} {text}" for uuid, text in sorted(now.items()) if self._gpus_before.get(uuid) != text
-        )
-        self._gpus_before = now
-        return changed
+        """What the planner sees of GPUs other than when it acted last; each change makes new columns."""
+        if columns is self._gpus_before:
+            return ()
+        now, before = _as_text(columns), _as_text(self._gpus_before) if self._gpus_before else {}
+        self._gpus_before = columns
+        return tuple(f"{uuid} {text}" for uuid, text in sorted(now.items()) if before.get(uuid) != text)
 
     def _commit(self) -> None:
         """Make the tick durable, send the orders that follow, then tell those who look."""
@@ -452,7 +465,7 @@ class Controller:
         stale = {
             at for at, item in enumerate(items) if gone and at < gone[-1] and isinstance(item, LauncherBack)
         }
-        kept = [
+        kept: list[Item] = [
             item
             for at, item in enumerate(items)
             if not isinstance(item, Asked | LauncherGone) and at not in stale
@@ -552,3 +565,8 @@ class Controller:
                 self.site.remove_job(job_id)
             except OSError as error:
                 log.warning("the files of job %s could not be removed: %s", job_id, error)
+
+
+def _as_text(columns: GpuColumns) -> dict[str, str]:
+    rows = zip(columns.uuid, columns.state, columns.memory_mib, strict=True)
+    return {uuid: f"{int(state)} {int(memory)}" for uuid, state, memory in rows}

@@ -237,7 +237,7 @@ class ReportHandler:
         control, uuid, look = self._control, result.uuid, result.look
         if look is not None and look.free:
             control.board.foreign.pop(uuid, None)
-            if uuid not in control.board.holders() and look.memory_used_mib is not None:
+            if not control.board.is_held(uuid) and look.memory_used_mib is not None:
                 control.board.learn_baseline(uuid, look.memory_used_mib - look.ignored_mib)
             for victim_id, attempt in control.board.prove(uuid):
                 self._apply(AttemptVerified(now_s, victim_id, attempt))
@@ -317,7 +317,9 @@ class ReportHandler:
         reason = Reason.STARTED_AFTER_PREEMPTION if victims else action.reason
         launcher_id = self._control.launcher_id
         started = self._control.ledger.apply(
-            StartDecided(now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims)
+            StartDecided(
+                now_s, job.id, job.attempt + 1, action.gpus, launcher_id, reason, victims, action.node
+            )
         )
         assert started is not None
         self._control.orders.prepare(started)

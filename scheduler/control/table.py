@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.control.holdings import Holdings
 from scheduler.model import snapshot as columns
 from scheduler.model.gpus import GpuIdentity, model_matches
 from scheduler.model.jobs import Job, JobState, Notice, job_number
@@ -21,6 +22,10 @@ _STATE_CODES = {
 _COLUMNS = tuple(JobColumns.__dataclass_fields__)
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
+
+# What an ended attempt still occupies: row of the GPU, share in thousandths, memory in MiB, then the number
+# of the job that it gave way to and when it was told, microseconds; UNKNOWN where nobody was.
+Leaver = tuple[int, int, int, int, int]
 
 
 def microseconds(seconds: float | None) -> int:
@@ -46,6 +51,7 @@ class JobTable:
         self._model_sets: dict[tuple[str, ...], int] = {}
         self._model_fits: Any = np.zeros((0, 0), dtype=bool)
         self._identities: tuple[GpuIdentity, ...] = ()
+        self.holdings = Holdings()
         self._model_set(())
 
     def __len__(self) -> int:
@@ -65,27 +71,31 @@ class JobTable:
             self._rows[job.number] = row
         for array, value in zip(self._arrays, self._values(job, code), strict=True):
             array[row] = value
+        if job.holds:
+            self.holdings.put(job, row)
+        else:
+            self.holdings.drop(job.number)
 
     def drop(self, number: int) -> None:
         """Forget a job; the last row takes its place."""
         row = self._rows.pop(number, None)
         if row is None:
             return
+        self.holdings.drop(number)
         last = len(self._rows)
         if row != last:
             for array in self._arrays:
                 array[row] = array[last]
-            self._rows[int(self._arrays[0][row])] = row
-
-    def row(self, number: int) -> int:
-        """The job's row."""
-        return self._rows[number]
+            moved = int(self._arrays[0][row])
+            self._rows[moved] = row
+            self.holdings.job_moved(moved, row)
 
     def see_gpus(self, identities: tuple[GpuIdentity, ...]) -> None:
         """Match every set of models against these GPUs from now on."""
         if identities == self._identities:
             return
         self._identities = identities
+        self.holdings.see_gpus({gpu.uuid: row for row, gpu in enumerate(identities)}, self._rows)
         self._model_fits = np.array([self._fits(models) for models in self._model_sets], dtype=bool).reshape(
             len(self._model_sets), len(identities)
         )
@@ -96,19 +106,27 @@ class JobTable:
         for number in self._rows:
             self.put(jobs[number])
 
-    def snapshot(
-        self, now_s: float, gpus: GpuColumns, nodes: NodeColumns, holdings: HoldingColumns
-    ) -> Snapshot:
-        """The world now; the columns are views, valid until the next change."""
+    def snapshot(self, now_s: float, gpus: GpuColumns, nodes: NodeColumns, leaving: list[Leaver]) -> Snapshot:
+        """The world now, with what is leaving; the columns are views, valid until the next change."""
         count = len(self._rows)
         return Snapshot(
             now_us=microseconds(now_s),
             jobs=JobColumns(*(array[:count] for array in self._arrays)),
             gpus=gpus,
             nodes=nodes,
-            holdings=holdings,
+            holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
         )
+
+    def _holding_columns(self, leaving: list[Leaver]) -> HoldingColumns:
+        held = self.holdings.columns()
+        if not leaving:
+            return HoldingColumns(*held)
+        count = held.shape[1]
+        columns: Any = np.full((6, count + len(leaving)), UNKNOWN, dtype=np.int64)
+        columns[:4, :count] = held
+        columns[1:, count:] = np.array(leaving, dtype=np.int64).T
+        return HoldingColumns(*columns)
 
     def _values(self, job: Job, code: int) -> tuple[int | bool, ...]:
         spec, last = job.spec, job.last
@@ -136,7 +154,7 @@ class JobTable:
             microseconds(spec.time_limit_s),
             microseconds(last.started_s) if live and last else UNKNOWN,
             microseconds(last.checkpoint_s) if live and last else UNKNOWN,
-            0 if live else UNKNOWN,
+            last.node if live and last else UNKNOWN,
             preemptor,
             stop_us,
         )

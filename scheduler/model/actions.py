@@ -75,6 +75,7 @@ WAIT_REASONS: tuple[Reason, ...] = (
     Reason.WAITING_FOR_HANDOVER,
     Reason.WAITING_FOR_PROMISED_START,
     Reason.WAITING_FOR_START_SLOT,
+    Reason.WAITING_FOR_PRICE,
 )
 
 

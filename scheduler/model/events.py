@@ -74,6 +74,7 @@ class StartDecided:
     launcher_id: str
     reason: Reason
     preempted: tuple[str, ...] = ()
+    node: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +400,7 @@ def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
         decided_s=event.at_s,
         launcher_id=event.launcher_id,
         preempted=event.preempted,
+        node=event.node,
     )
     moved = _moved(job, JobState.STARTING, event.reason, event.at_s)
     kept = (*job.attempts, attempt)[-ATTEMPTS_KEPT:]

@@ -42,6 +42,7 @@ class GpuIdentity:
     cuda_version: str = ""  # the newest that the driver serves: "12.8"
     parent_uuid: str = ""  # of a MIG instance: the GPU that it is a part of
     slices: int | None = None  # of a MIG instance: compute slices
+    node: int = 0  # which of the nodes that are planned together; a daemon plans for its own alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ class Attempt:
     end_reason: Reason | None = None
     verified_s: float | None = None  # all its GPUs are proved free
     successor_started_s: float | None = None
+    node: int = 0  # where, of the nodes that are planned together
 
     @property
     def preempted_by(self) -> str:

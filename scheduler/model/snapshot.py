@@ -53,7 +53,7 @@ class JobColumns:
     time_limit_us: Any  # duration; UNKNOWN
     started_us: Any  # of the live attempt; UNKNOWN before it runs
     checkpoint_us: Any  # last one known of the live attempt; UNKNOWN
-    node: Any  # where a live job is; UNKNOWN
+    node: Any  # where a live job is, of a gang over several nodes one that it holds GPUs of; UNKNOWN
     preemptor: Any  # number of the job that a stopping one gives way to; UNKNOWN
     stop_us: Any  # when the stop of a stopping job was decided; UNKNOWN
 
@@ -77,9 +77,11 @@ class GpuColumns:
     island: Any = None
     switch: Any = None
     numa: Any = None
+    # Equal numbers are of one model. Left out they are UNKNOWN, and so equal, for every row.
+    model: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("island", "switch", "numa"):
+        for name in ("island", "switch", "numa", "model"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.full(len(self.uuid), UNKNOWN, dtype=np.int64))
         # Here and not in the snapshot: they outlive many.
@@ -105,6 +107,9 @@ class NodeColumns:
 @dataclass(frozen=True, slots=True, eq=False)
 class HoldingColumns:
     """Shape (holdings,) each: job row `job` holds GPU row `gpu`.
+
+    A gang over several nodes holds GPUs of each of them. Its CPUs and host memory are there in proportion to
+    the GPUs, rounded up, and it takes a place for a live job on each.
 
     `job` is UNKNOWN for what an ended job still occupies until its hand-over is verified; of those the last
     two columns say what `JobColumns` says of a stopping job. Left out they are UNKNOWN for every row.
@@ -157,6 +162,9 @@ class Snapshot:
     holdings: HoldingColumns
     model_fits: Any  # bool, shape (model sets, gpus): does GPU g serve jobs with this set of models
     mix: MixColumns | None = None  # None: what the jobs of this snapshot ask for
+    # Shape (jobs,): what a GPU-hour of each earns before its energy, micro-USD; `JobColumns.value` is what is
+    # left. None: no price is known, and energy costs nothing.
+    gross_value: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.now_us, int | np.integer):
@@ -177,6 +185,9 @@ class Snapshot:
             of_gpus.within("node", 0, len(nodes) - 1)
         _check_jobs(of_jobs, jobs, len(nodes), len(self.model_fits))
         _check_holdings(of_holdings, holdings, jobs, gpus)
+        gross = self.gross_value
+        if gross is not None and (gross.shape != (len(jobs),) or gross.dtype != _INT64):
+            raise SnapshotError(f"gross_value is {gross.dtype} of shape {gross.shape} for {len(jobs)} jobs")
 
 
 # The checks run each tick: whole columns in as few passes as will do, and words only for a row that fails
@@ -292,7 +303,7 @@ def _check_jobs(table: _Table, jobs: JobColumns, nodes: int, model_sets: int) ->
 
 
 def _check_holdings(table: _Table, holdings: HoldingColumns, jobs: JobColumns, gpus: GpuColumns) -> None:
-    """Who holds a GPU is there and live, on the GPU's node, with its own share; and nothing is held twice."""
+    """Who holds a GPU is there, live and on its node, with its own share; and nothing is held twice."""
     if not len(holdings):
         return
     table._replace(label=lambda row: f"GPU row {holdings.gpu[row]}").within("gpu", 0, len(gpus) - 1)
@@ -323,8 +334,10 @@ def _check_holders(
     live, here, own = state != PENDING, node == where, share == holdings.share_milli
     if not (over | (live & here & own)).all():
         table.check(over | live, lambda row: f"held by job {number[job[row]]}, which is pending")
+        # A gang may hold GPUs of several nodes; its own node is one of them.
+        at_home = np.bincount(job[here & ~over], minlength=len(jobs)) > 0
         table.check(
-            over | here,
+            over | here | at_home[job],
             lambda row: f"on node {where[row]}, held by job {number[job[row]]} on node {node[row]}",
         )
         table.check(

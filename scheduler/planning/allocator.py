@@ -74,6 +74,30 @@ class Hold:
 
 
 @dataclass(slots=True)
+class Live:
+    """A live job that stays unless it is displaced."""
+
+    index: int  # of `world.Incumbents`
+    rows: tuple[int, ...]  # of the nodes that it is on
+    hold: Hold  # what it has of this one
+    job_class: int
+    priority: int
+    value_bar: int  # least value that displaces it at equal priority
+    may_yield: bool  # preemptible, in a state to give way, past its minimum runtime
+    yields_us: int  # when its minimum runtime is over; NEVER for one that may not be preempted
+    ends_us: int  # declared end, now for an overrun; NEVER where unknown
+    started_us: int
+    gpus: int  # on all its nodes
+    lost_gpu_ms: int
+    loss_microusd: int
+
+    @property
+    def number(self) -> int:
+        """The job's number."""
+        return self.hold.number
+
+
+@dataclass(slots=True)
 class Spare:
     """An amount of each of a node's resources; lists are by GPU position."""
 
@@ -128,13 +152,20 @@ class Gpu:
     near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
 
 
+class Part(NamedTuple):
+    """What a request has of one node: of a gang over several nodes, `request` is as much as goes there."""
+
+    request: Request
+    row: int
+    positions: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class Claim:
     """What a request was given: `awaited` are the leaving jobs whose capacity it counts on."""
 
     request: Request
-    node: int
-    positions: tuple[int, ...]
+    parts: tuple[Part, ...]  # by node; one, but for a gang over several nodes
     is_free: bool  # nothing of it has to be awaited
     awaited: tuple[int, ...]
     ready_us: int  # when all of it is free at the latest; 0 where it is free
@@ -186,9 +217,8 @@ class Node:
 class Found:
     """Room for a request, not yet taken."""
 
-    node: Node
-    positions: tuple[int, ...]
-    victims: tuple[int, ...] = ()  # numbers of the live jobs that have to stop for it
+    parts: tuple[Part, ...]  # by node; one, but for a gang over several nodes
+    victims: tuple[Live, ...] = ()  # those that have to stop for it, by number
     ready_us: int = 0  # when all of it is free at the latest; 0 where it is free now
 
 
@@ -299,12 +329,25 @@ def find_leaving_on(
         if len(ready) >= request.gpus and host_fits(request, spare):
             assert stops, "what fits without a stop was found before"
             positions = tuple(entry[-1] for entry in sorted(ready)[: request.gpus])
-            return _turn(in_turn[stops - 1], request.number), Found(node, positions, ready_us=ready_us)
+            part = Part(request, node.row, positions)
+            return _turn(in_turn[stops - 1], request.number), Found((part,), ready_us=ready_us)
     raise AssertionError("what fits after all stops fits after some")
 
 
-def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
+def claim(request: Request, parts: tuple[tuple[Part, Node], ...]) -> Claim:
     """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
+    drawn = [hold for part, node in parts for hold in _taken(part.request, node, part.positions)]
+    return Claim(
+        request,
+        tuple(part for part, _ in parts),
+        is_free=not drawn,
+        awaited=tuple(sorted({hold.number for hold in drawn} - {UNKNOWN})),
+        ready_us=max((hold.ready_us for hold in drawn), default=0),
+    )
+
+
+def _taken(request: Request, node: Node, positions: tuple[int, ...]) -> list[Hold]:
+    """Take the needs out of the node; the leaving holds out of which some of it is."""
     free, memory = node.free, request.gpu_memory_mib if request.is_share else 0
     lacking: dict[int, list[int]] = {}
     for position in positions:
@@ -322,17 +365,12 @@ def take(request: Request, node: Node, positions: tuple[int, ...]) -> Claim:
     free.slots -= slots
     host = [request.cpus - cpus, request.memory_mib - memory_mib, 1 - slots]
     if not lacking and not any(host):
-        return Claim(request, node.row, positions, True, (), 0)
-    awaited, ready_us = [], 0
-    for hold in sorted(node.leaving, key=lambda hold: _turn(hold, request.number)):
-        if _draw(hold, lacking, host):
-            awaited.append(hold.number)
-            ready_us = max(ready_us, hold.ready_us)
+        return []
+    in_turn = sorted(node.leaving, key=lambda hold: _turn(hold, request.number))
+    drawn = [hold for hold in in_turn if _draw(hold, lacking, host)]
     assert not any(host), "what is taken was found before"
     assert not any(any(need) for need in lacking.values()), "what is taken was found before"
-    return Claim(
-        request, node.row, positions, False, tuple(sorted(n for n in awaited if n != UNKNOWN)), ready_us
-    )
+    return drawn
 
 
 def _turn(hold: Hold, number: int) -> Turn:

@@ -9,7 +9,7 @@ A job of lower rank may pass if at the promised moment it (a) gives way to the b
 (c) leaves it room beside. Source of the rule: D. Lifka, "The ANL/IBM SP scheduling system" (JSSPP 1995).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,10 @@ from scheduler.planning.allocator import (
     Claim,
     Found,
     Hold,
+    Live,
     Node,
+    Part,
+    Penalty,
     Request,
     Spare,
     fits,
@@ -28,7 +31,7 @@ from scheduler.planning.allocator import (
     host_fits,
 )
 from scheduler.planning.arrays import rows_where, xp
-from scheduler.planning.preemption import Live, outranks
+from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import Queue
 from scheduler.planning.search import NODES_TRIED_MAX, Limits
 from scheduler.planning.valuation import outranked, value_bar, value_bars
@@ -37,16 +40,11 @@ from scheduler.planning.world import NEVER, World
 
 @dataclass(slots=True)
 class Blocked:
-    """A job that can't be served, and where and when it is promised to start.
-
-    `room` is what the promised node has at that moment less what jobs that passed still hold by then;
-    `start_us` is NEVER where nothing is promised.
-    """
+    """A job that can't be served, and when and where it is promised to start; NEVER: nothing is promised."""
 
     request: Request
-    node: Node | None
     start_us: int
-    room: Spare | None
+    rooms: tuple["Room", ...] = ()
 
     @property
     def is_promised(self) -> bool:
@@ -54,33 +52,69 @@ class Blocked:
         return self.start_us < NEVER
 
 
+@dataclass(slots=True)
+class Room:
+    """What a promised node has at the promised moment, less what jobs that passed still hold by then."""
+
+    request: Request  # what the blocked job wants there
+    node: Node
+    spare: Spare
+
+
 def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim]) -> Blocked:
     """The request with the earliest moment at which it fits; `claims` are those of higher rank.
 
     Looked for on the nodes that could have room first: a promise need not be the earliest to be kept.
     """
-    best = Blocked(request, None, NEVER, None)
-    by_node: dict[int, list[Claim]] = {}
-    for claim in claims:
-        by_node.setdefault(claim.node, []).append(claim)
-    for row in _soonest_first(request, world, order, by_node):
-        node = world.node(row)
-        releases = [(_release_us(request, live, order, world.now_us), live.hold) for live in world.live(row)]
-        releases += [_claim_end(claim, world.now_us) for claim in by_node.get(row, ())]
+    best = Blocked(request, NEVER)
+    releases = _Releases(request, world, order, claims)
+    for row in _soonest_first(request, world, order, releases.rows):
+        room = releases.room(request, row, best.start_us)
+        if room is not None:
+            best = Blocked(request, room[0], (room[1],))
+    return best
+
+
+class _Releases:
+    """What nodes get back, and when, as far as a blocked request can count on it."""
+
+    def __init__(self, request: Request, world: World, order: Order, claims: Iterable[Claim]) -> None:
+        self._request = request
+        self._world = world
+        self._order = order
+        self._claimed: dict[int, list[tuple[int, Hold]]] = {}
+        for claim in claims:
+            for part in claim.parts:
+                self._claimed.setdefault(part.row, []).append(_claim_end(claim, part, world.now_us))
+
+    @property
+    def rows(self) -> list[int]:
+        """Nodes on which something is claimed."""
+        return sorted(self._claimed)
+
+    def room(self, request: Request, row: int, before_us: int) -> tuple[int, Room] | None:
+        """The earliest moment before this one at which the request fits there, and what there is then."""
+        node, moment = self._world.node(row), self._world.now_us
         spare = node.spare_with(node.leaving)
-        moment = world.now_us
-        releases = sorted((r for r in releases if r[0] < best.start_us), key=lambda release: release[0])
-        for at_us, hold in releases:
+        for at_us, hold in self._of(row, before_us):
             if at_us > moment and fits(request, node, spare):
                 break
             moment = at_us
             spare.add(hold)
-        if fits(request, node, spare):
-            best = Blocked(request, node, moment, spare)
-    return best
+        return (moment, Room(request, node, spare)) if fits(request, node, spare) else None
+
+    def _of(self, row: int, before_us: int) -> list[tuple[int, Hold]]:
+        """The releases of a node before a moment, in turn."""
+        now_us = self._world.now_us
+        releases = [
+            (_release_us(self._request, live, self._order, now_us), live.hold)
+            for live in self._world.live(row)
+        ]
+        releases += self._claimed.get(row, ())
+        return sorted((r for r in releases if r[0] < before_us), key=lambda release: release[0])
 
 
-def _soonest_first(request: Request, world: World, order: Order, claims: dict[int, list[Claim]]) -> list[int]:
+def _soonest_first(request: Request, world: World, order: Order, claimed_rows: list[int]) -> list[int]:
     """Rows of the nodes to look at, a bounded number: those first whose GPUs could be there soonest."""
     layout, jobs, now_us = world.layout, world.incumbents, world.now_us
     open_rows = rows_where(~world.drains)
@@ -90,7 +124,7 @@ def _soonest_first(request: Request, world: World, order: Order, claims: dict[in
     free_us = xp.minimum(jobs.ends_us, yields_us)
     release_us = xp.full(layout.cells, now_us, dtype=xp.int64)
     xp.maximum.at(release_us, jobs.cell, free_us[jobs.holder])
-    claimed = xp.asarray(sorted(claims), dtype=xp.int64)
+    claimed = xp.asarray(claimed_rows, dtype=xp.int64)
     by_node = release_us.reshape(layout.row.shape)
     by_node[claimed] = now_us  # when claims end is looked at there
     suits = layout.is_open if request.models == UNKNOWN else layout.fits[request.models]
@@ -107,6 +141,7 @@ def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> b
     """
     live = Live(
         index=UNKNOWN,
+        rows=(),
         hold=Hold(request.number, {}, 0, 0, 0, UNKNOWN, UNKNOWN, 0),
         job_class=request.job_class,
         priority=request.priority,
@@ -140,39 +175,48 @@ def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool)
     return ~lower
 
 
-def beside(request: Request, to: Blocked, yielding: list[Hold]) -> Limits:
-    """What the request may use of the promised node, and what it had better not.
+def beside(to: Blocked, yielding: Callable[[Node], list[Hold]]) -> Limits:
+    """What a request may use of the promised nodes; `yielding` are the holds there that it may displace."""
+    rooms = {room.node.row: room for room in to.rooms}
+    return Limits(
+        tuple(sorted(rooms)),
+        lambda request, row: _beside(request, rooms[row], yielding(rooms[row].node)),
+    )
+
+
+def _beside(request: Request, to: Room, yielding: list[Hold]) -> tuple[Node | None, Penalty]:
+    """What the request may use of a promised node, and what it had better not.
 
     At the promised moment (c) the blocked job needs some of the GPUs that serve it then, and can spare the
     rest. The request may use what doesn't serve the blocked job, and as many of the others as can be spared;
-    the penalty makes it use the former first. `yielding` are the holds that it may displace.
+    the penalty makes it use the former first.
     """
-    node, room = to.node, to.room
-    assert node is not None
-    assert room is not None
+    node, room = to.node, to.spare
     left = room.copy()
     left.take(request, ())
     if not host_fits(to.request, left):
-        return Limits(node.row, None, NO_PENALTY)
+        return None, NO_PENALTY
     serving = (
         [p for p in node.suitable(to.request) if fits_at(to.request, room, p)] if to.request.gpus else []
     )
     spared = len(serving) - (1 if to.request.is_share else to.request.gpus)
     penalty = dict.fromkeys(serving, 1)
     if spared >= request.gpus:
-        return Limits(node.row, node, penalty)
+        return node, penalty
     if request.is_share and to.request.is_share:
         open_to = [position for position in serving if _still_serves(request, to.request, room, position)]
     else:
         open_to = sorted(serving, key=lambda position: _availability(node, yielding, position))[:spared]
     allowed = frozenset(range(len(node.gpus))).difference(serving).union(open_to)
-    return Limits(node.row, node.only(allowed), penalty)
+    return node.only(allowed), penalty
 
 
-def book(found: Found, request: Request, to: Blocked) -> None:
+def book(found: Found, to: Blocked) -> None:
     """Take from the promised moment's room what a job that passed still holds by then."""
-    if to.room is not None and to.node is not None and found.node.row == to.node.row:
-        to.room.take(request, found.positions)
+    for room in to.rooms:
+        for part in found.parts:
+            if part.row == room.node.row:
+                room.spare.take(part.request, part.positions)
 
 
 def _still_serves(request: Request, blocked: Request, room: Spare, position: int) -> bool:
@@ -195,10 +239,10 @@ def _release_us(request: Request, live: Live, order: Order, now_us: int) -> int:
     return live.ends_us
 
 
-def _claim_end(claim: Claim, now_us: int) -> tuple[int, Hold]:
-    request = claim.request
+def _claim_end(claim: Claim, part: Part, now_us: int) -> tuple[int, Hold]:
+    request = part.request
     start_us = max(now_us, claim.ready_us)
     end_us = NEVER if request.expected_us == UNKNOWN else start_us + request.expected_us
     mib = request.gpu_memory_mib if request.is_share else 0
-    parts = {position: [request.share_milli, mib] for position in claim.positions}
+    parts = {position: [request.share_milli, mib] for position in part.positions}
     return end_us, Hold(request.number, parts, request.cpus, request.memory_mib, 1, UNKNOWN, UNKNOWN, 0)

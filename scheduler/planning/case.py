@@ -54,7 +54,12 @@ class Case:
     def ahead(self) -> int:
         """Jobs of higher rank that wait and could start if there were room."""
         codes = self.planner.queue.codes
-        aside = (Reason.BACKING_OFF, Reason.NODE_DRAINING, Reason.NO_SUITABLE_GPU)
+        aside = (
+            Reason.BACKING_OFF,
+            Reason.WAITING_FOR_PRICE,
+            Reason.NODE_DRAINING,
+            Reason.NO_SUITABLE_GPU,
+        )
         waiting = (codes >= 0) & ~xp.isin(
             codes, xp.asarray([WAIT_CODE[reason] for reason in aside], dtype=xp.int64)
         )

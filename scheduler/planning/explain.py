@@ -11,10 +11,10 @@ from scheduler.model.actions import PreemptJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import Snapshot
-from scheduler.planning.allocator import Gpu, Node, Spare, lack_of_host
+from scheduler.planning.allocator import Gpu, Live, Node, Spare, lack_of_host
 from scheduler.planning.arrays import lists, rows_where
 from scheduler.planning.case import Case, row_of
-from scheduler.planning.preemption import Live, outranks
+from scheduler.planning.preemption import outranks
 from scheduler.planning.remedies import Remedy, RemedyKind, remedies
 from scheduler.planning.world import NEVER
 
@@ -134,7 +134,7 @@ def preview(snapshot: Snapshot, policy: Policy, number: int) -> Preview:
     return Preview(
         number=number,
         starts_now=claim is not None and claim.is_free,
-        gpus=() if claim is None else case.planner.world.uuids(claim.node, claim.positions),
+        gpus=() if claim is None else case.planner.world.uuids(claim.parts),
         victims=tuple(victims),
         reason=case.reason,
         start_within_us=None if claim is None else max(0, claim.ready_us - snapshot.now_us),

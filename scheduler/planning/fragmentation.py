@@ -17,15 +17,20 @@ In this order, all of it integers, so that numpy and CuPy choose alike (R8):
 Among the GPUs of a node a share goes by the same cost and pressure, then to the GPU with the least free.
 Whole GPUs are assumed to be taken by pressure, then the smallest, then by position.
 
-Scores are kept by request shape and renewed only where a node has changed.
+Before all of it: a gang goes where its GPUs can be nearest to each other.
+
+Scores are kept by request shape and renewed only where a node has changed; nodes that are alike (`alike.py`)
+are rated once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
+from scheduler.planning.alike import States
 from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, Shape
 
 NO_POSITION: Final = -1
@@ -34,17 +39,16 @@ QUANTUM_MILLI: Final = 40
 # How many more watts are worth a quantum less of fragmentation. From 15 to 60 the published experiment gives
 # nearly the same draw (docs/PLACEMENT.md); above, power is lost, and fragmentation gains little.
 W_PER_QUANTUM: Final = 30
-# A choice is one int64: cost, pressure, best fit and tie rank, the most important highest.
-_COST_BITS = 22
+# A choice is one int64: nearness, cost, pressure, best fit and tie rank, the most important highest.
+_NEAR_BITS = 2
+_COST_BITS = 20
 _PRESSURE_BITS = 3
 _FIT_BITS = 17
 _RANK_BITS = 20
-_NEVER: Final = 1 << (_COST_BITS + _PRESSURE_BITS + _FIT_BITS + _RANK_BITS)
+_NEVER: Final = 1 << (_NEAR_BITS + _COST_BITS + _PRESSURE_BITS + _FIT_BITS + _RANK_BITS)
 # What is left is told apart to this part of a mean request.
 _FIT_PARTS = 100
 _PRESSURE_PARTS = 10**12
-# Scores kept for all shapes together, 16 bytes each; the shape that was asked for longest ago goes first.
-_SCORES_MAX = 1 << 22
 # Cells of one intermediate (rows, kinds, width) array: a fleet is rated in parts of this size.
 _CELLS_MAX = 1 << 20
 # So that no weighted sum of thousandths leaves int64.
@@ -91,21 +95,11 @@ class _Host(NamedTuple):
         return _Host(self.cpus[places], self.memory_mib[places], self.slots[places])
 
 
-@dataclass(slots=True)
-class _Scores:
-    """What is known for one request shape. Shape (nodes,) each; the smallest key is the best node."""
-
-    keys: Any  # _NEVER where it does not fit
-    positions: Any
-    at: int  # the last change that is in them
-
-
 class Fragmentation:
     """Chooses nodes of a pool for requests, with a mix of requests in view.
 
     The pool is read when `best` is called. Whoever changes what is free on a node calls `changed` before
-    the next `best`; `fits` and the shape of the pool stay as they are. A node that must take nothing has no
-    slots in the pool.
+    the next `best`; `fits` and the shape of the pool stay as they are.
 
     Args:
         pool: What is free.
@@ -113,16 +107,31 @@ class Fragmentation:
         watts: What nodes draw; None: power does not count.
         tie_rank: Int64, shape (nodes,), unique, 0 to 2^20 - 1: which of equal nodes goes first, the lowest;
             None: by row.
+        closed: Bool, shape (nodes,): nodes that must take nothing; None: none.
+        nearness: Bool, shape (nodes, width, width) each: which GPUs are near each other, the nearest first.
     """
 
     def __init__(
-        self, pool: Pool, mix: MixColumns, watts: WattColumns | None = None, tie_rank: Any = None
+        self,
+        pool: Pool,
+        mix: MixColumns,
+        watts: WattColumns | None = None,
+        tie_rank: Any = None,
+        closed: Any = None,
+        nearness: Sequence[Any] = (),
     ) -> None:
         nodes, width = pool.milli.shape
         assert nodes < 1 << _RANK_BITS, "the tie rank has its bits"
+        assert len(nearness) < 1 << _NEAR_BITS, "and nearness its own"
         self._pool = pool
         self._mix = mix
         self._watts = watts
+        self._closed = closed
+        self._nearness = nearness
+        # What power a node draws for it depends on more than its state.
+        alike = States(pool, mix, nearness) if watts is None else None
+        self._alike = alike if alike is not None and alike.are_of_use else None
+        self._kept = Kept(nodes)
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
         # A mix may be empty: then all costs the same, and the rules after it decide.
         self._weight = max(1, mix.weight.sum().item())
@@ -136,40 +145,30 @@ class Fragmentation:
         ]
         self._accepted = xp.stack(accepted, axis=1) if accepted else xp.ones((nodes, 0, width), dtype=bool)
         self._pressure = _pressure(pool, mix)
-        # Of each node and kind, as of the change `_prepared`: thousandths on GPUs that are large enough for
-        # it, and how many such GPUs; of each node the weighted thousandths that are no fragment.
+        # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and how
+        # many such GPUs; of each node the weighted thousandths that are no fragment.
         self._large_milli = xp.zeros((nodes, len(mix)), dtype=xp.int64)
         self._large_gpus = xp.zeros((nodes, len(mix)), dtype=xp.int64)
         self._usable = xp.zeros(nodes, dtype=xp.int64)
-        self._changed = xp.zeros(nodes, dtype=xp.int64)
-        self._last_change = 0
-        self._prepared = -1
-        self._shapes: dict[tuple[int, ...], _Scores] = {}
+        self._is_stale = xp.ones(nodes, dtype=bool)
+        self._changed: set[int] = set()  # since the states were looked at
 
     def changed(self, node: int) -> None:
         """Take notice that what is free on this node is not what it was."""
-        self._last_change += 1
-        self._changed[node] = self._last_change
+        self._changed.add(node)
+        self._is_stale[node] = True
+        self._kept.changed(node)
 
-    def best(self, request: Shape, among: Any = None) -> tuple[int, int] | None:
+    def best(self, request: Shape, without: Sequence[int] = ()) -> tuple[int, int] | None:
         """The node to start on, and for a share the position of its GPU, else NO_POSITION.
 
-        `among`: bool, shape (nodes,), which nodes may be chosen; None: all. None where it fits on no node.
+        None where it fits on no node, those at the rows `without` left out.
         """
         if not len(self._rank):
             return None
-        scores = self._scores(request)
-        if scores.at < self._last_change:
-            self._prepare()
-            for rows in self._parts(rows_where(self._changed > scores.at)):
-                scores.keys[rows], scores.positions[rows] = self._rated(request, rows)
-            scores.at = self._last_change
-        keys = scores.keys if among is None else xp.where(among, scores.keys, _NEVER)
-        node: int = keys.argmin().item()
-        return None if keys[node].item() == _NEVER else (node, scores.positions[node].item())
-
-    def _scores(self, request: Shape) -> _Scores:
-        """What is known for requests of this shape, put last in the order of use."""
+        if self._changed and self._alike is not None:
+            self._alike.renew(xp.asarray(sorted(self._changed), dtype=xp.int64))
+        self._changed.clear()
         shape = (
             request.gpus,
             request.share_milli,
@@ -178,27 +177,47 @@ class Fragmentation:
             request.cpus,
             request.memory_mib,
         )
-        scores = self._shapes.pop(shape, None)
-        if scores is None:
-            nodes = len(self._rank)
-            if len(self._shapes) >= max(1, _SCORES_MAX // nodes):
-                del self._shapes[next(iter(self._shapes))]
-            scores = _Scores(*_nowhere(nodes), -1)
-        self._shapes[shape] = scores
-        return scores
+        rated = self._kept.column(shape, lambda rows: self._rated(request, rows))
+        keys = rated[0]
+        if without:
+            keys = keys.copy()
+            for row in without:
+                keys[row] = _NEVER
+        node: int = keys.argmin().item()
+        return None if keys[node].item() == _NEVER else (node, rated[1, node].item())
 
-    def _rated(self, request: Shape, rows: Any) -> tuple[Any, Any]:
-        """Keys and positions of these nodes. Shape (rows,) each."""
+    def _rated(self, request: Shape, rows: Any) -> Any:
+        """Keys and positions of these nodes. Shape (2, rows)."""
         pool = self._pool
-        keys, positions = _nowhere(len(rows))
+        rated = _nowhere(len(rows))
         fits = pool.fit_host(request, rows)
-        usable = self._usable_gpus(request, rows)
-        if request.gpus:
-            fits &= usable.sum(axis=1) >= request.gpus
+        if self._closed is not None:
+            fits &= ~self._closed[rows]
         places = rows_where(fits)
         if not len(places):
-            return keys, positions
+            return rated
+        rows = rows[places]
+        if self._alike is not None:
+            heads = self._alike.answers(request, rows, lambda some: self._heads(request, some))
+        else:
+            heads = self._heads(request, rows)
+        rated[0, places] = self._key(request, rows, heads[0])
+        rated[1, places] = heads[1]
+        return rated
+
+    def _heads(self, request: Shape, rows: Any) -> Any:
+        """What of their keys alike nodes share, and their positions. Shape (2, rows)."""
+        return xp.concatenate([self._heads_of(request, part) for part in self._parts(rows)], axis=1)
+
+    def _heads_of(self, request: Shape, rows: Any) -> Any:
+        pool = self._pool
+        heads = _nowhere(len(rows))
+        usable = self._usable_gpus(request, rows)
+        places = rows_where(usable.sum(axis=1) >= request.gpus)
+        if not len(places):
+            return heads
         rows, usable = rows[places], usable[places]
+        self._prepare(rows)
         after = _Host(
             pool.cpus[rows] - request.cpus, pool.memory_mib[rows] - request.memory_mib, pool.slots[rows] - 1
         )
@@ -206,11 +225,25 @@ class Fragmentation:
             cost = self._cost(request, rows, self._usable_with(rows, after), usable, after)
             pressure = xp.zeros(len(rows), dtype=xp.int64)
         elif request.share_milli < WHOLE_MILLI:
-            cost, pressure, positions[places] = self._rate_shares(request, rows, usable, after)
+            cost, pressure, heads[1, places] = self._rate_shares(request, rows, usable, after)
         else:
             cost, pressure = self._rate_whole(request, rows, usable, after)
-        keys[places] = self._key(request, rows, cost, pressure, after)
-        return keys, positions
+        bound = 1 << (_COST_BITS - 1)
+        cost = xp.clip(cost, -bound, bound - 1) + bound
+        head = (self._far(request, rows, usable) << _COST_BITS) | cost
+        heads[0, places] = (head << _PRESSURE_BITS) | pressure
+        return heads
+
+    def _far(self, request: Shape, rows: Any, usable: Any) -> Any:
+        """How far the request's GPUs are from each other at best, 0 for the nearest. Shape (rows,)."""
+        far = xp.zeros(len(rows), dtype=xp.int64)
+        if request.gpus > 1:
+            is_near = xp.zeros(len(rows), dtype=bool)
+            for same in self._nearness:
+                together = (same[rows] & usable[:, None, :]).sum(axis=2)
+                is_near |= ((together >= request.gpus) & usable).any(axis=1)
+                far += ~is_near
+        return far
 
     def _usable_gpus(self, request: Shape, rows: Any) -> Any:
         """Bool, shape (rows, width): GPUs that have what the request wants of each; none if it wants none."""
@@ -271,31 +304,30 @@ class Fragmentation:
         first_used = taken & (pool.milli[rows] == WHOLE_MILLI)
         return added * W_PER_QUANTUM + self._watts.added_w(rows, first_used, pool.cpus[rows], after.cpus)
 
-    def _key(self, request: Shape, rows: Any, cost: Any, pressure: Any, after: _Host) -> Any:
-        """Cost, pressure, best fit and tie rank as one int64. Shape (rows,)."""
-        milli = self._pool.milli[rows].sum(axis=1) - request.gpus * request.share_milli
+    def _key(self, request: Shape, rows: Any, heads: Any) -> Any:
+        """The heads with best fit and tie rank. Shape (rows,)."""
+        pool = self._pool
+        cpus = pool.cpus[rows] - request.cpus
+        milli = pool.milli[rows].sum(axis=1) - request.gpus * request.share_milli
         fit = xp.zeros(len(rows), dtype=xp.int64)
-        for free, asked in ((after.cpus, self._cpus_asked), (milli, self._milli_asked)):
+        for free, asked in ((cpus, self._cpus_asked), (milli, self._milli_asked)):
             if asked:
                 fit += xp.maximum(free, 0) * (_FIT_PARTS * self._weight) // asked
         fit = xp.minimum(fit, (1 << _FIT_BITS) - 1)
-        bound = 1 << (_COST_BITS - 1)
-        key = xp.clip(cost, -bound, bound - 1) + bound
-        for value, bits in ((pressure, _PRESSURE_BITS), (fit, _FIT_BITS), (self._rank[rows], _RANK_BITS)):
-            key = (key << bits) | value
-        return key
+        key = (((heads << _FIT_BITS) | fit) << _RANK_BITS) | self._rank[rows]
+        return xp.where(heads == _NEVER, _NEVER, key)
 
-    def _prepare(self) -> None:
-        """Bring what is known of each node and kind up to date."""
-        if self._prepared == self._last_change:
+    def _prepare(self, rows: Any) -> None:
+        """Bring what is known of each of these nodes and each kind up to date."""
+        rows = rows[rows_where(self._is_stale[rows])]
+        if not len(rows):
             return
         pool = self._pool
-        for rows in self._parts(rows_where(self._changed > self._prepared)):
-            large = self._large(rows, pool.milli[rows], pool.mib[rows])
-            self._large_milli[rows], self._large_gpus[rows] = large
-            host = _Host(pool.cpus[rows], pool.memory_mib[rows], pool.slots[rows])
-            self._usable[rows] = self._usable_weighted(*large, host)
-        self._prepared = self._last_change
+        large = self._large(rows, pool.milli[rows], pool.mib[rows])
+        self._large_milli[rows], self._large_gpus[rows] = large
+        host = _Host(pool.cpus[rows], pool.memory_mib[rows], pool.slots[rows])
+        self._usable[rows] = self._usable_weighted(*large, host)
+        self._is_stale[rows] = False
 
     def _parts(self, rows: Any) -> Iterator[Any]:
         """The rows in parts whose intermediate arrays are of bounded size."""
@@ -337,9 +369,9 @@ class Fragmentation:
         return (xp.where(fits, large_milli, 0) * mix.weight).sum(axis=1)
 
 
-def _nowhere(rows: int) -> tuple[Any, Any]:
-    """Keys and positions of nodes on which it does not fit. Shape (rows,) each."""
-    return xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)
+def _nowhere(rows: int) -> Any:
+    """Keys and positions of nodes on which it does not fit. Shape (2, rows)."""
+    return xp.stack([xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)])
 
 
 def _pressure(pool: Pool, mix: MixColumns) -> Any:

@@ -9,11 +9,10 @@ changes its row only.
 from typing import Any
 
 from scheduler.model.policy import Order
-from scheduler.model.snapshot import WHOLE_MILLI
-from scheduler.planning.allocator import Node, Request
+from scheduler.planning.allocator import Live, Node, Request
 from scheduler.planning.arrays import xp
+from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, summed
-from scheduler.planning.preemption import Live
 from scheduler.planning.world import NEVER, World
 
 
@@ -22,32 +21,43 @@ class Horizon:
 
     def __init__(self, world: World, job_class: int | None) -> None:
         """Count everybody who may go, of this class and the later ones; None = of all."""
+        self._world = world
         self._job_class = job_class
         jobs, soon = world.incumbents, world.soon
+        nodes, width = soon.milli.shape
+        self._bounds = Kept(nodes)
         goes = jobs.may_yield if job_class is None else jobs.may_yield & (jobs.job_class >= job_class)
-        holds = goes[jobs.holder]
-        host = (jobs.cpus[goes], jobs.memory_mib[goes], xp.ones(int(goes.sum())))
+        holds, hosts = goes[jobs.holder], jobs.hosts.of(goes)
+        self._going = xp.bincount(hosts.node, minlength=nodes).tolist()
         cell, holder = jobs.cell[holds], jobs.holder[holds]
-        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], jobs.node[goes], host)
-        # A job's loss in equal parts on its GPUs: whoever takes some of them pays for all.
-        gpus = xp.bincount(jobs.holder, minlength=len(jobs.row))
-        part = (jobs.loss_microusd // xp.maximum(gpus, 1))[holder]
-        shape = soon.milli.shape
-        clear = summed(cell, part, shape[0] * shape[1]).reshape(shape)
-        self._whole_loss = _sums(clear, soon.milli, self.pool.milli)
-        least = xp.full(shape[0] * shape[1], NEVER, dtype=xp.int64)
-        xp.minimum.at(least, cell, part)
-        self._share_loss = (
-            least.reshape(shape).min(axis=1) if shape[1] else xp.zeros(shape[0], dtype=xp.int64)
-        )
+        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
+        # Of each GPU. A job's loss counts in full where one GPU is wanted, and in equal parts on its GPUs where
+        # several are: whoever takes some of them pays for all.
+        gpus = xp.maximum(xp.bincount(jobs.holder, minlength=len(jobs.row)), 1)
+        loss = jobs.loss_microusd[holder]
+        parts = (jobs.loss_microusd // gpus)[holder]
+        least = xp.full(nodes * width, NEVER, dtype=xp.int64)
+        xp.minimum.at(least, cell, loss)
+        self._least_loss = least.reshape(nodes, width)
+        self._loss = summed(cell, loss, nodes * width).reshape(nodes, width)
+        self._loss_parts = summed(cell, parts, nodes * width).reshape(nodes, width)
 
-    def bounds(self, request: Request, rows: Any) -> Any:
-        """Shape (rows,): a loss that is not more than what the request takes there, victims' only."""
-        if request.gpus == 0:
-            return xp.zeros(len(rows), dtype=xp.int64)
-        if request.is_share:
-            return self._share_loss[rows]
-        return self._whole_loss[rows, request.gpus - 1]
+    def bounds(self, request: Request) -> Any:
+        """Shape (nodes,): a loss that is not more than what the request takes there; NEVER: it can't be had.
+
+        For its GPUs alone, so that it holds of all who want the same.
+        """
+        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        return self._bounds.column(wants, lambda rows: self._bounds_of(request, rows))
+
+    def learn(self, request: Request, row: int, loss: int, candidates: int) -> None:
+        """Take over the loss that the request takes on a node, the least with so many candidates.
+
+        The host must lack nothing. Where all that may go were candidates nobody who wants the same GPUs of
+        the node takes less, until it changes.
+        """
+        if candidates == self._going[row]:
+            self.bounds(request)[row] = loss
 
     def changed(self, node: Node, live: list[Live]) -> None:
         """Look at a node again that gave something away or got it back."""
@@ -57,27 +67,37 @@ class Horizon:
             for each in live
             if each.may_yield and (self._job_class is None or each.job_class >= self._job_class)
         ]
-        soon = node.spare_with(node.leaving)
-        reach = soon.copy()
-        clear = [0] * width
-        share_loss = NEVER
+        self._going[row] = len(going)
+        self._bounds.changed(row)
+        reach = node.spare_with(node.leaving)
+        losses, parts, least = [0] * width, [0] * width, [NEVER] * width
         for each in going:
             reach.add(each.hold)
-            part = each.loss_microusd // max(each.gpus, 1)
+            loss = each.loss_microusd
             for position in each.hold.parts:
-                clear[position] += part
-                share_loss = min(share_loss, part)
+                losses[position] += loss
+                parts[position] += loss // each.gpus
+                least[position] = min(least[position], loss)
         self.pool.put(node, reach)
-        losses = [NEVER] * width
-        for position, gpu in enumerate(node.gpus):
-            if gpu.is_open and reach.milli[position] == WHOLE_MILLI:
-                losses[position] = 0 if soon.milli[position] == WHOLE_MILLI else clear[position]
-        losses.sort()
-        total = 0
-        for count, loss in enumerate(losses):
-            total = min(NEVER, total + loss)
-            self._whole_loss[row, count] = total
-        self._share_loss[row] = share_loss
+        for column, values in ((self._loss, losses), (self._loss_parts, parts), (self._least_loss, least)):
+            column[row] = xp.asarray(values, dtype=xp.int64)
+
+    def _bounds_of(self, request: Request, rows: Any) -> Any:
+        if request.gpus == 0:
+            loss = xp.zeros(len(rows), dtype=xp.int64)
+            return xp.where(self._world.drains[rows], NEVER, loss)
+        usable = self.pool.usable(request, rows) & ~self._world.drains[rows][:, None]
+        if request.is_share:
+            losses = self._least_loss
+        else:
+            losses = self._loss if request.gpus == 1 else self._loss_parts
+        losses = xp.where(self._world.soon.usable(request, rows), 0, losses[rows])
+        if request.gpus == 1:
+            return xp.where(usable, losses, NEVER).min(axis=1)
+        # Far more than any real loss, and still no overflow in the sum over a node.
+        losses = xp.where(usable, losses, NEVER // losses.shape[1])
+        loss = xp.sort(losses, axis=1)[:, : request.gpus].sum(axis=1)
+        return xp.where(usable.sum(axis=1) >= request.gpus, loss, NEVER)
 
 
 class Horizons:
@@ -93,19 +113,11 @@ class Horizons:
         key = request.job_class if self._order is Order.CLASS else None
         known = self._made.get(key)
         if known is None:
-            known = self._made[key] = Horizon(self._world, key)
+            # Requests come in the order of rank: an earlier class is over.
+            self._made = {key: (known := Horizon(self._world, key))}
         return known
 
     def changed(self, node: Node) -> None:
         """Look at a node again that gave something away or got it back."""
         for horizon in self._made.values():
             horizon.changed(node, self._world.live(node.row))
-
-
-def _sums(clear: Any, soon: Any, reach: Any) -> Any:
-    """Shape (nodes, width): the least loss with which so many whole GPUs and one can be had."""
-    loss = xp.where(soon == WHOLE_MILLI, 0, clear)
-    # Far more than any real loss, and still no overflow in the sum over a node.
-    unreachable = NEVER // max(loss.shape[1], 1)
-    loss = xp.where(reach == WHOLE_MILLI, loss, unreachable)
-    return xp.cumsum(xp.sort(loss, axis=1), axis=1)

@@ -95,5 +95,5 @@ class Layout:
 def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
     gpus = snapshot.gpus
     places = (gpus.node, gpus.index, gpus.island, gpus.switch, gpus.numa)
-    columns = (*places, gpus.memory_mib, gpus.state, snapshot.model_fits)
+    columns = (*places, gpus.model, gpus.memory_mib, gpus.state, snapshot.model_fits)
     return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))

@@ -34,13 +34,14 @@ from scheduler.model.actions import (
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
-from scheduler.planning.allocator import Claim, Found, Node, Request, take
+from scheduler.planning.allocator import Claim, Found, Live, Node, Request, claim
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
 from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.economics import too_dear_to_go_on
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
 from scheduler.planning.layout import Layout
-from scheduler.planning.preemption import Live, outranks
+from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
 from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving
 from scheduler.planning.world import NEVER, World
@@ -92,6 +93,7 @@ class Planner:
         self._first_blocked: Blocked | None = None
         # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
         self._strict: dict[bool, Blocked] = {}
+        self._dear_later_us: Any = xp.zeros(0, dtype=xp.int64)
         jobs = snapshot.jobs
         self._timed = rows_where((jobs.time_limit_us != UNKNOWN) | (jobs.deadline_us != UNKNOWN))
         stopping = self._stop_what_is_over()
@@ -111,7 +113,7 @@ class Planner:
             waits=self._waits(),
             promise=self.promise,
             wake_us=self._wake_us(),
-            awaited={number: claim.awaited for number, claim in self.claims.items() if not claim.is_free},
+            awaited={number: given.awaited for number, given in self.claims.items() if not given.is_free},
         )
 
     def candidates(self, request: Request, node: Node) -> list[Live]:
@@ -135,8 +137,12 @@ class Planner:
         draining = rows_where(self._snapshot.nodes.drain == DRAINING_STOP)
         if len(draining):
             live = (jobs.state == STARTING) | (jobs.state == RUNNING) | (jobs.state == SUSPENDED)
-            for number in jobs.number[live & xp.isin(jobs.node, draining)].tolist():
+            for number in jobs.number[live & self._is_on(draining)].tolist():
                 order[number] = RequeueJob(number, Reason.NODE_DRAINED)
+        if self._snapshot.gross_value is not None:
+            dear, self._dear_later_us = too_dear_to_go_on(self._snapshot)
+            for number in jobs.number[dear].tolist():
+                order[number] = RequeueJob(number, Reason.STOPPED_FOR_PRICE)
         if len(timed):
             running = jobs.state[timed] == RUNNING
             started_us, limit_us = jobs.started_us[timed], jobs.time_limit_us[timed]
@@ -151,6 +157,13 @@ class Planner:
         self._stops = [order[number] for number in sorted(order)]
         return frozenset(order)
 
+    def _is_on(self, nodes: Any) -> Any:
+        """Bool, shape (jobs,): the live jobs that are on one of these nodes, with a part at least."""
+        jobs, gpus, holdings = self._snapshot.jobs, self._snapshot.gpus, self._snapshot.holdings
+        there = xp.isin(jobs.node, nodes)
+        there[holdings.job[(holdings.job != UNKNOWN) & xp.isin(gpus.node[holdings.gpu], nodes)]] = True
+        return there
+
     def _serve(self, row: int, request: Request) -> None:
         """Give the request what it needs, or the reason why it has to wait."""
         found = self._find(request)
@@ -164,7 +177,7 @@ class Planner:
             if found is None:
                 self._hold_back(row, request, holder)
                 return
-            book(found, request, holder)
+            book(found, holder)
         self._commit(row, request, found)
 
     def _find(self, request: Request, limits: Limits | None = None) -> Found | None:
@@ -179,29 +192,33 @@ class Planner:
 
     def _find_beside(self, request: Request, holder: Blocked) -> Found | None:
         """Room that the blocked job can spare at the promised moment."""
-        if self._is_strict(request, holder) or holder.node is None:
+        if self._is_strict(request, holder) or not holder.rooms:
             return None
-        yielding = [live.hold for live in self.candidates(request, holder.node)]
-        return self._find(request, beside(request, holder, yielding))
+        limits = beside(holder, lambda node: [live.hold for live in self.candidates(request, node)])
+        return self._find(request, limits)
 
     def _commit(self, row: int, request: Request, found: Found) -> None:
         """Start the job, or let it wait for what it claims."""
-        node = self.world.node(found.node.row)
-        for number in found.victims:
-            victim = self.world.leave(node, number, request.number)
-            lost = (victim.lost_gpu_ms, victim.loss_microusd)
-            self._preempts.append(PreemptJob(number, request.number, Reason.PREEMPTED_BY_HIGHER_RANK, *lost))
-        claim = take(request, node, found.positions)
-        self.claims[request.number] = claim
+        parts = tuple((part, self.world.node(part.row)) for part in found.parts)
+        rows = {part.row for part in found.parts}
+        for victim in found.victims:
+            self.world.leave(victim, request.number)
+            rows.update(victim.rows)
+            cause = (request.number, Reason.PREEMPTED_BY_HIGHER_RANK)
+            self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
+        given = self.claims[request.number] = claim(request, parts)
         self.world.serve(request.number, len(self.claims))
-        self.world.changed(node)
-        self._horizons.changed(node)
-        if not claim.is_free:
+        for touched in sorted(rows):
+            node = self.world.node(touched)
+            self.world.changed(node)
+            self._horizons.changed(node)
+        if not given.is_free:
             self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
             return
         reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
-        gpus = self.world.uuids(node.row, claim.positions)
-        self._starts.append(StartJob(request.number, gpus, reason, node.row))
+        self._starts.append(
+            StartJob(request.number, self.world.uuids(given.parts), reason, given.parts[0].row)
+        )
         self.queue.start(row)
 
     def _block(self, request: Request) -> None:
@@ -212,7 +229,7 @@ class Planner:
             if self._first_blocked.is_promised:
                 self.promise = Promise(request.number, self._first_blocked.start_us)
             self._strict[request.gpus > 0] = self._first_blocked
-        self._strict.setdefault(request.gpus > 0, Blocked(request, None, NEVER, None))
+        self._strict.setdefault(request.gpus > 0, Blocked(request, NEVER))
 
     def _held_back_by(self, request: Request, found: Found) -> Blocked | None:
         """The blocked job that a start as found could delay, if there is one."""
@@ -233,7 +250,7 @@ class Planner:
         )
         if not self._policy.backfill:
             among &= self._kind(request)
-            self._strict.setdefault(request.gpus > 0, Blocked(request, None, NEVER, None))
+            self._strict.setdefault(request.gpus > 0, Blocked(request, NEVER))
         if among[row]:
             self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among)
         else:
@@ -260,7 +277,7 @@ class Planner:
         jobs, now_us, codes, timed = self._snapshot.jobs, self.now_us, self.queue.codes, self._timed
         promised = [] if self.promise is None else [xp.asarray([self.promise.start_us])]
         backing_off = rows_where(codes == WAIT_CODE[Reason.BACKING_OFF])
-        moments = [*promised, jobs.eligible_us[backing_off]]
+        moments = [*promised, jobs.eligible_us[backing_off], self._dear_later_us]
         if len(timed):
             running = jobs.state[timed] == RUNNING
             limited = timed[running & (jobs.time_limit_us[timed] != UNKNOWN)]

@@ -49,13 +49,13 @@ class Pool:
         usable &= (self.is_open if request.models == UNKNOWN else self.fits[request.models])[rows]
         return usable
 
-    def fit_gpus(self, request: Shape) -> Any:
-        """Bool, shape (nodes,): where the GPU part of the request fits."""
+    def fit_gpus(self, request: Shape, rows: Any = ...) -> Any:
+        """Bool, shape (rows,): where the GPU part of the request fits."""
         if request.gpus == 0:
-            return xp.ones(len(self.cpus), dtype=bool)
+            return xp.ones(self.cpus[rows].shape, dtype=bool)
         if request.gpus == 1:
-            return self.usable(request).any(axis=1)
-        return self.usable(request).sum(axis=1) >= request.gpus
+            return self.usable(request, rows).any(axis=1)
+        return self.usable(request, rows).sum(axis=1) >= request.gpus
 
     def fit_host(self, request: Shape, rows: Any = ...) -> Any:
         """Bool, shape (rows,): where CPUs, host memory and a job slot are there; 0 is not accounted."""
@@ -66,17 +66,17 @@ class Pool:
             fit &= self.memory_mib[rows] >= request.memory_mib
         return fit
 
-    def fit(self, request: Shape) -> Any:
-        """Bool, shape (nodes,): where the request fits in the amount."""
-        return self.fit_gpus(request) & self.fit_host(request)
+    def fit(self, request: Shape, rows: Any = ...) -> Any:
+        """Bool, shape (rows,): where the request fits in the amount."""
+        return self.fit_gpus(request, rows) & self.fit_host(request, rows)
 
     def put(self, node: Node, spare: Spare) -> None:
         """Take over what a node has."""
-        row, gpus = node.row, node.gpus
-        for position, gpu in enumerate(gpus):
-            if gpu.is_open:
-                self.milli[row, position] = spare.milli[position]
-                self.mib[row, position] = spare.mib[position]
+        row, count = node.row, len(node.gpus)
+        is_open = [gpu.is_open for gpu in node.gpus]
+        for column, amounts in ((self.milli, spare.milli), (self.mib, spare.mib)):
+            open_only = [amount * is_here for amount, is_here in zip(amounts, is_open, strict=True)]
+            column[row, :count] = xp.asarray(open_only, dtype=xp.int64)
         self.cpus[row] = spare.cpus
         self.memory_mib[row] = spare.memory_mib
         self.slots[row] = spare.slots

@@ -13,13 +13,12 @@ much of each lack is covered" is exact. No victim of such a set is needless (R5)
 would be cheaper and still fit.
 """
 
-from dataclasses import dataclass
 from itertools import combinations
 
 from scheduler.model.policy import Order
 from scheduler.model.snapshot import WHOLE_MILLI
 from scheduler.planning.allocator import (
-    Hold,
+    Live,
     Node,
     Request,
     Spare,
@@ -39,29 +38,6 @@ _GPU_BITS, _JOB_BITS = 20, 20
 
 Gain = tuple[int, ...]  # how much of each lack is covered
 Option = tuple[Gain, int]  # gain, cost
-
-
-@dataclass(slots=True)
-class Live:
-    """A live job that stays unless it is displaced."""
-
-    index: int  # of `world.Incumbents`
-    hold: Hold
-    job_class: int
-    priority: int
-    value_bar: int  # least value that displaces it at equal priority
-    may_yield: bool  # preemptible, in a state to give way, past its minimum runtime
-    yields_us: int  # when its minimum runtime is over; NEVER for one that may not be preempted
-    ends_us: int  # declared end, now for an overrun; NEVER where unknown
-    started_us: int
-    gpus: int
-    lost_gpu_ms: int
-    loss_microusd: int
-
-    @property
-    def number(self) -> int:
-        """The job's number."""
-        return self.hold.number
 
 
 def outranks(request: Request, live: Live, order: Order) -> bool:

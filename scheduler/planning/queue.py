@@ -17,6 +17,7 @@ from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import NOT_DRAINING, PENDING, UNKNOWN, JobColumns, Snapshot
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, unknown_as_zero, xp
+from scheduler.planning.economics import too_dear_to_start
 from scheduler.planning.layout import Layout
 from scheduler.planning.valuation import first_ranked, packed_ranks
 
@@ -62,8 +63,10 @@ class Queue:
         return sorted(jobs.number[late].tolist())
 
     def set_aside(self, layout: Layout) -> None:
-        """Decide the jobs that nothing here can serve now: they back off, the nodes drain, no GPU suits."""
+        """Decide the jobs that wait whatever is free: backing off, too dear, a drain, no GPU that suits."""
         self._decide(self.jobs.eligible_us > self._snapshot.now_us, Reason.BACKING_OFF)
+        if self._snapshot.gross_value is not None:
+            self._decide(too_dear_to_start(self._snapshot), Reason.WAITING_FOR_PRICE)
         drains = self._snapshot.nodes.drain != NOT_DRAINING
         if drains.all():
             self._decide(self.codes == UNDECIDED, Reason.NODE_DRAINING)

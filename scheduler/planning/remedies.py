@@ -29,7 +29,10 @@ class RemedyKind(StrEnum):
     LESS_MEMORY = "LESS_MEMORY"
     ANY_MODEL = "ANY_MODEL"
     HIGHER_PRIORITY = "HIGHER_PRIORITY"  # amount: the least that would do
-    HIGHER_VALUE = "HIGHER_VALUE"  # amount: the least micro-USD per GPU-hour that would do
+    HIGHER_VALUE = (
+        "HIGHER_VALUE"  # amount: the least micro-USD per GPU-hour that would do, energy not taken off
+    )
+    CHEAPER_ENERGY = "CHEAPER_ENERGY"  # amount: the most micro-USD per GPU-hour for its energy that would do
     HIGHER_CLASS = "HIGHER_CLASS"  # amount: the lowest class that would do
     BE_PREEMPTIBLE = "BE_PREEMPTIBLE"
     SHORTER_DURATION = "SHORTER_DURATION"  # amount: the longest declared duration in µs that would do
@@ -49,6 +52,8 @@ def remedies(case: Case) -> list[Remedy]:
         return [Remedy(RemedyKind.CLEAR_BACKOFF)] if _served(case, eligible_us=0) else []
     if case.reason is Reason.NODE_DRAINING:
         return [Remedy(RemedyKind.UNDRAIN_NODE)] if _is_served(_undrained(case), case) else []
+    if case.reason is Reason.WAITING_FOR_PRICE:
+        return [remedy for look in (_cheaper_energy, _higher_value) if (remedy := look(case)) is not None]
     return [remedy for look in _LOOKS if (remedy := look(case)) is not None]
 
 
@@ -109,8 +114,23 @@ def _higher_value(case: Case) -> Remedy | None:
     bars = set(case.planner.world.incumbents.value_bar.tolist())
     above = jobs.value[(jobs.state == PENDING) & (jobs.value >= case.request.value)]
     bars.update((xp.unique(above) + 1).tolist())
+    if case.reason is Reason.WAITING_FOR_PRICE:
+        bars.add(1)
     amounts = sorted(bar for bar in bars if bar > case.request.value)
-    return _smallest(RemedyKind.HIGHER_VALUE, amounts, lambda value: _served(case, value=value))
+    found = _smallest(RemedyKind.HIGHER_VALUE, amounts, lambda value: _served(case, value=value))
+    return found and replace(found, amount=found.amount + _energy_cost(case))
+
+
+def _cheaper_energy(case: Case) -> Remedy | None:
+    """Energy that costs less than the job is worth, if it is worth anything; then it must find room, too."""
+    most = case.request.value + _energy_cost(case) - 1
+    return Remedy(RemedyKind.CHEAPER_ENERGY, most) if _served(case, value=1) else None
+
+
+def _energy_cost(case: Case) -> int:
+    """What the job's energy costs, micro-USD per GPU-hour."""
+    gross = case.snapshot.gross_value
+    return 0 if gross is None else int(gross[case.row]) - case.request.value
 
 
 def _higher_class(case: Case) -> Remedy | None:

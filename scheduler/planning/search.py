@@ -1,23 +1,26 @@
 """Room for a request among all nodes: free, coming free, or by displacing; columns say where looking pays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.planning.allocator import (
     NO_PENALTY,
     Found,
+    Live,
     Node,
+    Part,
     Penalty,
     Request,
     Turn,
     find_leaving_on,
+    lack_of_host,
     place,
 )
-from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
-from scheduler.planning.preemption import Live, choose_victims
+from scheduler.planning.preemption import choose_victims
 from scheduler.planning.world import NEVER, World
 
 # Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least.
@@ -31,11 +34,13 @@ Candidates = Callable[[Node], list[Live]]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a request may use of one node, so as not to delay a promised start there; None: nothing."""
+    """What a request may use of some nodes, so as not to delay a promised start there.
 
-    row: int
-    node: Node | None
-    penalty: Penalty
+    `on` says it of a request and the row of a node: the node with what it may not use closed, or None.
+    """
+
+    rows: tuple[int, ...]
+    on: Callable[[Request, int], tuple[Node | None, Penalty]]
 
 
 def find_free(request: Request, world: World, limits: Limits | None = None) -> Found | None:
@@ -44,97 +49,116 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     On a node that is limited by a promise only where there is no other.
     """
     if len(world.drains) == 1:
-        node, penalty = _as_limited(world, 0, limits)
-        positions = None if node is None or node.drains else place(request, node, node.free, penalty)
-        return None if node is None or positions is None else Found(node, positions)
-    mask = world.free_for(request)
-    if mask is None:
-        return None
-    own = _limit(mask, request, limits)
-    found = world.placement.best(request, world.nearest(request, mask))
+        node, penalty = as_limited(request, world, 0, limits)
+        return _placed(request, node, penalty)
+    found = world.best_free(request, () if limits is None else limits.rows)
     if found is None:
-        return own
+        return _on_limited(request, limits)
     row, position = found
-    node = world.node(row)
     if position != NO_POSITION:
-        return Found(node, (position,))
-    positions = place(request, node, node.free)
-    assert positions is not None, "the columns say that it fits"
-    return Found(node, positions)
+        return Found((Part(request, row, (position,)),))
+    placed = _placed(request, world.node(row), NO_PENALTY)
+    assert placed is not None, "the columns say that it fits"
+    return placed
 
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    leaving = rows_where(world.leaving & ~world.drains)
-    if not len(leaving):
-        return None
-    if len(leaving) > NODES_ALL_TRIED_MAX:
-        leaving = leaving[world.soon.fit(request)[leaving]]
     best: tuple[Turn, Found] | None = None
-    for row in leaving.tolist():
-        node, penalty = _as_limited(world, row, limits)
+    for row in _leaving(request, world):
+        node, penalty = as_limited(request, world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
         if found is not None and (best is None or found[0] < best[0]):
             best = found
     return None if best is None else best[1]
 
 
+def _leaving(request: Request, world: World) -> list[int]:
+    if len(world.drains) <= NODES_ALL_TRIED_MAX:
+        return rows_where(world.leaving & ~world.drains).tolist()  # type: ignore[no-any-return]
+    return world.leaving_for(request)
+
+
 def find_by_displacing(
     request: Request, world: World, horizons: Horizons, candidates: Candidates, limits: Limits | None = None
 ) -> Found | None:
     """Room that the cheapest victims leave, on the node where they are cheapest."""
-    if not world.displaceable(request).any():
-        return None
     best: tuple[int, int, Node, list[Live], Penalty] | None = None
     best_loss = NEVER
-    for row, bound in _cheapest_first(request, world, horizons):
+    cheapest = _Cheapest(request, world, horizons)
+    for row, bound in cheapest.first():
         if bound > best_loss:
             break
-        node, penalty = _as_limited(world, row, limits)
+        node, penalty = as_limited(request, world, row, limits)
         victims = [] if node is None else candidates(node)
         chosen = choose_victims(request, node, victims) if node is not None and victims else None
-        if node is not None and chosen is not None and (best is None or (chosen[0], row) < best[:2]):
+        if node is None or chosen is None:
+            continue
+        loss = sum(victim.loss_microusd for victim in chosen[1])
+        if limits is None or row not in limits.rows:
+            cheapest.learn(node, loss, len(victims))
+        if best is None or (chosen[0], row) < best[:2]:
             best = (chosen[0], row, node, chosen[1], penalty)
-            best_loss = sum(victim.loss_microusd for victim in chosen[1])
+            best_loss = loss
     if best is None:
         return None
     _, _, node, victims, penalty = best
     holds = [victim.hold.told(request.number, world.now_us) for victim in victims]
     found = find_leaving_on(request, node, penalty, holds)
     assert found is not None, "the victims were chosen so that the request fits"
-    return replace(found[1], victims=tuple(sorted(victim.number for victim in victims)))
+    return replace(found[1], victims=tuple(sorted(victims, key=lambda victim: victim.number)))
 
 
-def _limit(fits: Any, request: Request, limits: Limits | None) -> Found | None:
-    """Take the limited node out of those that fit; what is free on what is left of it."""
-    if limits is None:
-        return None
-    fits[limits.row] = False
-    if limits.node is None or limits.node.drains:
-        return None
-    positions = place(request, limits.node, limits.node.free, limits.penalty)
-    return None if positions is None else Found(limits.node, positions)
-
-
-def _as_limited(world: World, row: int, limits: Limits | None) -> tuple[Node | None, Penalty]:
-    if limits is not None and limits.row == row:
-        return limits.node, limits.penalty
+def as_limited(
+    request: Request, world: World, row: int, limits: Limits | None
+) -> tuple[Node | None, Penalty]:
+    """The node as the request may use it."""
+    if limits is not None and row in limits.rows:
+        return limits.on(request, row)
     return world.node(row), NO_PENALTY
 
 
-def _cheapest_first(request: Request, world: World, horizons: Horizons) -> list[tuple[int, int]]:
-    """Rows of the nodes that the request could have, each with a loss that is not more than what it takes."""
-    if len(world.drains) <= NODES_ALL_TRIED_MAX:
-        return [(row, 0) for row in rows_where(~world.drains).tolist()]
-    horizon = horizons.of(request)
-    rows = rows_where(horizon.pool.fit(request) & ~world.drains)
-    if not len(rows):
-        return []
-    bounds = horizon.bounds(request, rows)
-    if len(rows) > NODES_TRIED_MAX:
-        # Of equal bounds the first rows, whatever the partition does with them.
-        last = xp.sort(xp.partition(bounds, NODES_TRIED_MAX - 1)[:NODES_TRIED_MAX])[-1]
-        near = rows_where(bounds <= last)
-        rows, bounds = rows[near], bounds[near]
-    first = xp.lexsort(xp.stack([rows, bounds]))[:NODES_TRIED_MAX]
-    return list(zip(*lists((rows, bounds), first), strict=True))
+def _on_limited(request: Request, limits: Limits | None) -> Found | None:
+    """Room in what is free on what is left of the limited nodes."""
+    if limits is None:
+        return None
+    placed = (_placed(request, *limits.on(request, row)) for row in limits.rows)
+    return next((found for found in placed if found is not None), None)
+
+
+def _placed(request: Request, node: Node | None, penalty: Penalty) -> Found | None:
+    """Room in what the node has free."""
+    if node is None or node.drains:
+        return None
+    positions = place(request, node, node.free, penalty)
+    return None if positions is None else Found((Part(request, node.row, positions),))
+
+
+class _Cheapest:
+    """The nodes that a request could have, by a loss that is not more than what it takes there."""
+
+    def __init__(self, request: Request, world: World, horizons: Horizons) -> None:
+        self._request = request
+        self._world = world
+        # So few nodes are looked at one by one: that costs less than the columns.
+        self._horizon = horizons.of(request) if len(world.drains) > NODES_ALL_TRIED_MAX else None
+
+    def first(self) -> Iterator[tuple[int, int]]:
+        """Rows of the nodes to look at, a bounded number, each with its bound; of equals the first row."""
+        if self._horizon is None:
+            yield from ((row, 0) for row in rows_where(~self._world.drains).tolist())
+            return
+        fits = self._horizon.pool.fit_host(self._request)
+        bounds = xp.where(fits, self._horizon.bounds(self._request), NEVER)
+        for _ in range(min(NODES_TRIED_MAX, len(bounds))):
+            row = int(bounds.argmin())
+            bound = int(bounds[row])
+            if bound == NEVER:
+                return
+            yield row, bound
+            bounds[row] = NEVER
+
+    def learn(self, node: Node, loss: int, victims: int) -> None:
+        """Remember what the request takes on a node for others that want the same GPUs."""
+        if self._horizon is not None and not any(lack_of_host(self._request, node.spare_with(node.leaving))):
+            self._horizon.learn(self._request, node.row, loss, victims)

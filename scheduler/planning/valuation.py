@@ -89,9 +89,13 @@ def outranked(request: Request, order: Order, job_class: Any, priority: Any, bar
 def value_bars(value: Any, restart_loss_us: Any, policy: Policy) -> Any:
     """`value_bar` of each row."""
     share = -(-xp.minimum(abs(value), _BAR_VALUE_MAX) * round(policy.hysteresis_ratio * _MICRO) // _MICRO)
+    return value + xp.maximum(xp.maximum(share, restart_cost(value, restart_loss_us)), 1)
+
+
+def restart_cost(value: Any, restart_loss_us: Any) -> Any:
+    """What a restart of each row's job loses, spread over an hour; micro-USD per GPU-hour."""
     restart_ms = xp.minimum(restart_loss_us // _US_PER_MS, _BAR_RESTART_MS_MAX)
-    restart = -(-xp.clip(value, 0, _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
-    return value + xp.maximum(xp.maximum(share, restart), 1)
+    return -(-xp.clip(value, 0, _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
 
 
 def packed_ranks(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any | None:

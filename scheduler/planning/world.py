@@ -7,7 +7,7 @@ Three layers: *free*, what nobody has; *soon*, that and what leaves without a fu
 it what incumbents hold, the live jobs that stay unless they are displaced.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,13 +22,14 @@ from scheduler.model.snapshot import (
     WHOLE_MILLI,
     Snapshot,
 )
-from scheduler.planning.allocator import Hold, Node, Request, Spare
+from scheduler.planning.allocator import Hold, Live, Node, Part, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
+from scheduler.planning.hosts import Hosts, hosts_of
+from scheduler.planning.kept import Kept
 from scheduler.planning.layout import Layout
 from scheduler.planning.mix import mix_of
 from scheduler.planning.pool import Pool, summed
-from scheduler.planning.preemption import Live
 from scheduler.planning.valuation import outranked, value_bars
 
 # Later than any moment that a snapshot can name.
@@ -46,7 +47,6 @@ class Incumbents:
 
     row: Any  # of `JobColumns`
     number: Any
-    node: Any
     job_class: Any
     priority: Any
     value_bar: Any
@@ -54,11 +54,10 @@ class Incumbents:
     yields_us: Any
     ends_us: Any
     started_us: Any
-    cpus: Any
-    memory_mib: Any
     ready_us: Any
     lost_gpu_ms: Any
     loss_microusd: Any
+    hosts: Hosts  # what they have of the nodes beside GPUs; `job` is an index of the columns above
     # What they hold: shape (holdings,) each, sorted by holder, which is an index of the columns above.
     holder: Any
     cell: Any
@@ -99,10 +98,12 @@ class World:
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
-        self._unfree: set[tuple[int, ...]] = set()  # of GPUs what free ones can't serve, nor ever will here
+        # Whether free GPUs serve who wants so much of them. Once they don't, they never will: they only shrink.
+        self._free_can: dict[tuple[int, ...], bool] = {}
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
+        self._soon_fits = Kept(len(self.drains))
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -130,7 +131,8 @@ class World:
         if self._placement is None:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
-            self._placement = Fragmentation(self._free, mix)
+            nearness = self.layout.nearness
+            self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
         return self._placement
 
     @cached_property
@@ -160,17 +162,18 @@ class World:
 
     # Changes ------------------------------------------------------------------------------------
 
-    def leave(self, node: Node, number: int, preemptor: int) -> Live:
-        """Let a live job leave for a preemptor; returns the victim."""
-        live = self.live(node.row)
-        victim = live.pop(next(place for place, each in enumerate(live) if each.number == number))
-        victim.hold.preemptor = preemptor
-        victim.hold.stop_us = self.now_us
-        node.leaving.append(victim.hold)
-        self.leaving[node.row] = True
-        self._leaving_for.setdefault(preemptor, []).append(victim.hold)
+    def leave(self, victim: Live, preemptor: int) -> None:
+        """Let a live job leave all its nodes for a preemptor."""
+        for each in victim.rows:
+            node, live = self.node(each), self.live(each)
+            place = next(place for place, one in enumerate(live) if one.number == victim.number)
+            hold = live.pop(place).hold
+            hold.preemptor = preemptor
+            hold.stop_us = self.now_us
+            node.leaving.append(hold)
+            self.leaving[each] = True
+            self._leaving_for.setdefault(preemptor, []).append(hold)
         self.incumbents.may_yield[victim.index] = False
-        return victim
 
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
@@ -191,33 +194,37 @@ class World:
                 self._soon.put(node, node.spare_with(node.leaving))
             if self._placement is not None:
                 self._placement.changed(node.row)
+            self._soon_fits.changed(node.row)
         self._changed.clear()
         self._reaches.clear()
 
     # Looks --------------------------------------------------------------------------------------
 
-    def nearest(self, request: Request, fits: Any) -> Any:
-        """Of the nodes in the mask those on which the request's GPUs can be nearest to each other."""
-        if request.gpus > 1 and self.layout.nearness:
-            usable = self.free.usable(request)
-            for same in self.layout.nearness:
-                together = (same & usable[:, None, :]).sum(axis=2)
-                near = fits & ((together >= request.gpus) & usable).any(axis=1)
-                if near.any():
-                    return near
-        return fits
+    def best_free(self, request: Request, without: Sequence[int] = ()) -> tuple[int, int] | None:
+        """Where the request fits into what is free: the node to start on and `Fragmentation.best`'s position.
 
-    def free_for(self, request: Request) -> Any | None:
-        """Bool, shape (nodes,): where the request fits into what is free; None: nowhere."""
+        None where it fits on no node, those at the rows `without` left out.
+        """
         wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        if wants in self._unfree:  # what is free only shrinks
+        can = self._free_can.get(wants)
+        if can is None:
+            can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
+        if not can:
             return None
-        fits = self.free.fit_gpus(request) & ~self.drains
-        if not fits.any():
-            self._unfree.add(wants)
-            return None
-        fits &= self.free.fit_host(request)
-        return fits if fits.any() else None
+        found = self.placement.best(request, without)
+        if found is None and not without:
+            del self._free_can[wants]  # looked at again, when somebody wants the same GPUs
+        return found
+
+    def leaving_for(self, request: Request) -> list[int]:
+        """Rows of the nodes on which something leaves and the request fits into that and what is free."""
+        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        key = (*wants, request.cpus, request.memory_mib)
+        soon = self.soon
+        fits: Any = self._soon_fits.column(
+            key, lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit(request, rows)
+        )
+        return rows_where(fits).tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace."""
@@ -239,22 +246,23 @@ class World:
         if not outranked.any():
             return Reach(self.soon, outranked)
         holds = outranked[jobs.holder]
-        host = (jobs.cpus[outranked], jobs.memory_mib[outranked], xp.ones(int(outranked.sum())))
-        more = self.soon.plus(
-            jobs.cell[holds], jobs.milli[holds], jobs.mib[holds], jobs.node[outranked], host
-        )
+        hosts = jobs.hosts.of(outranked)
+        more = self.soon.plus(jobs.cell[holds], jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
         return Reach(more, outranked)
 
-    def uuids(self, node: int, positions: Iterable[int]) -> tuple[str, ...]:
-        """The UUIDs at these positions, by index."""
-        return tuple(self.layout.gpus(node)[position].uuid for position in sorted(positions))
+    def uuids(self, parts: Iterable[Part]) -> tuple[str, ...]:
+        """The UUIDs of the parts, by node and index."""
+        return tuple(
+            self.layout.gpus(part.row)[position].uuid for part in parts for position in sorted(part.positions)
+        )
 
     @cached_property
     def _places(self) -> tuple[Any, Any]:
-        """Incumbents by node, and where in that each node's begin."""
-        by_node = xp.argsort(self.incumbents.node, kind="stable")
+        """Rows of the incumbents' hosts by node, and where in that each node's begin."""
+        node = self.incumbents.hosts.node
+        by_node = xp.argsort(node, kind="stable")
         nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
-        return by_node, xp.searchsorted(self.incumbents.node[by_node], nodes)
+        return by_node, xp.searchsorted(node[by_node], nodes)
 
     # From the snapshot --------------------------------------------------------------------------
 
@@ -272,6 +280,7 @@ class World:
         self._holder = xp.where(held, holdings.job, UNKNOWN)  # UNKNOWN: what an ended job still occupies
         self._cell = self.layout.cell[holdings.gpu]
         self._mib = xp.where(holdings.share_milli < WHOLE_MILLI, holdings.memory_mib, 0)
+        self._hosts = hosts_of(snapshot, live, self._holder)
 
     def _made_incumbents(self, snapshot: Snapshot) -> Incumbents:
         jobs, policy, now_us = snapshot.jobs, self._policy, self.now_us
@@ -284,12 +293,12 @@ class World:
         started_us = xp.where(jobs.started_us[rows] == UNKNOWN, now_us, jobs.started_us[rows])
         preemptible = jobs.preemptible[rows]
         yields_us = xp.where(preemptible, started_us + jobs.min_runtime_us[rows], NEVER)
+        hosts = self._hosts.of(self._stays)
         expected_us = jobs.expected_us[rows]
         lost_gpu_ms = self._lost_gpu_ms(snapshot, rows, started_us, summed(holder, milli, len(rows)))
         return Incumbents(
             row=rows,
             number=jobs.number[rows],
-            node=jobs.node[rows],
             job_class=jobs.job_class[rows],
             priority=jobs.priority[rows],
             value_bar=value_bars(jobs.value[rows], jobs.restart_loss_us[rows], policy),
@@ -297,11 +306,10 @@ class World:
             yields_us=yields_us,
             ends_us=xp.where(expected_us == UNKNOWN, NEVER, xp.maximum(now_us, started_us + expected_us)),
             started_us=started_us,
-            cpus=jobs.cpus[rows],
-            memory_mib=jobs.memory_mib[rows],
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
             loss_microusd=_value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
+            hosts=hosts._replace(job=xp.searchsorted(rows, hosts.job)),
             holder=holder,
             cell=self._cell[held],
             milli=milli,
@@ -323,41 +331,32 @@ class World:
         return (since_us + jobs.restart_loss_us[rows]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
 
     def _made_free(self, snapshot: Snapshot) -> Pool:
-        layout, jobs, sizes = self.layout, snapshot.jobs, snapshot.nodes
+        layout, jobs, sizes, hosts = self.layout, snapshot.jobs, snapshot.nodes, self._hosts
         milli = snapshot.holdings.share_milli
         self._goes_away = (self._holder == UNKNOWN) | ~self._stays[self._holder] if len(jobs) else milli > 0
         self.leaving = xp.zeros(len(sizes), dtype=bool)
-        self.leaving[jobs.node[self._goes]] = True
+        self.leaving[hosts.of(self._goes).node] = True
         self.leaving[self._cell[self._goes_away] // max(layout.width, 1)] = True
-        live = rows_where(self._live_rows)
         whole = xp.where(layout.row == UNKNOWN, 0, WHOLE_MILLI)
         shape = whole.shape
         # Closed GPUs, too: a node's own account has them.
         self._milli = whole - summed(self._cell, milli, layout.cells).reshape(shape)
         self._mib_free = layout.memory_mib - summed(self._cell, self._mib, layout.cells).reshape(shape)
         nodes = len(sizes)
-        on = jobs.node[live]
         return Pool(
             xp.where(layout.is_open, self._milli, 0),
             xp.where(layout.is_open, self._mib_free, 0),
-            sizes.cpus - summed(on, jobs.cpus[live], nodes),
-            sizes.memory_mib - summed(on, jobs.memory_mib[live], nodes),
-            sizes.live_jobs_max - xp.bincount(on, minlength=nodes),
+            sizes.cpus - summed(hosts.node, hosts.cpus, nodes),
+            sizes.memory_mib - summed(hosts.node, hosts.memory_mib, nodes),
+            sizes.live_jobs_max - xp.bincount(hosts.node, minlength=nodes),
             layout.fits,
             layout.is_open,
         )
 
     def _made_soon(self) -> Pool:
-        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
-        goes = rows_where(self._goes_away)
-        leavers = rows_where(self._goes)
-        soon = self._free.plus(
-            self._cell[goes],
-            holdings.share_milli[goes],
-            self._mib[goes],
-            jobs.node[leavers],
-            (jobs.cpus[leavers], jobs.memory_mib[leavers], xp.ones(len(leavers))),
-        )
+        goes, hosts = rows_where(self._goes_away), self._hosts.of(self._goes)
+        milli = self._snapshot.holdings.share_milli[goes]
+        soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
         for node in self._nodes.values():
             soon.put(node, node.spare_with(node.leaving))
         return soon
@@ -400,11 +399,15 @@ class World:
                 part_of = parts.setdefault(holder, {}).setdefault(position, [0, 0])
                 part_of[0] += milli
                 part_of[1] += mib
-        leavers = rows_where(self._goes & (jobs.node == row))
-        names = ("number", "cpus", "memory_mib", "preemptor", "stop_us", "grace_us")
-        columns = tuple(getattr(jobs, name) for name in names)
-        for job, number, cpus, memory_mib, preemptor, stop_us, grace_us in zip(
-            leavers.tolist(), *lists(columns, leavers), strict=True
+        hosts = self._hosts
+        there = rows_where(self._goes[hosts.job] & (hosts.node == row))
+        leavers = hosts.job[there]
+        columns = tuple(getattr(jobs, name) for name in ("number", "preemptor", "stop_us", "grace_us"))
+        for job, cpus, memory_mib, number, preemptor, stop_us, grace_us in zip(
+            leavers.tolist(),
+            *lists((hosts.cpus, hosts.memory_mib), there),
+            *lists(columns, leavers),
+            strict=True,
         ):
             if number in self._stopping:
                 preemptor, stop_us = UNKNOWN, self.now_us
@@ -416,25 +419,32 @@ class World:
     def _made_live(self, row: int) -> list[Live]:
         jobs = self.incumbents
         by_node, first_on_node = self._places
-        members = by_node[int(first_on_node[row]) : int(first_on_node[row + 1])]
+        here = by_node[int(first_on_node[row]) : int(first_on_node[row + 1])]
+        members, width = jobs.hosts.job[here], self.layout.width
         made = []
-        for index, first, end, *values in zip(
+        for index, cpus, memory_mib, first, end, *values in zip(
             members.tolist(),
+            *lists((jobs.hosts.cpus, jobs.hosts.memory_mib), here),
             *lists((jobs.first[:-1], jobs.first[1:]), members),
             *lists(tuple(getattr(jobs, name) for name in _LiveRow._fields), members),
             strict=True,
         ):
             each = _LiveRow(*values)
             parts: dict[int, list[int]] = {}
+            rows = {row}
             held = (jobs.cell[first:end], jobs.milli[first:end], jobs.mib[first:end])
             for cell, milli, mib in zip(*(column.tolist() for column in held), strict=True):
-                part = parts.setdefault(cell - row * self.layout.width, [0, 0])
+                if cell // width != row:
+                    rows.add(cell // width)
+                    continue
+                part = parts.setdefault(cell - row * width, [0, 0])
                 part[0] += milli
                 part[1] += mib
-            hold = Hold(each.number, parts, each.cpus, each.memory_mib, 1, UNKNOWN, UNKNOWN, each.ready_us)
+            hold = Hold(each.number, parts, cpus, memory_mib, 1, UNKNOWN, UNKNOWN, each.ready_us)
             made.append(
                 Live(
                     index=index,
+                    rows=tuple(sorted(rows)),
                     hold=hold,
                     job_class=each.job_class,
                     priority=each.priority,
@@ -443,7 +453,7 @@ class World:
                     yields_us=each.yields_us,
                     ends_us=each.ends_us,
                     started_us=each.started_us,
-                    gpus=len(parts),
+                    gpus=end - first,
                     lost_gpu_ms=each.lost_gpu_ms,
                     loss_microusd=each.loss_microusd,
                 )
@@ -462,8 +472,6 @@ class _LiveRow(NamedTuple):
     yields_us: int
     ends_us: int
     started_us: int
-    cpus: int
-    memory_mib: int
     ready_us: int
     lost_gpu_ms: int
     loss_microusd: int

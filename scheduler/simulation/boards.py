@@ -196,8 +196,11 @@ class Board:
         self._at_s = now_s
 
 
-def boards(profiles: Iterable[Profile], node: str, now_s: float) -> dict[str, Board]:
-    """A node's boards by UUID; equal node names give equal UUIDs, so that a restart finds the same GPUs."""
+def boards(profiles: Iterable[Profile], node: str, now_s: float, row: int = 0) -> dict[str, Board]:
+    """A node's boards by UUID; equal node names give equal UUIDs, so that a restart finds the same GPUs.
+
+    `row` is the node's place among those that are planned for together.
+    """
     profiles = list(profiles)
     made: dict[str, Board] = {}
     for index, profile in enumerate(profiles):
@@ -214,6 +217,7 @@ def boards(profiles: Iterable[Profile], node: str, now_s: float) -> dict[str, Bo
             power_limit_w_max=profile.power_limit_w_max,
             power_limit_w_default=profile.power_limit_w_max,
             driver_version=DRIVER_VERSION,
+            node=row,
         )
         made[name] = Board(identity, profile, now_s)
     return made

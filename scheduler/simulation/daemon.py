@@ -28,10 +28,10 @@ class SimulatedDaemon:
         machine: Machine,
         state_dir: Path,
         config: Config,
-        size: NodeSize,
+        sizes: tuple[NodeSize, ...],
         wrap: Callable[[Effects], Effects] | None = None,
     ) -> None:
-        """Take the machine, the journal's directory (best in memory), the settings, the node's size.
+        """Take the machine, the journal's directory (best in memory), the settings, each node's size.
 
         `wrap` may put something between each daemon and its effects.
         """
@@ -40,7 +40,7 @@ class SimulatedDaemon:
         self.disk = Disk(state_dir)
         self.config = config
         self._gpus = MachineGpus(machine)
-        self._size = size
+        self._sizes = sizes
         self._wrap = wrap
         self._journal: SqliteJournal | None = None
         self._controller: Controller | None = None
@@ -98,7 +98,7 @@ class SimulatedDaemon:
         try:
             effects = Effects(clock, journal, self.launcher, self._gpus, MachineProcesses(self.machine))
             site = Site(
-                size=self._size,
+                sizes=self._sizes,
                 base_environment={},
                 remove_job=lambda _: None,
                 was_begun=self.launcher.was_begun,

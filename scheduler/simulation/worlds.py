@@ -122,6 +122,7 @@ def world(jobs: int, gpus: int, seed: int) -> Snapshot:
             island=np.where(np.isin(model, NVLINK_MODELS), 0, UNKNOWN),
             switch=np.arange(gpus, dtype=np.int64) % NODE_GPUS // SWITCH_GPUS,
             numa=np.arange(gpus, dtype=np.int64) % NODE_GPUS // NUMA_GPUS,
+            model=model,
         ),
         nodes=_nodes(random, np.bincount(gpu_node, minlength=nodes)),
         holdings=HoldingColumns(**holdings),

@@ -81,6 +81,7 @@ class J(Short):
     node: int = UNKNOWN
     preemptor: int = UNKNOWN
     stop_us: int = UNKNOWN
+    energy_cost: int = 0  # micro-USD per GPU-hour; counts where the world has a price
 
     @property
     def is_live(self) -> bool:
@@ -126,6 +127,7 @@ class W(Short):
     nodes: tuple[N, ...] = (N(),)
     handovers: tuple[HandOver, ...] = ()
     now_us: int = NOW_US
+    has_price: bool = False
     # Sets of models in the order of their rows in `model_fits`; the jobs' own are appended.
     model_sets: tuple[tuple[str, ...], ...] = field(default=((),))
 
@@ -152,6 +154,7 @@ def running(number: int, *on: str, ran_s: float = 3600, **others: Any) -> J:
 
 def snapshot(world: W) -> Snapshot:
     """The world as the planner sees it."""
+    models = sorted({gpu.model for gpu in world.gpus})
     sets = list(dict.fromkeys([*world.model_sets, *(job.models for job in world.jobs)]))
     fits = [[not models or gpu.model in models for gpu in world.gpus] for models in sets]
     holdings = [
@@ -163,14 +166,20 @@ def snapshot(world: W) -> Snapshot:
         (UNKNOWN, world.gpus.index(world.gpu(h.uuid)), h.share_milli, h.memory_mib, h.preemptor, h.stop_us)
         for h in world.handovers
     ]
+    jobs, gross = world.jobs, None
+    if world.has_price:
+        gross = _ints(job.value for job in jobs)
+        jobs = tuple(replace(job, value=job.value - job.energy_cost) for job in jobs)
     return Snapshot(
         now_us=world.now_us,
-        jobs=_job_columns(world.jobs, sets),
+        jobs=_job_columns(jobs, sets),
+        gross_value=gross,
         gpus=GpuColumns(
             tuple(gpu.uuid for gpu in world.gpus),
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("index", "node", "memory_mib")),
             _ints(columns.OPEN if gpu.is_open else columns.CLOSED for gpu in world.gpus),
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("island", "switch", "numa")),
+            _ints(models.index(gpu.model) for gpu in world.gpus),
         ),
         nodes=NodeColumns(
             *(_ints(getattr(node, name.name) for node in world.nodes) for name in fields(NodeColumns))
@@ -188,7 +197,7 @@ def applied(world: W, plan: Plan) -> W:
         match action:
             case StartJob(gpus=on, node=node):
                 assert job.state == PENDING
-                assert all(world.gpu(uuid).node == node for uuid in on)
+                assert not on or node == min(world.gpu(uuid).node for uuid in on)
                 jobs[job.number] = replace(job, state=STARTING, on=on, node=node)
             case PreemptJob(preemptor=preemptor):
                 assert job.state in (STARTING, RUNNING, SUSPENDED)

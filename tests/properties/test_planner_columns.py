@@ -89,7 +89,7 @@ def test_who_could_delay_a_promise_is_the_same_for_a_column_and_for_each_job(
     queue = Queue(snap, policy.order)
     requests = [request_of(snap.jobs, row) for row in range(ROWS)]
     start_us = NEVER if after_us is None else NOW_US + after_us
-    first = Blocked(requests[0]._replace(job_class=1, priority=500), None, start_us, None)
+    first = Blocked(requests[0]._replace(job_class=1, priority=500), start_us)
     may_end = may_end and first.is_promised
     expected = [
         not gives_way(request, first, policy, NOW_US)

@@ -1,6 +1,6 @@
 """What happens in a fault run, drawn from its seed before it begins: jobs, wishes of operators, faults.
 
-A script is data. The same script gives the same run, and a script with fewer faults is a run with fewer faults:
+A script is data. The same script gives the same run, and one with fewer faults is a run with fewer faults:
 so a failure can be told with the few that it takes.
 """
 
@@ -16,7 +16,7 @@ from tests.harness.values import SPEC
 # Jobs and faults come in this time; a fault that lasts is over by the end of it.
 FAULTS_S = 150.0
 ARRIVALS_S = 120.0
-# An XID of each outcome of the table: counted, the job's own, a reset, a reboot, a person, and an unknown one.
+# XIDs of each outcome of the table: counted, the job's own, a reset, a reboot, a person, an unknown one.
 XIDS = (43, 45, 13, 31, 94, 48, 95, 119, 79, 54, 999)
 
 

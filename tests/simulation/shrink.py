@@ -71,8 +71,7 @@ def told(script: Script) -> str:
     log, violation = played(short)
     lines = [
         f"seed {script.seed} at commit {_commit()}: {violation}",
-        f"{len(short.faults)} of {len(script.faults)} faults, {len(short.arrivals)} of "
-        f"{len(script.arrivals)} jobs are enough:",
+        f"{len(short.faults)} of {len(script.faults)} faults and {len(short.arrivals)} jobs are enough:",
         *(f"  {fault}" for fault in short.faults),
         *(f"  {wish}" for wish in short.wishes),
         "Its story:",

@@ -1,4 +1,4 @@
-"""A script, played: the real daemon on a simulated machine, its clients, and whatever goes wrong around them."""
+"""A script, played: the real daemon on a simulated machine, its clients, and all that goes wrong there."""
 
 import asyncio
 import contextlib
@@ -100,7 +100,7 @@ class World:
                 sampling=SamplingConfig(period_s=script.sampling_s),
                 standing_jobs=(_MINER,) if script.miners else (),
             ),
-            NodeSize(script.node["cpus"], script.node["memory_mib"], 100),
+            (NodeSize(script.node["cpus"], script.node["memory_mib"], 100),),
             self.faults.wrap,
         )
         self.faults.watch(self.daemon.disk)
@@ -110,6 +110,7 @@ class World:
         self._starting: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: Violation | None = None
+        self._over = asyncio.Event()
 
     # The story -----------------------------------------------------------------------------------
 
@@ -161,8 +162,10 @@ class World:
         self.invariants.chain_is_whole()
 
     async def _until(self, at_s: float) -> None:
-        while (left_s := at_s - asyncio.get_running_loop().time()) > 0 and self.failure is None:
-            await asyncio.sleep(min(left_s, 1.0))
+        """Wait, but no longer than until something was violated."""
+        left_s = at_s - asyncio.get_running_loop().time()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), left_s)
         if self.failure is not None:
             raise self.failure
 
@@ -179,6 +182,7 @@ class World:
         if self.failure is None:
             self.say(f"VIOLATION {violation}")
             self.failure = violation
+            self._over.set()
 
     def _defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")

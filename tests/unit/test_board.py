@@ -30,7 +30,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 def board(ledger: Ledger) -> GpuBoard:
-    board = GpuBoard(ledger, NodeSize(8, 1024, 16))
+    board = GpuBoard(ledger, (NodeSize(8, 1024, 16),))
     board.read(GpuReadings((A, B), (), {}))
     return board
 

@@ -233,7 +233,7 @@ class Books:
 
     def __init__(self, journal: SqliteJournal) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, NodeSize(8, 1024, 64))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),))
         self.accounts = Accounts(self.ledger, self.board, Meters())
         self.at_s = 100.0
         self.energy_mj = 0

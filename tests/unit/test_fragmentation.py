@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scheduler.planning import fragmentation
+from scheduler.planning import fragmentation, kept
 from scheduler.planning.fragmentation import NO_POSITION, Fragmentation
 from tests.fakes.pools import Ask, Gpu, Node, mix, pool, take, watts
 
@@ -213,9 +213,26 @@ def test_equal_nodes_go_by_row_or_by_the_rank_that_is_given() -> None:
 
 
 def test_only_the_nodes_that_may_be_chosen_are() -> None:
-    placement = Fragmentation(pool((node(1000), node(1000), node(600))), mix(ANY_MIX))
-    assert placement.best(WHOLE, np.array([False, True, True])) == (1, NO_POSITION)
-    assert placement.best(WHOLE, np.array([False, False, True])) is None
+    nodes = pool((node(1000), node(1000), node(600)))
+    placement = Fragmentation(nodes, mix(ANY_MIX))
+    assert placement.best(WHOLE, without=(0,)) == (1, NO_POSITION)
+    assert placement.best(WHOLE) == (0, NO_POSITION)
+    placement = Fragmentation(nodes, mix(ANY_MIX), closed=np.array([True, False, False]))
+    assert placement.best(WHOLE) == (1, NO_POSITION)
+    assert placement.best(WHOLE, without=(1,)) is None
+
+
+def test_a_gang_goes_first_where_its_gpus_are_near_each_other() -> None:
+    nodes = pool((node(1000, 1000), node(1000, 1000, 1000, 1000), node(0, 1000, 1000)))
+    near = np.zeros((3, 4, 4), dtype=bool)
+    near[1, :2, :2] = True  # two of its four
+    nearer = np.zeros((3, 4, 4), dtype=bool)
+    placement = Fragmentation(nodes, mix(((Ask(gpus=2), 1),)), nearness=(nearer, near))
+    assert placement.best(Ask(gpus=2)) == (1, NO_POSITION)
+    nearer[2, 1:3, 1:3] = True
+    placement = Fragmentation(nodes, mix(((Ask(gpus=2), 1),)), nearness=(nearer, near))
+    assert placement.best(Ask(gpus=2)) == (2, NO_POSITION)
+    assert placement.best(Ask(gpus=3)) == (1, NO_POSITION)
 
 
 def test_what_was_booked_counts_from_the_next_request_on() -> None:
@@ -279,11 +296,11 @@ def test_without_a_mix_the_best_fit_is_taken() -> None:
 def test_scores_of_shapes_long_not_asked_for_are_forgotten_and_computed_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fragmentation, "_SCORES_MAX", 4)
+    monkeypatch.setattr(kept, "VALUES_MAX", 4)
     placement = Fragmentation(pool((node(1000), node(600))), mix(ANY_MIX))
     asks = [share(milli) for milli in (100, 200, 300, 100, 200, 300)]
     assert [placement.best(ask) for ask in asks] == [(1, 0)] * 6
-    assert len(placement._shapes) == 2
+    assert len(placement._kept._columns) == 2
 
 
 def test_a_large_pool_is_prepared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

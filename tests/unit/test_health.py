@@ -42,7 +42,7 @@ class Ward:
 
     def __init__(self, journal: SqliteJournal, *, rebooted: bool = False) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, NodeSize(8, 1024, 64))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),))
         self.meters = Meters()
         self.watched: list[str] = []
         self.at_s = 1000.0

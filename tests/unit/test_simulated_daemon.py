@@ -12,7 +12,7 @@ from scheduler.control.inbox import Submission, Submit
 from scheduler.errors import Unavailable
 from scheduler.model.jobs import Job, JobClass, JobState, RestartRule
 from scheduler.model.settings import Config
-from scheduler.simulation.boards import PROFILES, boards
+from scheduler.simulation.boards import PROFILES, Board, boards
 from scheduler.simulation.daemon import SimulatedDaemon
 from scheduler.simulation.machine import Machine, Workload
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
@@ -20,11 +20,14 @@ from tests.harness.values import SPEC
 
 
 class World:
-    def __init__(self, tmp_path: Path, gpus: int = 1) -> None:
+    def __init__(self, tmp_path: Path, gpus: int = 1, nodes: int = 1) -> None:
         self.workloads: dict[str, Workload] = {}
         clock = VirtualClock()
-        machine = Machine(boards([PROFILES["H100"]] * gpus, "n", EPOCH_S), clock, self.workloads.__getitem__)
-        self.daemon = SimulatedDaemon(machine, tmp_path, Config(), NodeSize(64, 512_000, 100))
+        made: dict[str, Board] = {}
+        for row in range(nodes):
+            made |= boards([PROFILES["H100"]] * gpus, f"n{row}", EPOCH_S, row)
+        machine = Machine(made, clock, self.workloads.__getitem__)
+        self.daemon = SimulatedDaemon(machine, tmp_path, Config(), (NodeSize(64, 512_000, 100),) * nodes)
 
     async def submit(self, workload: Workload, job_class: JobClass, **fields: Any) -> str:
         submission = Submission(replace(SPEC, job_class=job_class, **fields), {})
@@ -103,6 +106,32 @@ def test_a_launcher_that_dies_and_a_reboot_lose_attempts_and_no_job(tmp_path: Pa
         await asyncio.sleep(60.0)
         assert [attempt.lost for attempt in world.job(job).attempts] == [True, True, False]
         assert world.job(job).attempts[1].end_reason == "NODE_REBOOTED"
+        world.daemon.stop()
+
+    run(story())
+
+
+def test_one_planner_serves_several_nodes_and_gangs_stay_on_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path, gpus=4, nodes=3)
+        await world.daemon.start()
+        gangs = [await world.submit(Workload(), JobClass.BATCH, gpus=3) for _ in range(3)]
+        cpu = [await world.submit(Workload(), JobClass.BATCH, gpus=0, cpus=40) for _ in range(4)]
+        urgent = await world.submit(Workload(), JobClass.INFERENCE, gpus=4)
+        await asyncio.sleep(60.0)
+        boards_of = world.daemon.machine.boards
+        nodes = {
+            job_id: {boards_of[uuid].identity.node for uuid in world.job(job_id).attempts[-1].gpus}
+            for job_id in (*gangs, urgent)
+            if world.job(job_id).holds
+        }
+        assert all(len(found) == 1 for found in nodes.values())
+        assert len({next(iter(found)) for found in nodes.values()}) == 3
+        assert [world.job(job_id).state for job_id in gangs].count(JobState.PENDING) == 1
+        assert world.job(urgent).state is JobState.RUNNING
+        # 64 CPUs a node: one of them each, on a node of its own.
+        held = [world.job(job_id).attempts[-1].node for job_id in cpu if world.job(job_id).holds]
+        assert sorted(held) == [0, 1, 2]
         world.daemon.stop()
 
     run(story())

@@ -97,7 +97,9 @@ def test_the_world_that_the_tests_break_is_whole() -> None:
         ("holdings", "job", 2, 4, r"holdings row 2 \(GPU-2\): job is 4, not -1 to 3"),
         ("holdings", "job", 0, -2, r"holdings row 0 \(GPU-0\): job is -2, not -1 to 3"),
         ("holdings", "job", 3, 3, r"holdings row 3 \(GPU-3\): held by job 4, which is pending"),
-        ("holdings", "job", 3, 0, r"holdings row 3 \(GPU-3\): on node 1, held by job 1 on node 0"),
+        ("holdings", "job", 3, 0, r"holdings row 0 \(GPU-0\): job 1 holds 3 GPUs of 2"),
+        ("jobs", "node", 2, 0, r"holdings row 3 \(GPU-3\): on node 1, held by job 3 on node 0"),
+        ("jobs", "node", 0, 1, r"holdings row 0 \(GPU-0\): on node 0, held by job 1 on node 1"),
         ("holdings", "job", 2, 0, r"holdings row 2 \(GPU-2\): job 1 holds another share than its 1000"),
         ("holdings", "share_milli", 2, 0, r"holdings row 2 \(GPU-2\): share_milli is 0, not 1 to 1000"),
         ("holdings", "share_milli", 4, 501, r"holdings row 2 \(GPU-2\): 1001 thousandths of it are held"),
@@ -110,6 +112,14 @@ def test_a_snapshot_that_contradicts_itself_names_the_row(
 ) -> None:
     with pytest.raises(SnapshotError, match=message):
         changed(table, column, row, value)
+
+
+def test_a_gang_may_hold_gpus_of_several_nodes_of_which_its_own_is_one() -> None:
+    gang = replace(running(1, "GPU-0", "GPU-3"), node=1)
+    world = W(jobs=(gang,), gpus=(*gpus(3), G("GPU-3", 3, node=1)), nodes=(N(), N()))
+    assert len(snapshot(world).holdings) == 2
+    with pytest.raises(SnapshotError, match=r"holdings row 0 \(GPU-0\): on node 0, held by job 1 on node 2"):
+        snapshot(replace(world, jobs=(replace(gang, node=2),), nodes=(N(), N(), N())))
 
 
 def test_a_job_that_holds_more_gpus_than_it_wants_is_named() -> None:

@@ -1,0 +1,92 @@
+"""The loop plans when a plan could say something new, and only then."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scheduler.control import loop
+from scheduler.control.board import NodeSize
+from scheduler.control.inbox import Submission, Submit
+from scheduler.effects.journal_sqlite import SqliteJournal
+from scheduler.errors import JournalFull, Unavailable
+from scheduler.model.jobs import JobState
+from scheduler.model.settings import Config, SamplingConfig
+from scheduler.simulation.boards import PROFILES, boards
+from scheduler.simulation.daemon import SimulatedDaemon
+from scheduler.simulation.machine import Machine, Workload
+from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
+from tests.harness.values import SPEC
+
+
+class World:
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine = Machine(
+            boards([PROFILES["H100"]], "n", EPOCH_S), VirtualClock(), lambda _: Workload(duration_s=1000.0)
+        )
+        config = Config(sampling=SamplingConfig(period_s=1.0))
+        self.daemon = SimulatedDaemon(machine, tmp_path, config, (NodeSize(8, 1024, 8),))
+        self.plans = 0
+        made = loop.plan
+
+        def counted(*arguments: Any) -> Any:
+            self.plans += 1
+            return made(*arguments)
+
+        monkeypatch.setattr(loop, "plan", counted)
+
+    async def submit(self) -> str:
+        (job,) = await self.daemon.ask(Submit((Submission(replace(SPEC), {}),)))
+        return str(job.id)
+
+    def state(self, job_id: str) -> JobState:
+        job = self.daemon.controller.ledger.by_id(job_id)
+        assert job is not None
+        return job.state
+
+
+def test_a_job_that_waits_is_not_planned_for_at_every_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        world = World(tmp_path, monkeypatch)
+        await world.daemon.start()
+        first, second = await world.submit(), await world.submit()
+        await asyncio.sleep(30.0)
+        before = world.plans
+        await asyncio.sleep(25.0)  # readings, but no booking of usage and nothing else
+        assert world.plans == before
+        await asyncio.sleep(1000.0)
+        assert (world.state(first), world.state(second)) == (JobState.SUCCEEDED, JobState.RUNNING)
+        world.daemon.stop()
+
+    run(story())
+
+
+def test_a_plan_whose_tick_was_not_kept_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        world = World(tmp_path, monkeypatch)
+        await world.daemon.start()
+        commit, full = SqliteJournal.commit, False
+
+        def perhaps(self: SqliteJournal, derived: Any) -> None:
+            if full:
+                self.abandon()
+                raise JournalFull("no space")
+            commit(self, derived)
+
+        monkeypatch.setattr(SqliteJournal, "commit", perhaps)
+        full = True
+        with pytest.raises(Unavailable):  # planned for, and dropped
+            await world.submit()
+        full = False
+        first = await world.submit()  # its event has the number of the one that was dropped
+        await asyncio.sleep(1.0)
+        assert world.state(first) is JobState.RUNNING
+        world.daemon.stop()
+
+    run(story())
