@@ -216,14 +216,10 @@ class Invariants:
         self._demand(preemptor is not None, f"{job.id} gives way to {notice.preempted_by!r}, which is no job")
         assert preemptor is not None
         self._demand(job.spec.preemptible, f"{job.id} gives way and is not preemptible")
-        ranks = preemptor.spec.job_class < job.spec.job_class or (
-            preemptor.spec.job_class == job.spec.job_class
-            and (
-                self._priority(preemptor) > self._priority(job)
-                or preemptor.spec.value_microusd_per_gpu_hour > job.spec.value_microusd_per_gpu_hour
-            )
+        self._demand(
+            self._rank(preemptor)[:3] < self._rank(job)[:3],
+            f"{job.id} gives way to {preemptor.id}, which does not outrank it",
         )
-        self._demand(ranks, f"{job.id} gives way to {preemptor.id}, which does not outrank it")
 
     def _priority(self, job: Job) -> int:
         policy = self._world.daemon.config.policy
@@ -333,11 +329,21 @@ class Invariants:
         views = {view.identity.uuid: view for view in controller.board.views(now_s)}
         free = [uuid for uuid, view in views.items() if view.state is GpuState.FREE]
         cpus = world.script.node["cpus"] - sum(job.spec.cpus for job in ledger.live_jobs())
-        for job in ledger.jobs.values():
-            if job.state is not JobState.PENDING or job.eligible_s > now_s:
+        waiting = [
+            job for job in ledger.jobs.values() if job.state is JobState.PENDING and job.eligible_s <= now_s
+        ]
+        for job in waiting:
+            if controller.reason(job) is Reason.WAITING_FOR_PROMISED_START:
+                ahead = [other.id for other in waiting if self._rank(other) < self._rank(job)]
+                self._demand(bool(ahead), f"{job.id} is held back for a higher rank, and nobody ranks higher")
                 continue
             fits = len(free) >= job.spec.gpus and cpus >= job.spec.cpus
             self._demand(not fits, f"{job.id} waits for {job.spec.gpus} GPUs, and {len(free)} are free")
+
+    def _rank(self, job: Job) -> tuple[int, ...]:
+        """The smaller, the higher."""
+        value = job.spec.value_microusd_per_gpu_hour
+        return (int(job.spec.job_class), -self._priority(job), -value, job.number)
 
     def chain_is_whole(self) -> None:
         """The journal proves itself."""

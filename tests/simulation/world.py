@@ -107,7 +107,6 @@ class World:
         self._tell_ends()
         self.invariants = Invariants(self)
         self.down_s = 0.0  # for how long the next death lasts
-        self._starting: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.failure: Violation | None = None
         self._over = asyncio.Event()
@@ -186,7 +185,7 @@ class World:
 
     def _defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if not isinstance(error, Crashed):
+        if not isinstance(error, Crashed) and loop.is_running():
             self.failed(Violation(f"{context['message']}: {error!r}"))
 
     # The daemon ------------------------------------------------------------------------------------
@@ -196,10 +195,11 @@ class World:
         asyncio.get_running_loop().call_later(delay_s, self._start)
 
     def _start(self) -> None:
-        if not self.daemon.runs:
-            self._starting = asyncio.get_running_loop().create_task(self._come_up())
+        self._spawn(self._come_up())
 
     async def _come_up(self) -> None:
+        if self.daemon.runs:
+            return
         self.say("the daemon starts")
         try:
             await self.daemon.start()
@@ -383,8 +383,10 @@ class World:
     def _restart(self, fault: Fault) -> None:
         if self.daemon.serves:
             self.say("the daemon is stopped")
-            with contextlib.suppress(Crashed):
+            try:
                 self.daemon.stop()
+            except Crashed:
+                return  # its last booking was one step too many
             self.faults.end_life()
             self.invariants.died()
             self.start_later(fault.for_s)
