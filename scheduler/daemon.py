@@ -21,6 +21,7 @@ from scheduler.api.job_service import JobService
 from scheduler.api.logs import LogReader
 from scheduler.api.metrics import NodeCollector, registry
 from scheduler.api.node_service import NodeService
+from scheduler.api.power_service import PowerService
 from scheduler.api.server import Server
 from scheduler.api.usage_service import UsageService
 from scheduler.control.board import NodeSize
@@ -45,7 +46,7 @@ log = logging.getLogger("wattshift")
 # Young objects before a look at them; looks before one at the older and the oldest.
 COLLECTOR_THRESHOLDS = (10_000, 20, 1000)
 
-# Keys outside [policy], [classes], [foreign] and [[standing_jobs]] that a reload applies.
+# Keys outside [policy], [classes], [power], [foreign] and [[standing_jobs]] that a reload applies.
 RELOADED_KEYS = frozenset(
     {
         "state.finished_jobs_kept_s",
@@ -166,6 +167,7 @@ class _Daemon:
             self._listen,
             JobService(controller, logs),
             NodeService(controller, simulated=self._simulated, started_s=now_s),
+            PowerService(controller),
             UsageService(controller),
         )
         metrics = MetricsServer(registry(NodeCollector(controller)), lambda: _not_ready(controller))
@@ -187,6 +189,7 @@ class _Daemon:
         finally:
             metrics.close()
             await server.stop()
+            await controller.power.leave()
             controller.stop()
             await controller.effects.gpus.close()
             await controller.effects.launcher.close()

@@ -6,6 +6,7 @@
     │   ├── Infeasible          can never run on this node                     INVALID_ARGUMENT
     │   ├── NotFound            no such job, GPU                               NOT_FOUND
     │   ├── RequestIdReused     same request_id, another submission            ALREADY_EXISTS
+    │   ├── Unreachable         a grid event asks for less than can be reached FAILED_PRECONDITION
     │   ├── IllegalMove         the job's state does not allow it              FAILED_PRECONDITION
     │   ├── LimitReached        a named limit; "not now"                       RESOURCE_EXHAUSTED
     │   ├── RevisionGone        a watch can't be resumed from there            OUT_OF_RANGE
@@ -18,6 +19,7 @@
         │   └── StateLocked     another daemon owns the state directory
         ├── LauncherError       the launcher can't be reached or misbehaves
         ├── GpuReadError        a GPU could not be read
+        ├── FeedError           a source of prices could not be read or makes no sense
         ├── BackendUnavailable  the array library that was asked for is not there, or has no GPU
         ├── InstallationError   this environment can't run the daemon
         └── SimulationStuck     a simulated world in which nothing can happen any more
@@ -80,6 +82,17 @@ class IllegalMove(RequestError):
     """The job's present state does not allow what was asked."""
 
 
+class Unreachable(RequestError):
+    """A grid event asks for less than can be reached by its start; the floor is named."""
+
+    def __init__(self, asked_w: float, floor_w: float, why: str) -> None:
+        super().__init__(
+            f"{asked_w:g} W can't be reached by then; the least is {floor_w:.0f} W ({why}); offer that or "
+            "more, a later start, or an emergency"
+        )
+        self.floor_w = floor_w
+
+
 class LimitReached(RequestError):
     """A named limit is reached; try again later."""
 
@@ -130,6 +143,10 @@ class GpuReadError(NodeError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class FeedError(NodeError):
+    """A source of prices could not be read, or what it sent makes no sense."""
 
 
 class BackendUnavailable(NodeError):

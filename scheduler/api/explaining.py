@@ -41,6 +41,7 @@ _WAITS = {
     Reason.WAITING_FOR_MEMORY: "It waits for host memory",
     Reason.WAITING_FOR_HANDOVER: "Its GPUs are on their way: it waits until they are proved free",
     Reason.WAITING_FOR_PROMISED_START: "It would delay the start that a higher-ranked job was promised",
+    Reason.WAITING_FOR_POWER: "It waits for power: what it may draw doesn't fit the budget",
     Reason.WAITING_FOR_START_SLOT: "As many jobs have a process as the node allows",
     Reason.DEADLINE_UNREACHABLE: "It can't meet its deadline any more and fails",
 }

@@ -25,6 +25,7 @@ from scheduler.errors import (
     RequestIdReused,
     RevisionGone,
     Unavailable,
+    Unreachable,
 )
 
 log = logging.getLogger("wattshift.api")
@@ -44,6 +45,7 @@ _CODES: dict[type[RequestError], grpc.StatusCode] = {
     NotFound: grpc.StatusCode.NOT_FOUND,
     RequestIdReused: grpc.StatusCode.ALREADY_EXISTS,
     IllegalMove: grpc.StatusCode.FAILED_PRECONDITION,
+    Unreachable: grpc.StatusCode.FAILED_PRECONDITION,
     LimitReached: grpc.StatusCode.RESOURCE_EXHAUSTED,
     RevisionGone: grpc.StatusCode.OUT_OF_RANGE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from scheduler.api.job_service import JobService
 from scheduler.api.node_service import NodeService
+from scheduler.api.power_service import PowerService
 from scheduler.api.rpc import Decoding
 from scheduler.api.usage_service import UsageService
 from scheduler.errors import NodeError
@@ -20,6 +21,8 @@ from scheduler.v1 import (
     job_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
+    power_service_pb2,
+    power_service_pb2_grpc,
     usage_service_pb2,
     usage_service_pb2_grpc,
 )
@@ -33,6 +36,7 @@ _NAMES = tuple(
     for module, name in (
         (job_service_pb2, "JobService"),
         (node_service_pb2, "NodeService"),
+        (power_service_pb2, "PowerService"),
         (usage_service_pb2, "UsageService"),
     )
 )
@@ -47,6 +51,7 @@ class Server:
         listen: tuple[str, ...],
         jobs: JobService,
         node: NodeService,
+        power: PowerService,
         usage: UsageService,
     ) -> None:
         self._config = config
@@ -64,6 +69,7 @@ class Server:
         )
         job_service_pb2_grpc.add_JobServiceServicer_to_server(jobs, self._server)
         node_service_pb2_grpc.add_NodeServiceServicer_to_server(node, self._server)
+        power_service_pb2_grpc.add_PowerServiceServicer_to_server(power, self._server)
         usage_service_pb2_grpc.add_UsageServiceServicer_to_server(usage, self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -35,6 +35,7 @@ COMMANDS = {
     "drain": "node",
     "undrain": "node",
     "release": "node",
+    "power": "power",
     "usage": "usage",
     "bench": "bench",
     "serve": "local",

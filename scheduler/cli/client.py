@@ -94,6 +94,13 @@ class Client:
         return node_service_pb2_grpc.NodeServiceStub(self._channel)
 
     @cached_property
+    def power(self) -> Any:
+        """The stub of PowerService."""
+        from scheduler.v1 import power_service_pb2_grpc
+
+        return power_service_pb2_grpc.PowerServiceStub(self._channel)
+
+    @cached_property
     def usage(self) -> Any:
         """The stub of UsageService."""
         from scheduler.v1 import usage_service_pb2_grpc

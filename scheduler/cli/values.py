@@ -34,6 +34,8 @@ BYTES_OF = {
     "GB": 10**9,
     "TB": 10**12,
 }
+WATTS = re.compile(r"(\d+(?:\.\d+)?)\s*(|W|kW|MW)")
+WATTS_OF = {"": 1.0, "W": 1.0, "kW": 1e3, "MW": 1e6}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 MIB = 1 << 20
 SHARE_MILLI_WHOLE = 1000
@@ -100,6 +102,14 @@ def past_s(text: str, now_s: float) -> float:
         raise ValueError(
             f"{text!r} is not a time; write 2026-01-31T18:00:00Z, or 2h for two hours ago"
         ) from None
+
+
+def watts(text: str) -> float:
+    """Return the watts of `3000`, `3000W`, `3kW` or `1.5MW`."""
+    match = WATTS.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a power; write watts as a number, or 3000W, 3kW, 1.5MW")
+    return float(match[1]) * WATTS_OF[match[2]]
 
 
 def environment_of(entries: Iterable[str], source: str) -> dict[str, str]:

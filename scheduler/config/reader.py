@@ -13,11 +13,13 @@ from scheduler.config.rules import CLASS_KEYS, Problem, limits_of, shown
 from scheduler.config.toml_lines import KeyPath, key_name
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import CLASS_DEFAULTS, ClassDefaults, Policy
+from scheduler.model.power import CurvePoint
 from scheduler.model.settings import (
     Config,
     ForeignConfig,
     JobsConfig,
     NodeConfig,
+    PowerConfig,
     SamplingConfig,
     ServerConfig,
     StandingJob,
@@ -48,6 +50,7 @@ class Reader:
             jobs=self._table(("jobs",), JobsConfig, document.get("jobs", {})),
             sampling=self._table(("sampling",), SamplingConfig, document.get("sampling", {})),
             policy=replace(policy, classes=self._classes(document.get("classes", {}))),
+            power=self._table(("power",), PowerConfig, document.get("power", {})),
             foreign=self._table(("foreign",), ForeignConfig, document.get("foreign", {})),
             standing_jobs=self._tables(("standing_jobs",), StandingJob, document.get("standing_jobs", [])),
         )
@@ -161,6 +164,8 @@ def _wanted(key: KeyPath, kind: Any) -> str:
     if kind in (int, float):
         low, high = limits_of(key)
         return f"must be a {'whole ' if kind is int else ''}number from {_number(low)} to {_number(high)}"
+    if kind == tuple[CurvePoint, ...]:
+        return "must be an array of [draw, work] pairs such as [[1.0, 1.0], [0.7, 0.85]], each from 0 to 1"
     if get_origin(kind) is tuple:
         return f"must be an array of at most {LIST_LENGTH_MAX} strings"
     if get_origin(kind) is dict:

@@ -1,5 +1,6 @@
 """What settings may be: the range of every number, and what contradicts what."""
 
+import itertools
 import json
 import pwd
 import re
@@ -9,6 +10,8 @@ from typing import Any
 from scheduler.config.toml_lines import KeyPath
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import PRIORITY_MAX
+from scheduler.model.power import CurvePoint
+from scheduler.model.prices import PRICE_USD_PER_KWH_MAX
 from scheduler.model.settings import Config, ForeignRule, StandingJob, is_loopback, split_host_port
 
 # A key and what would be right.
@@ -23,6 +26,8 @@ _YEAR_S = 366 * _DAY_S
 _MIB_MAX = 2**31  # 2 PiB
 _USD_PER_GPU_HOUR_MAX = 10_000.0
 _MIB = 1024 * 1024
+_SITE_W_MAX = 1e9
+_CURVE_POINTS_MAX = 16
 
 # What every number may be, by key; a `*` stands for a class or the number of an array's element.
 RANGES: dict[str, tuple[float, float]] = {
@@ -64,6 +69,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "classes.*.cpus": (0, 65_536),
     "classes.*.memory_mib": (0, _MIB_MAX),
     "classes.*.gpu_memory_mib": (0, _MIB_MAX),
+    "classes.*.power_curve": (0, 1),
+    "power.budget_w": (1, _SITE_W_MAX),
+    "power.safe_budget_w": (1, _SITE_W_MAX),
+    "power.base_w": (0, _SITE_W_MAX),
+    "power.pue": (1, 10),
+    "power.margin_ratio": (0, 1),
+    "power.emergency_grace_s": (0, 60),
+    "power.return_w_per_s": (1, _SITE_W_MAX),
+    "power.return_jitter_s": (0, 3600),
+    "power.price_poll_s": (1, _DAY_S),
+    "power.price_max_age_s": (1, 30 * _DAY_S),
+    "power.price_unknown_usd_per_kwh": (0, PRICE_USD_PER_KWH_MAX),
     "standing_jobs.*.value_usd_per_gpu_hour": (0, _USD_PER_GPU_HOUR_MAX),
     "standing_jobs.*.priority": (0, PRIORITY_MAX),
     "standing_jobs.*.gpu_memory_mib": (0, _MIB_MAX),
@@ -111,6 +128,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _node_problems(config)
     yield from _server_problems(config)
     yield from _policy_problems(config)
+    yield from _power_problems(config)
     yield from _foreign_problems(config)
     yield from _standing_problems(config)
 
@@ -207,6 +225,38 @@ def _policy_problems(config: Config) -> Iterator[Problem]:
         remedy = _grace_problem(policy.classes[job_class].grace_s, config)
         if remedy:
             yield ("classes", name, "grace_s"), remedy
+        if not _is_curve(policy.classes[job_class].power_curve):
+            yield (
+                ("classes", name, "power_curve"),
+                (
+                    f"must be 1 to {_CURVE_POINTS_MAX} pairs of draw and work that begin with [1.0, 1.0], "
+                    "the draw falling, the work never rising"
+                ),
+            )
+
+
+def _is_curve(points: tuple[CurvePoint, ...]) -> bool:
+    return (
+        0 < len(points) <= _CURVE_POINTS_MAX
+        and points[0] == (1.0, 1.0)
+        and all(
+            after[0] < before[0] and after[1] <= before[1] for before, after in itertools.pairwise(points)
+        )
+    )
+
+
+def _power_problems(config: Config) -> Iterator[Problem]:
+    power = config.power
+    if power.safe_budget_w is not None and power.safe_budget_w < power.base_w * power.pue:
+        yield (
+            ("power", "safe_budget_w"),
+            f"must be at least base_w times pue ({power.base_w * power.pue:g} W)",
+        )
+    if power.budget_w is not None and power.budget_w < power.base_w * power.pue:
+        yield ("power", "budget_w"), f"must be at least base_w times pue ({power.base_w * power.pue:g} W)"
+    if power.price_source and not power.price_source.startswith(("/", "http://", "https://")):
+        words = f"must be an absolute path, or begin with http:// or https://, is {power.price_source!r}"
+        yield ("power", "price_source"), words
 
 
 def _grace_problem(grace_s: float, config: Config) -> str:

@@ -4,7 +4,7 @@ A GPU's state is derived: from the last readings, from the operator's marks in t
 jobs that hold it, and from the hand-overs that are not yet proved. Nothing here is counted twice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from scheduler.model.snapshot import (
     UNKNOWN,
     GpuColumns,
     NodeColumns,
+    PowerColumns,
     Snapshot,
 )
 
@@ -90,6 +91,8 @@ class GpuBoard:
         self._gpus: tuple[object, GpuColumns] | None = None
         self._nodes: tuple[object, NodeColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
+        # What makes the power columns; None while nobody sets a budget.
+        self.power: Callable[[], Callable[[Any], PowerColumns] | None] = lambda: None
 
     def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
         """Take a round of readings; return the GPUs that were not there in the round before.
@@ -233,11 +236,14 @@ class GpuBoard:
     def basis(self) -> tuple[object, ...]:
         """What snapshots are made of, but for the time; equal where nothing that the planner sees changed."""
         head = self._ledger.journal.head
-        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving())
+        energy = self._ledger.table.energy
+        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving()), energy
 
-    def snapshot(self, now_s: float) -> Snapshot:
-        """The world now, for the planner; valid until the next change."""
-        return self._ledger.table.snapshot(now_s, self._gpu_columns(), self._node_columns(), self._leaving())
+    def snapshot(self, now_s: float, power: Callable[[Any], PowerColumns] | None = None) -> Snapshot:
+        """The world now, for the planner; valid until the next change. `power`: else as the budget says."""
+        return self._ledger.table.snapshot(
+            now_s, self._gpu_columns(), self._node_columns(), self._leaving(), power or self.power()
+        )
 
     def _gpu_columns(self) -> GpuColumns:
         """The GPUs' columns; made again only when something in them changed."""

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import math
 
 from scheduler.control.board import GpuBoard
 from scheduler.control.inbox import (
     Acknowledge,
     Cancel,
-    Command,
     Cordon,
     Drain,
+    JobCommand,
+    NodeCommand,
     Requeue,
     SaveCheckpoint,
     Submission,
@@ -46,7 +48,7 @@ class CommandHandler:
         self.free_mib: int | None = None  # on the disk of the state directory; None = not looked yet
         self.free_mib_min = 0
 
-    def handle(self, command: Command, now_s: float) -> object:
+    def handle(self, command: JobCommand | NodeCommand, now_s: float) -> object:
         """Apply a command.
 
         Raises:
@@ -166,9 +168,11 @@ class CommandHandler:
             )
         return self.stop(job, JobState.STOPPING, reason, now_s)
 
-    def stop(self, job: Job, to: JobState, reason: Reason, now_s: float) -> Job:
+    def stop(
+        self, job: Job, to: JobState, reason: Reason, now_s: float, grace_s_max: float = math.inf
+    ) -> Job:
         """Give a live job its notice; the loop sends the order after the commit."""
-        notice = Notice(reason, now_s, now_s + job.spec.grace_s)
+        notice = Notice(reason, now_s, now_s + min(job.spec.grace_s, grace_s_max))
         return _job(self._ledger.apply(StopDecided(now_s, job.id, job.attempt, to, notice)))
 
     def _requeue(self, wanted: str, now_s: float) -> Job:

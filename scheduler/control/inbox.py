@@ -8,10 +8,12 @@ from typing import Any
 
 from scheduler.control.handover import Look
 from scheduler.effects.gpus import GpuReadings
-from scheduler.effects.launcher import LauncherHello, Report
+from scheduler.effects.launcher import LauncherGone, LauncherHello, Report
 from scheduler.errors import LimitReached
-from scheduler.model.gpus import GpuHolders
+from scheduler.model.gpus import GpuHolders, GpuLimit
 from scheduler.model.jobs import Job, JobSpec
+from scheduler.model.power import BudgetInterval, GridEvent
+from scheduler.model.prices import PricePoint
 
 # Commands that wait for one tick. A tick takes all of them, so this is the most that can arrive in one.
 COMMANDS_MAX = 4096
@@ -92,7 +94,39 @@ class Undrain:
     """End a drain and a release."""
 
 
-Command = Submit | Cancel | Requeue | Acknowledge | SaveCheckpoint | Cordon | Uncordon | Drain | Undrain
+@dataclass(frozen=True, slots=True)
+class SetPowerBudget:
+    """What the site may draw, by time; no interval: nothing from here. `valid_until_s`: renewed by then."""
+
+    intervals: tuple[BudgetInterval, ...]
+    valid_until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OfferGridEvent:
+    """Take a grid event on, or refuse it. Answer: the event."""
+
+    event: GridEvent
+
+
+@dataclass(frozen=True, slots=True)
+class CancelGridEvent:
+    """End a grid event. Answer: the event."""
+
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetPrices:
+    """What electricity costs, by time; no point: nobody knows, and the price gate is off."""
+
+    points: tuple[PricePoint, ...]
+
+
+PowerCommand = SetPowerBudget | OfferGridEvent | CancelGridEvent
+JobCommand = Submit | Cancel | Requeue | Acknowledge | SaveCheckpoint
+NodeCommand = Cordon | Uncordon | Drain | Undrain
+Command = JobCommand | NodeCommand | PowerCommand | SetPrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +161,39 @@ class LauncherBack:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSet:
+    """A board was asked for a power limit: what it says of it now, or why it could not be set."""
+
+    uuid: str
+    asked_w: float
+    limit: GpuLimit | None
+    error: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsGivenBack:
+    """These boards have the limits back that they were found with."""
+
+    uuids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Elapsed:
     """A moment came for which the loop wanted to be woken."""
 
 
-Item = Asked | Report | GpuReadings | HandoverResult | HoldersSeen | LauncherBack | Elapsed
+@dataclass(frozen=True, slots=True)
+class PricesRead:
+    """What the file or URL says that electricity costs."""
+
+    points: tuple[PricePoint, ...]
+    source: str
+
+
+PowerItem = LimitSet | LimitsGivenBack
+DaemonItem = LauncherBack | PricesRead | Elapsed
+Item = Asked | Report | GpuReadings | HandoverResult | HoldersSeen | PowerItem | DaemonItem
 
 
 @dataclass(slots=True)
@@ -171,8 +233,19 @@ class Inbox:
         return items
 
     def put_back(self, items: list[Item]) -> None:
-        """Put reports back in front: the tick that took them could not keep what follows from them."""
-        self._items.extendleft(reversed(items))
+        """Put reports back in front: the tick that took them could not keep what follows from them.
+
+        Not so commands, whose clients are told. Nor a launcher's end: it was acted on, and said again it would
+        have each try connect once more. Nor a greeting from before it: that launcher is gone.
+        """
+        ends = [at for at, item in enumerate(items) if isinstance(item, LauncherGone)]
+        kept = [
+            item
+            for at, item in enumerate(items)
+            if not isinstance(item, Asked | LauncherGone)
+            and not (isinstance(item, LauncherBack) and ends and at < ends[-1])
+        ]
+        self._items.extendleft(reversed(kept))
 
 
 def asked_job(answer: Any) -> Job:

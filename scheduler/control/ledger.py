@@ -27,6 +27,18 @@ from scheduler.model.events import (
 from scheduler.model.gpus import GpuMark, GpuState
 from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy
+from scheduler.model.power import PowerState
+from scheduler.model.power_events import (
+    BudgetReturns,
+    DrawsLearned,
+    GridEventAccepted,
+    GridEventMoved,
+    LimitsDecided,
+    LimitsRestored,
+    PowerBudgetSet,
+    PricesSet,
+    folded,
+)
 
 Change = tuple[Job | None, Job]  # before, after
 
@@ -66,6 +78,7 @@ class Ledger:
         node = journal.node_state()
         self.marks: dict[str, GpuMark] = node.marks
         self.drain: NodeDrainChanged | None = node.drain
+        self.power: PowerState = node.power
         self.next_number = node.next_number
         self._undo: dict[int, Job | None] = {}
         self._steps: list[Change] = []
@@ -131,6 +144,17 @@ class Ledger:
                 self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
             case PlanDecided() | PolicyChanged() | LauncherConnected():
                 pass
+            case (
+                PowerBudgetSet()
+                | GridEventAccepted()
+                | GridEventMoved()
+                | LimitsDecided()
+                | LimitsRestored()
+                | DrawsLearned()
+                | BudgetReturns()
+                | PricesSet()
+            ):
+                self.power = folded(self.power, event)
             case _:
                 number = job_number(event.job_id)
                 before = None if number is None else self.job(number)
@@ -252,12 +276,14 @@ class Ledger:
                 else:
                     self.jobs[number] = earlier
         before = self._node_before
-        self.marks, self.drain = dict(before.marks), before.drain
+        self.marks, self.drain, self.power = dict(before.marks), before.drain, before.power
         self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id
         self._begin()
 
     def _node(self) -> NodeState:
-        return NodeState(dict(self.marks), self.drain, self.next_number, self.booked_s, self.boot_id)
+        return NodeState(
+            dict(self.marks), self.drain, self.next_number, self.booked_s, self.boot_id, self.power
+        )
 
     def _begin(self) -> None:
         self._undo = {}

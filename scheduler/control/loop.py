@@ -27,6 +27,11 @@ from scheduler.control.inbox import (
     Inbox,
     Item,
     LauncherBack,
+    LimitSet,
+    LimitsGivenBack,
+    PowerCommand,
+    PricesRead,
+    SetPrices,
     Uncordon,
     Undrain,
 )
@@ -35,6 +40,8 @@ from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
+from scheduler.control.power import PowerControl
+from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
 from scheduler.control.watch import Watchers
@@ -117,6 +124,8 @@ class Controller:
         # Another boot than the last daemon's: every process of before is gone.
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.health = Health(self)
+        self.power = PowerControl(self)
+        self.prices = Prices(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.last_plan: Plan | None = None
@@ -154,6 +163,7 @@ class Controller:
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
+        self.prices.start()
         self._release_or_acquire()
         self._tick()
 
@@ -198,6 +208,7 @@ class Controller:
         """Tick no more, and leave everything as it is: what a crash does."""
         self._running = False
         self.verifier.close()
+        self.prices.stop()
         for task in self._looks:
             task.cancel()
         self._stop_lingering()
@@ -227,12 +238,13 @@ class Controller:
         self.commands.pending_max = config.jobs.pending_max
         if config.policy != self.config.policy:
             self.ledger.apply(PolicyChanged(self.effects.clock.now_s(), config.policy))
-        self.ledger.set_policy(config.policy)
         self.config = config
+        self.ledger.set_policy(config.policy)
         self.board.sizes = tuple(
             replace(size, live_jobs_max=config.policy.live_jobs_max) for size in self.board.sizes
         )
         self.standing.reload()
+        self.prices.reload()
         self.inbox.put(Elapsed())
 
     def reason(self, job: Job) -> Reason:
@@ -328,6 +340,7 @@ class Controller:
         self.reports.recall_victims()
         self.standing.reload()
         self.rebooted, self._gpus_before = self._before
+        self.power.limits.clear()
         self._planned = None  # the numbers of dropped events come again
         self._release_or_acquire()
 
@@ -338,7 +351,9 @@ class Controller:
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        self.prices.advance(now_s)
         self.standing.reconcile(now_s)
+        self.power.advance(now_s)
         wake_s = self._plan(now_s)
         self.accounts.book_ended(now_s)
         if self.accounts.due(now_s):
@@ -352,7 +367,7 @@ class Controller:
             if not future.done():
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
-        self._wake_at(wake_s, now_s)
+        self._wake_at(wake_s, self.prices.wake_s(now_s), now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -367,9 +382,13 @@ class Controller:
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
-                self._spawn(self._reconnect())
+                self.spawn(self._reconnect())
             case LauncherBack():
                 self.reports.reconcile(item.hello, now_s)
+            case LimitSet() | LimitsGivenBack():
+                self.power.take(item, now_s)
+            case PricesRead():
+                self.prices.take(item, now_s)
             case Elapsed():
                 pass
             case _:
@@ -379,14 +398,21 @@ class Controller:
     def _answer(self, item: Asked, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         if item.answer.done():  # the client is gone
             return None
+        command = item.command
         try:
-            result = self.commands.handle(item.command, now_s)
+            if isinstance(command, PowerCommand):
+                result = self.power.handle(command, now_s)
+            elif isinstance(command, SetPrices):
+                self.prices.set(command, now_s)
+                result = None
+            else:
+                result = self.commands.handle(command, now_s)
         except RequestError as error:
             item.answer.set_exception(error)
             return None
-        if isinstance(item.command, Drain | Undrain):
+        if isinstance(command, Drain | Undrain):
             self._release_or_acquire()
-        elif isinstance(item.command, Uncordon):
+        elif isinstance(command, Uncordon):
             assert isinstance(result, str)
             self.board.doubt(result)
             self.orders.watch(result)
@@ -396,11 +422,11 @@ class Controller:
         """Plan and turn the plan into events; returns when time alone could change it."""
         if not self.launcher_id:
             return None
-        if not self.ledger.needs_plan:
+        if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
         basis = (self.board.basis(), self.config.policy)
-        if self._still_holds(basis, now_s):
+        if not self.power.is_active and self._still_holds(basis, now_s):
             return self._wake_s
         begun = time.perf_counter()
         try:
@@ -417,6 +443,7 @@ class Controller:
         self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
             self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))
+            self.power.perform(made.actions, now_s)
             self.reports.perform(made.actions, now_s)
         return self._wake_s
 
@@ -437,14 +464,14 @@ class Controller:
     def _commit(self) -> None:
         """Make the tick durable, send the orders that follow, then tell those who look."""
         if not self.ledger.touched:
-            self.orders.send()
+            self._send()
             return
         begun = time.perf_counter()
         committed = self.ledger.commit()
         took_s = time.perf_counter() - begun
         for before, after in committed.changes:
             self.orders.follow(before, after)
-        self.orders.send()  # somebody waits for these; whoever only looks comes after
+        self._send()  # somebody waits for these; whoever only looks comes after
         self.meters.journal_append_s.observe(took_s)
         for before, after in committed.steps:
             self.observer.see(before, after)
@@ -454,23 +481,17 @@ class Controller:
                 self.reports.forget(after.number)
         self.problems.pop("journal", None)
 
+    def _send(self) -> None:
+        """Send what follows from the tick in the order of safety: limits, stops, starts."""
+        self.power.limits.send()
+        self.orders.send()
+
     def _not_kept(self, items: list[Item], error: JournalError) -> None:
         log.error("the journal could not be written: %s", error)
         self.problems["journal"] = str(error)
         self._undo_turn()
         self._fail_asked(items, Unavailable(f"nothing was accepted: {error}"))
-        # A launcher's end was acted on; said again, each try would connect once more. A greeting of before it
-        # is of a launcher that is gone.
-        gone = [at for at, item in enumerate(items) if isinstance(item, LauncherGone)]
-        stale = {
-            at for at, item in enumerate(items) if gone and at < gone[-1] and isinstance(item, LauncherBack)
-        }
-        kept: list[Item] = [
-            item
-            for at, item in enumerate(items)
-            if not isinstance(item, Asked | LauncherGone) and at not in stale
-        ]
-        self.inbox.put_back(kept)
+        self.inbox.put_back(items)
         asyncio.get_running_loop().call_later(JOURNAL_RETRY_S, self._schedule)
 
     @staticmethod
@@ -486,13 +507,18 @@ class Controller:
         if release != self.board.released:
             self.board.released = release
             gpus = self.effects.gpus
-            self._spawn(gpus.release() if release else gpus.acquire())
+            self.spawn(self._let_go() if release else gpus.acquire())
+
+    async def _let_go(self) -> None:
+        await self.power.leave()
+        await self.effects.gpus.release()
 
     def _newest(self, result: object) -> object:
         """The answer as it is after the whole tick: a job may have started in it."""
         return self.reports.newest(result)
 
-    def _wake_at(self, wake_s: float | None, now_s: float) -> None:
+    def _wake_at(self, planned_s: float | None, price_s: float | None, now_s: float) -> None:
+        wake_s = min((moment for moment in (planned_s, price_s) if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -516,15 +542,17 @@ class Controller:
         self.accounts.read()
         self.reports.fresh_gpus(fresh)
         self.health.read(readings, fresh, now_s)
+        self.power.read(now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
             occupied = self.board.occupants()
             for gpu in self.board.identities:
                 if self.board.is_present(gpu.uuid) and gpu.uuid not in occupied:
-                    self._spawn(self._look_once(gpu.uuid))
+                    self.spawn(self._look_once(gpu.uuid))
         self._housekeep(now_s)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run this beside the loop, until the loop ends."""
         task = asyncio.get_running_loop().create_task(work)
         self._looks.add(task)
         task.add_done_callback(self._looks.discard)
@@ -556,7 +584,7 @@ class Controller:
         if not expired.more:  # else the rest goes in the next quiet moment
             self._expired_s = now_s
         if expired.job_ids:
-            self._spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
+            self.spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
 
     def _remove_files(self, gone: list[str]) -> None:
         """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""

@@ -21,7 +21,7 @@ from scheduler.effects.launcher import (
     StartFailed,
     TreeStuck,
 )
-from scheduler.model.actions import Action, FailJob, PreemptJob, RequeueJob, StartJob, StopJob
+from scheduler.model.actions import Action, FailJob, PreemptJob, RequeueJob, SetPowerLimit, StartJob, StopJob
 from scheduler.model.events import (
     AttemptAcknowledged,
     AttemptSignalled,
@@ -289,6 +289,8 @@ class ReportHandler:
     def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
         """Turn a plan's actions into events; the orders follow from them."""
         for action in actions:
+            if isinstance(action, SetPowerLimit):
+                continue  # `power.py` has taken it
             job = self._control.ledger.jobs[action.job]
             match action:
                 case StartJob():
@@ -307,6 +309,9 @@ class ReportHandler:
                     self._control.meters.preemption_lost_gpu_s[labels] += action.lost_gpu_ms / 1000.0
                 case StopJob():
                     self._control.commands.stop(job, JobState.STOPPING, action.reason, now_s)
+                case RequeueJob(reason=Reason.SHED_IN_EMERGENCY):
+                    grace_s_max = self._control.config.power.emergency_grace_s
+                    self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s, grace_s_max)
                 case RequeueJob():
                     self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s)
                 case FailJob():

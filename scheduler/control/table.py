@@ -1,5 +1,8 @@
 """The columns of the jobs that are not final, kept up to date by change, and the snapshot over them."""
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,15 @@ from scheduler.model import snapshot as columns
 from scheduler.model.gpus import GpuIdentity, model_matches
 from scheduler.model.jobs import Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy, aged_priority
-from scheduler.model.snapshot import UNKNOWN, GpuColumns, HoldingColumns, JobColumns, NodeColumns, Snapshot
+from scheduler.model.snapshot import (
+    UNKNOWN,
+    GpuColumns,
+    HoldingColumns,
+    JobColumns,
+    NodeColumns,
+    PowerColumns,
+    Snapshot,
+)
 
 _STATE_CODES = {
     JobState.PENDING: columns.PENDING,
@@ -19,9 +30,12 @@ _STATE_CODES = {
     JobState.PREEMPTING: columns.PREEMPTING,
     JobState.STOPPING: columns.STOPPING,
 }
-_COLUMNS = tuple(JobColumns.__dataclass_fields__)
+# The last one is of the power columns, not of the jobs'.
+_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w")
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
+_MICROUSD_PER_USD = 1_000_000
+_W_PER_KW = 1000.0
 
 # What an ended attempt still occupies: row of the GPU, share in thousandths, memory in MiB, then the number
 # of the job that it gave way to and when it was told, microseconds; UNKNOWN where nobody was.
@@ -41,11 +55,27 @@ def gave_way(notice: Notice | None) -> tuple[int, int]:
     return UNKNOWN if preemptor is None else preemptor, microseconds(notice.decided_s)
 
 
+@dataclass(frozen=True, slots=True)
+class EnergyPrice:
+    """What a GPU-hour's energy costs at a draw."""
+
+    usd_per_kwh: float  # at the boards: the price times PUE
+    unknown_w: int  # what a job counts for of which nobody knows the draw
+
+    def cost(self, natural_w: Any) -> Any:
+        """Micro-USD per GPU-hour; shape (jobs,) of watts in, UNKNOWN where not known."""
+        watts = np.where(natural_w == UNKNOWN, self.unknown_w, natural_w)
+        return np.rint(watts * (self.usd_per_kwh * _MICROUSD_PER_USD / _W_PER_KW)).astype(np.int64)
+
+
 class JobTable:
     """Jobs as columns: a row per job that is not final, in no particular order."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
+        # What a job draws per GPU, as far as anybody knows.
+        self.natural_w: Callable[[Job], float | None] = lambda job: job.spec.draw_w
+        self.energy: EnergyPrice | None = None  # what energy costs; None = nobody knows
         self._rows: dict[int, int] = {}  # job number -> row
         self._arrays = self._allocate(_ROWS_AT_FIRST)
         self._model_sets: dict[tuple[str, ...], int] = {}
@@ -106,16 +136,32 @@ class JobTable:
         for number in self._rows:
             self.put(jobs[number])
 
-    def snapshot(self, now_s: float, gpus: GpuColumns, nodes: NodeColumns, leaving: list[Leaver]) -> Snapshot:
-        """The world now, with what is leaving; the columns are views, valid until the next change."""
+    def snapshot(
+        self,
+        now_s: float,
+        gpus: GpuColumns,
+        nodes: NodeColumns,
+        leaving: list[Leaver],
+        power: Callable[[Any], PowerColumns] | None = None,
+    ) -> Snapshot:
+        """The world now, with what is leaving; the columns are views, valid until the next change.
+
+        `power` makes the power columns of what each job draws by nature, in watts; UNKNOWN.
+        """
         count = len(self._rows)
+        jobs, gross = JobColumns(*(array[:count] for array in self._arrays[:-1])), None
+        if self.energy is not None:
+            gross = jobs.value
+            jobs = replace(jobs, value=gross - self.energy.cost(self._arrays[-1][:count]))
         return Snapshot(
             now_us=microseconds(now_s),
-            jobs=JobColumns(*(array[:count] for array in self._arrays)),
+            jobs=jobs,
             gpus=gpus,
             nodes=nodes,
             holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
+            power=None if power is None else power(self._arrays[-1][:count]),
+            gross_value=gross,
         )
 
     def _holding_columns(self, leaving: list[Leaver]) -> HoldingColumns:
@@ -132,6 +178,7 @@ class JobTable:
         spec, last = job.spec, job.last
         live = code != columns.PENDING and last is not None
         preemptor, stop_us = gave_way(last.notice if live and last else None)
+        natural_w = self.natural_w(job)
         return (
             job.number,
             code,
@@ -157,6 +204,7 @@ class JobTable:
             last.node if live and last else UNKNOWN,
             preemptor,
             stop_us,
+            UNKNOWN if natural_w is None else max(1, math.ceil(natural_w)),
         )
 
     def _model_set(self, models: tuple[str, ...]) -> int:

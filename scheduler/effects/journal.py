@@ -6,12 +6,13 @@ they are kept apart, outside the chain, and go with their job.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
 from scheduler.model.gpus import GpuMark
 from scheduler.model.jobs import Job
+from scheduler.model.power import PowerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class NodeState:
     next_number: int  # of the next job; never used before
     booked_s: float  # usage is booked up to here
     boot_id: str  # under which the last daemon started
+    power: PowerState = field(default_factory=PowerState)
 
 
 @dataclass(frozen=True, slots=True)

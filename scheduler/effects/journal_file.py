@@ -8,14 +8,13 @@ import secrets
 import shutil
 import sqlite3
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import msgspec
 
 from scheduler.effects.journal import NodeState
 from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLocked
-from scheduler.model import events as model_events
-from scheduler.model.events import Event, UsageEntry
+from scheduler.model.events import Event
 from scheduler.model.jobs import Job
 
 FORMAT = 1
@@ -51,11 +50,7 @@ CREATE TABLE usage (
 CREATE INDEX usage_at ON usage (at_s);
 """
 
-_EVENT_TYPES: dict[str, type[Event]] = {
-    name: kind
-    for name, kind in vars(model_events).items()
-    if isinstance(kind, type) and kind.__module__ == model_events.__name__ and kind is not UsageEntry
-}
+_EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 DECODERS: dict[str, msgspec.json.Decoder[Event]] = {
     name: msgspec.json.Decoder(kind) for name, kind in _EVENT_TYPES.items()
 }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler.model.power import PowerOutlook
 from scheduler.model.reasons import Reason
 
 
@@ -52,7 +53,17 @@ class FailJob:
     detail: str = ""
 
 
-Action = StartJob | PreemptJob | StopJob | RequeueJob | FailJob
+@dataclass(frozen=True, slots=True)
+class SetPowerLimit:
+    """A board's limit changes; those that fall come before those that rise."""
+
+    gpu: str  # UUID
+    limit_w: int
+    reason: Reason  # POWER_LIMIT_LOWERED, POWER_LIMIT_RAISED
+
+
+JobAction = StartJob | PreemptJob | StopJob | RequeueJob | FailJob
+Action = JobAction | SetPowerLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,7 @@ WAIT_REASONS: tuple[Reason, ...] = (
     Reason.WAITING_FOR_HANDOVER,
     Reason.WAITING_FOR_PROMISED_START,
     Reason.WAITING_FOR_START_SLOT,
+    Reason.WAITING_FOR_POWER,
     Reason.WAITING_FOR_PRICE,
 )
 
@@ -97,3 +109,4 @@ class Plan:
     wake_us: int | None = None
     # Whose stop each waiting job is counting on: preemptor -> victims still leaving.
     awaited: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    power: PowerOutlook | None = None  # None: nobody sets a budget

@@ -17,6 +17,7 @@ from scheduler.model.jobs import (
     Notice,
 )
 from scheduler.model.policy import Policy
+from scheduler.model.power_events import PowerEvent
 from scheduler.model.reasons import Reason
 
 MOVES: dict[JobState, frozenset[JobState]] = {
@@ -314,7 +315,7 @@ NodeEvent = (
     | PlanDecided
 )
 
-Event = JobEvent | NodeEvent
+Event = JobEvent | NodeEvent | PowerEvent
 
 
 def submitted(event: JobSubmitted, revision: int) -> Job:

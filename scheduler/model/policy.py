@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from scheduler.model.jobs import JobClass
+from scheduler.model.power import CurvePoint
 
 
 class Order(StrEnum):
@@ -11,6 +12,12 @@ class Order(StrEnum):
 
     CLASS = "class"
     VALUE = "value"
+
+
+# A V100 at 300, 200 and 150 W, its clock left alone: 36 cells measured by GridPilot [arXiv 2605.26384].
+COMPUTE_BOUND = ((1.0, 1.0), (0.951, 0.979), (0.711, 0.844))
+MEMORY_BOUND = ((1.0, 1.0), (0.881, 0.967), (0.66, 0.83))
+BURSTY = ((1.0, 1.0), (0.949, 0.98), (0.728, 0.854))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +32,17 @@ class ClassDefaults:
     cpus: int = 0
     memory_mib: int = 0
     gpu_memory_mib: int = 0
+    # Work against draw under a power limit, as parts of the unlimited ones; nothing is known below the last.
+    power_curve: tuple[CurvePoint, ...] = COMPUTE_BOUND
 
 
 CLASS_DEFAULTS = {
-    JobClass.INFERENCE: ClassDefaults(value_usd_per_gpu_hour=4.0, grace_s=30.0, preemptible=False),
+    JobClass.INFERENCE: ClassDefaults(
+        value_usd_per_gpu_hour=4.0, grace_s=30.0, preemptible=False, power_curve=MEMORY_BOUND
+    ),
     JobClass.TRAINING: ClassDefaults(value_usd_per_gpu_hour=2.0, grace_s=60.0),
-    JobClass.BATCH: ClassDefaults(value_usd_per_gpu_hour=0.5, grace_s=10.0),
-    JobClass.MINING: ClassDefaults(value_usd_per_gpu_hour=0.05, grace_s=2.0),
+    JobClass.BATCH: ClassDefaults(value_usd_per_gpu_hour=0.5, grace_s=10.0, power_curve=BURSTY),
+    JobClass.MINING: ClassDefaults(value_usd_per_gpu_hour=0.05, grace_s=2.0, power_curve=MEMORY_BOUND),
 }
 
 

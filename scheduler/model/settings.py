@@ -113,6 +113,33 @@ class ForeignConfig:
         return self.default
 
 
+class ChangedLimits(StrEnum):
+    """What is done about a power limit that somebody else has changed."""
+
+    RESPECT = "respect"  # theirs is the most from then on
+    REASSERT = "reassert"  # ours is set again
+
+
+@dataclass(frozen=True, slots=True)
+class PowerConfig:
+    """`[power]`: what the site may draw, and how it is kept. Watts of the site unless said otherwise."""
+
+    budget_w: float | None = None  # None = no budget is configured
+    safe_budget_w: float | None = None  # while the signal of a source is lost; None = the configured one
+    base_w: float = 0.0  # what the node draws beside its GPU boards
+    pue: float = 1.0  # the site's draw over its computers'
+    margin_ratio: float = 0.1  # by how much a limit lies above a job's natural draw
+    limit_inference: bool = False  # whether a shed may lower the limits of inference
+    emergency_grace_s: float = 1.0  # the longest grace in an emergency
+    return_w_per_s: float = 200.0  # how fast watts come back after a shed
+    return_jitter_s: float = 10.0  # they begin to after up to so long
+    changed_limits: ChangedLimits = ChangedLimits.RESPECT
+    price_source: str = ""  # an absolute path or a URL that prices come from; empty = clients
+    price_poll_s: float = 300.0
+    price_max_age_s: float = 3600.0  # how long the last known price holds
+    price_unknown_usd_per_kwh: float = 1.0  # what a kilowatt-hour counts for after that
+
+
 @dataclass(frozen=True, slots=True)
 class StandingJob:
     """`[[standing_jobs]]`: a job that is kept alive, one instance per idle GPU.
@@ -179,6 +206,7 @@ class Config:
     jobs: JobsConfig = field(default_factory=JobsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     policy: Policy = field(default_factory=Policy)  # with `[classes.*]`
+    power: PowerConfig = field(default_factory=PowerConfig)
     foreign: ForeignConfig = field(default_factory=ForeignConfig)
     standing_jobs: tuple[StandingJob, ...] = ()
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scheduler.errors import SnapshotError
+from scheduler.model.power import Curve
 
 UNKNOWN = -1
 WHOLE_MILLI = 1000
@@ -148,6 +149,28 @@ class MixColumns:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PowerColumns:
+    """What a plan knows of power: whole watts of boards; UNKNOWN where not known."""
+
+    budget_w: int  # that all boards may draw together: what the site may, less PUE and base; may be negative
+    promised_w: int | None  # the least that an accepted event will leave to the boards; None = no event
+    promised_us: int  # when that event begins
+    is_emergency: bool
+    horizon_us: int  # for how long a shed is reckoned to last
+    margin_milli: int  # by how much an unshed limit lies above the natural draw
+    limits_inference: bool
+    curves: tuple[Curve, ...]  # by class
+    # Shape (gpus,) each.
+    idle_w: Any  # what a GPU counts for while no job holds it
+    limit_w: Any  # in force
+    limit_w_min: Any  # as large as the maximum where a limit can't be set
+    limit_w_max: Any
+    measured_w: Any  # a fresh reading; UNKNOWN
+    # Shape (jobs,).
+    natural_w: Any  # per GPU, declared or learned; UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """The frozen world; it checks itself when it is built.
 
@@ -162,6 +185,7 @@ class Snapshot:
     holdings: HoldingColumns
     model_fits: Any  # bool, shape (model sets, gpus): does GPU g serve jobs with this set of models
     mix: MixColumns | None = None  # None: what the jobs of this snapshot ask for
+    power: PowerColumns | None = None  # None: nobody sets a budget
     # Shape (jobs,): what a GPU-hour of each earns before its energy, micro-USD; `JobColumns.value` is what is
     # left. None: no price is known, and energy costs nothing.
     gross_value: Any = None
@@ -185,6 +209,8 @@ class Snapshot:
             of_gpus.within("node", 0, len(nodes) - 1)
         _check_jobs(of_jobs, jobs, len(nodes), len(self.model_fits))
         _check_holdings(of_holdings, holdings, jobs, gpus)
+        if self.power is not None:
+            _check_power(self.power, len(gpus), len(jobs))
         gross = self.gross_value
         if gross is not None and (gross.shape != (len(jobs),) or gross.dtype != _INT64):
             raise SnapshotError(f"gross_value is {gross.dtype} of shape {gross.shape} for {len(jobs)} jobs")
@@ -350,3 +376,22 @@ def _check_holders(
             over | (counts <= asked)[np.minimum(job, len(counts) - 1)],
             lambda row: f"job {number[job[row]]} holds {counts[job[row]]} GPUs of {asked[job[row]]}",
         )
+
+
+_OF_GPUS = ("idle_w", "limit_w", "limit_w_min", "limit_w_max", "measured_w")
+
+
+def _check_power(power: PowerColumns, gpus: int, jobs: int) -> None:
+    for name in (*_OF_GPUS, "natural_w"):
+        column, rows = getattr(power, name), jobs if name == "natural_w" else gpus
+        if len(column) != rows:
+            raise SnapshotError(f"power.{name} has {len(column)} rows; there are {rows}")
+        least = UNKNOWN if name in ("measured_w", "natural_w") else 0
+        _check_watts(name, column, column >= least)
+    _check_watts("limit_w_max", power.limit_w_max, power.limit_w_max >= power.limit_w_min)
+
+
+def _check_watts(name: str, column: Any, holds: Any) -> None:
+    if not holds.all():
+        row = int(np.flatnonzero(~holds)[0])
+        raise SnapshotError(f"power row {row}: {name} is {column[row]}")

@@ -41,6 +41,7 @@ from scheduler.planning.economics import too_dear_to_go_on
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.lack import lack, least_lacking
 from scheduler.planning.layout import Layout
+from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
 from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving
@@ -97,6 +98,10 @@ class Planner:
         jobs = snapshot.jobs
         self._timed = rows_where((jobs.time_limit_us != UNKNOWN) | (jobs.deadline_us != UNKNOWN))
         stopping = self._stop_what_is_over()
+        self.power: PowerStage | None = None
+        if snapshot.power is not None:
+            self.power = PowerStage(snapshot, policy, stopping)
+            stopping |= {shed.job for shed in self.power.sheds}
         self.world = World(snapshot, policy, stopping, layout)
         self._horizons = Horizons(self.world, policy.order)
         self.queue = Queue(snapshot, policy.order)
@@ -108,12 +113,21 @@ class Planner:
             self.queue.set_aside(self.world.layout)
             for row, request in self.queue.requests():
                 self._serve(row, request)
+        power = self.power
         return Plan(
-            actions=(*self._stops, *fails, *self._preempts, *self._starts),
+            actions=(
+                *(power.limits() if power else ()),
+                *(power.sheds if power else ()),
+                *self._stops,
+                *fails,
+                *self._preempts,
+                *self._starts,
+            ),
             waits=self._waits(),
             promise=self.promise,
             wake_us=self._wake_us(),
             awaited={number: given.awaited for number, given in self.claims.items() if not given.is_free},
+            power=power.outlook if power else None,
         )
 
     def candidates(self, request: Request, node: Node) -> list[Live]:
@@ -177,8 +191,13 @@ class Planner:
             if found is None:
                 self._hold_back(row, request, holder)
                 return
+        admission = self._admit(row, request, found)
+        if admission is None:
+            self._refuse_for_power(row, request)
+            return
+        if holder is not None:
             book(found, holder)
-        self._commit(row, request, found)
+        self._commit(row, request, found, admission)
 
     def _find(self, request: Request, limits: Limits | None = None) -> Found | None:
         """Room for the request, the least disruptive there is."""
@@ -197,29 +216,68 @@ class Planner:
         limits = beside(holder, lambda node: [live.hold for live in self.candidates(request, node)])
         return self._find(request, limits)
 
-    def _commit(self, row: int, request: Request, found: Found) -> None:
+    def _admit(self, row: int, request: Request, found: Found) -> Admission | None:
+        """How the request fits the power budget; None: it doesn't."""
+        if self.power is None or not request.gpus:
+            return UNBOUNDED
+        rows = self.world.layout.row
+        gpus = [rows[part.row][position] for part in found.parts for position in part.positions]
+
+        def may_displace() -> set[int]:
+            others = self.world.displaceable(request)
+            return set(self.world.incumbents.number[others].tolist())
+
+        leaving = tuple(victim.number for victim in found.victims)
+        return self.power.admit(request, row, tuple(map(int, gpus)), leaving, may_displace)
+
+    def _refuse_for_power(self, row: int, request: Request) -> None:
+        """Let a request that doesn't fit the budget wait, and all that are alike and worth no more."""
+        assert self.power is not None
+        self.queue.wait(row, Reason.WAITING_FOR_POWER)
+        self.queue.refuse(request, Reason.WAITING_FOR_POWER, self.power.no_better(self.queue.jobs, row))
+        if not self._policy.backfill:
+            self._strict.setdefault(True, Blocked(request, NEVER))
+
+    def _commit(self, row: int, request: Request, found: Found, admission: Admission) -> None:
         """Start the job, or let it wait for what it claims."""
         parts = tuple((part, self.world.node(part.row)) for part in found.parts)
         rows = {part.row for part in found.parts}
-        for victim in found.victims:
+        for_power = [self._live_job(number) for number in admission.victims]
+        for victim in (*found.victims, *for_power):
             self.world.leave(victim, request.number)
             rows.update(victim.rows)
             cause = (request.number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
         given = self.claims[request.number] = claim(request, parts)
+        waits = Reason.WAITING_FOR_HANDOVER
+        if given.is_free and not admission.starts_now:
+            given.is_free, waits = False, Reason.WAITING_FOR_POWER
+            given.awaited = tuple(sorted({*admission.victims, *self._leaving_for(request.number)}))
+            given.ready_us = max((victim.hold.ready_us for victim in for_power), default=0)
         self.world.serve(request.number, len(self.claims))
         for touched in sorted(rows):
             node = self.world.node(touched)
             self.world.changed(node)
             self._horizons.changed(node)
         if not given.is_free:
-            self.queue.wait(row, Reason.WAITING_FOR_HANDOVER)
+            self.queue.wait(row, waits)
             return
         reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
         self._starts.append(
             StartJob(request.number, self.world.uuids(given.parts), reason, given.parts[0].row)
         )
         self.queue.start(row)
+
+    def _live_job(self, number: int) -> Live:
+        """The live job with this number."""
+        jobs = self._snapshot.jobs
+        node = int(jobs.node[jobs.number == number][0])
+        return next(live for live in self.world.live(node) if live.number == number)
+
+    def _leaving_for(self, number: int) -> list[int]:
+        """The jobs that go for this one, told by an earlier plan."""
+        jobs = self._snapshot.jobs
+        return jobs.number[jobs.preemptor == number].tolist()  # type: ignore[no-any-return]
 
     def _block(self, request: Request) -> None:
         """Remember the highest job that can't be served, and what it can count on."""

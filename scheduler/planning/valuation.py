@@ -8,7 +8,7 @@ from typing import Any
 
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy
-from scheduler.model.snapshot import JobColumns
+from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, JobColumns, Snapshot
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import lists, xp
 
@@ -23,6 +23,8 @@ _MS_PER_HOUR = 3_600_000
 # their product stays inside int64, so that columns and single jobs give the same bar.
 _BAR_VALUE_MAX = 10_000_000_000
 _BAR_RESTART_MS_MAX = 864_000_000
+# Three years: more work is not lost at once, and times GPUs it stays inside int64.
+_UNSAVED_US_MAX = 10**14
 
 
 def first_ranked(rows: Any, count: int, ranks: Any | None, order: Order, jobs: JobColumns) -> Any:
@@ -116,3 +118,23 @@ def packed_ranks(order: Order, job_class: Any, priority: Any, value: Any, number
     else:
         head = ((low_value << class_bits) | job_class) << priority_bits | low_priority
     return (head << number_bits) | (number - least_number)
+
+
+def lost_work(snapshot: Snapshot, policy: Policy, rows: Any, started_us: Any, milli_gpus: Any) -> Any:
+    """GPU-milliseconds that a stop of each row would lose: work since the last checkpoint, restart loss.
+
+    Without a known checkpoint half the assumed interval, so that silence never protects.
+    """
+    jobs, now_us = snapshot.jobs, snapshot.now_us
+    checkpoint_us = jobs.checkpoint_us[rows]
+    saved_us = xp.maximum(0, now_us - xp.maximum(checkpoint_us, started_us))
+    assumed_us = round(policy.assumed_checkpoint_interval_s * _MICRO) // 2
+    unsaved_us = xp.minimum(xp.maximum(0, now_us - started_us), assumed_us)
+    since_us = xp.minimum(xp.where(checkpoint_us == UNKNOWN, unsaved_us, saved_us), _UNSAVED_US_MAX)
+    return (since_us + jobs.restart_loss_us[rows]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
+
+
+def value_of(value_microusd_per_hour: Any, gpu_ms: Any) -> Any:
+    """What so many GPU-milliseconds are worth, rounded down; hours and the rest apart, to stay in int64."""
+    hours, rest_ms = gpu_ms // _MS_PER_HOUR, gpu_ms % _MS_PER_HOUR
+    return value_microusd_per_hour * hours + value_microusd_per_hour * rest_ms // _MS_PER_HOUR

@@ -30,15 +30,10 @@ from scheduler.planning.kept import Kept
 from scheduler.planning.layout import Layout
 from scheduler.planning.mix import mix_of
 from scheduler.planning.pool import Pool, summed
-from scheduler.planning.valuation import outranked, value_bars
+from scheduler.planning.valuation import lost_work, outranked, value_bars, value_of
 
 # Later than any moment that a snapshot can name.
 NEVER = 1 << 62
-_US_PER_MS = 1000
-_MS_PER_HOUR = 3_600_000
-_MICRO = 1_000_000
-# Three years: more work is not lost at once, and times GPUs it stays inside int64.
-_UNSAVED_US_MAX = 10**14
 
 
 @dataclass(slots=True)
@@ -295,7 +290,7 @@ class World:
         yields_us = xp.where(preemptible, started_us + jobs.min_runtime_us[rows], NEVER)
         hosts = self._hosts.of(self._stays)
         expected_us = jobs.expected_us[rows]
-        lost_gpu_ms = self._lost_gpu_ms(snapshot, rows, started_us, summed(holder, milli, len(rows)))
+        lost_gpu_ms = lost_work(snapshot, policy, rows, started_us, summed(holder, milli, len(rows)))
         return Incumbents(
             row=rows,
             number=jobs.number[rows],
@@ -308,7 +303,7 @@ class World:
             started_us=started_us,
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
-            loss_microusd=_value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
+            loss_microusd=value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
             hosts=hosts._replace(job=xp.searchsorted(rows, hosts.job)),
             holder=holder,
             cell=self._cell[held],
@@ -316,19 +311,6 @@ class World:
             mib=self._mib[held],
             first=xp.searchsorted(holder, xp.arange(len(rows) + 1, dtype=xp.int64)),
         )
-
-    def _lost_gpu_ms(self, snapshot: Snapshot, rows: Any, started_us: Any, milli_gpus: Any) -> Any:
-        """GPU-milliseconds that a stop would lose: work since the last checkpoint and the restart loss.
-
-        Without a known checkpoint half the assumed interval, so that silence never protects.
-        """
-        jobs, now_us = snapshot.jobs, self.now_us
-        checkpoint_us = jobs.checkpoint_us[rows]
-        saved_us = xp.maximum(0, now_us - xp.maximum(checkpoint_us, started_us))
-        assumed_us = round(self._policy.assumed_checkpoint_interval_s * _MICRO) // 2
-        unsaved_us = xp.minimum(xp.maximum(0, now_us - started_us), assumed_us)
-        since_us = xp.minimum(xp.where(checkpoint_us == UNKNOWN, unsaved_us, saved_us), _UNSAVED_US_MAX)
-        return (since_us + jobs.restart_loss_us[rows]) * milli_gpus // (WHOLE_MILLI * _US_PER_MS)
 
     def _made_free(self, snapshot: Snapshot) -> Pool:
         layout, jobs, sizes, hosts = self.layout, snapshot.jobs, snapshot.nodes, self._hosts
@@ -475,9 +457,3 @@ class _LiveRow(NamedTuple):
     ready_us: int
     lost_gpu_ms: int
     loss_microusd: int
-
-
-def _value_of(value_microusd_per_hour: Any, gpu_ms: Any) -> Any:
-    """What so many GPU-milliseconds are worth, rounded down; hours and the rest apart, to stay in int64."""
-    hours, rest_ms = gpu_ms // _MS_PER_HOUR, gpu_ms % _MS_PER_HOUR
-    return value_microusd_per_hour * hours + value_microusd_per_hour * rest_ms // _MS_PER_HOUR

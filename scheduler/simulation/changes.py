@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.model.actions import FailJob, Plan, PreemptJob, RequeueJob, StartJob, StopJob
+from scheduler.model.actions import FailJob, Plan, PreemptJob, RequeueJob, SetPowerLimit, StartJob, StopJob
 from scheduler.model.snapshot import (
     PENDING,
     PREEMPTING,
@@ -29,6 +29,8 @@ def carried_out(snapshot: Snapshot, plan: Plan) -> Snapshot:
     starts = [action for action in plan.actions if isinstance(action, StartJob)]
     ends = [action.job for action in plan.actions if isinstance(action, FailJob)]
     for action in plan.actions:
+        if isinstance(action, SetPowerLimit):
+            continue  # these worlds have no power
         row = _row(jobs, action.job)
         match action:
             case StartJob(node=node):

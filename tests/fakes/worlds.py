@@ -14,6 +14,7 @@ from scheduler.model.actions import (
     PreemptJob,
     Promise,
     RequeueJob,
+    SetPowerLimit,
     StartJob,
     StopJob,
 )
@@ -193,6 +194,8 @@ def applied(world: W, plan: Plan) -> W:
     """The world right after every action of the plan was performed."""
     jobs = {job.number: job for job in world.jobs}
     for action in plan.actions:
+        if isinstance(action, SetPowerLimit):
+            continue  # `power.py` beside this one has them
         job = jobs[action.job]
         match action:
             case StartJob(gpus=on, node=node):

@@ -28,6 +28,9 @@ from scheduler.v1 import (
     node_pb2,
     node_service_pb2,
     node_service_pb2_grpc,
+    power_pb2,
+    power_service_pb2,
+    power_service_pb2_grpc,
     reason_pb2,
     usage_service_pb2_grpc,
 )
@@ -150,6 +153,7 @@ class Daemon:
         self.channel = self.open_channel()
         self.jobs = job_service_pb2_grpc.JobServiceStub(self.channel)
         self.node = node_service_pb2_grpc.NodeServiceStub(self.channel)
+        self.power = power_service_pb2_grpc.PowerServiceStub(self.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
 
     def open_channel(self, *options: tuple[str, int]) -> grpc.Channel:
@@ -207,6 +211,33 @@ class Daemon:
     def get_node(self) -> node_pb2.Node:
         """The node now."""
         return self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=CALL_S).node
+
+    def get_power(self) -> power_pb2.Power:
+        """The node's power now."""
+        return self.power.GetPower(power_service_pb2.GetPowerRequest(), timeout=CALL_S).power
+
+    def set_budget(self, budget_w: float | None, valid_for_s: float = 0.0) -> power_pb2.Power:
+        """Set what the site may draw; None: nothing from here any more."""
+        intervals = [] if budget_w is None else [power_pb2.BudgetInterval(budget_w=budget_w)]
+        request = power_service_pb2.SetPowerBudgetRequest(intervals=intervals, valid_for_s=valid_for_s)
+        return self.power.SetPowerBudget(request, timeout=CALL_S).power
+
+    def offer_event(
+        self, event_id: str, budget_w: float, until_s: float, *, start_s: float = 0.0, emergency: bool = False
+    ) -> power_pb2.GridEvent:
+        """Offer a grid event; times are seconds from now."""
+        event = power_pb2.GridEvent(id=event_id, budget_w=budget_w, emergency=emergency)
+        if start_s:
+            event.start.FromMicroseconds(round((time.time() + start_s) * 1e6))
+        event.end.FromMicroseconds(round((time.time() + until_s) * 1e6))
+        request = power_service_pb2.SubmitGridEventRequest(event=event)
+        return self.power.SubmitGridEvent(request, timeout=CALL_S).event
+
+    def grid_event(self, event_id: str) -> power_pb2.GridEvent:
+        """A grid event as it is now, over or not."""
+        request = power_service_pb2.ListGridEventsRequest(all=True)
+        events = self.power.ListGridEvents(request, timeout=CALL_S).events
+        return next(event for event in events if event.id == event_id)
 
     def cancel(self, job_id: str) -> job_pb2.Job:
         """Cancel a job."""

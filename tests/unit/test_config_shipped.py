@@ -93,6 +93,10 @@ def default_of(key: str) -> Any:
     return field.default.name.lower() if isinstance(field.default, JobClass) else field.default
 
 
+def as_toml(value: Any) -> Any:
+    return [as_toml(each) for each in value] if isinstance(value, tuple) else value
+
+
 # Their values are examples: a rule says at least two of the three, an environment is empty at first.
 EXAMPLES = {
     "foreign.rules.*.user",
@@ -108,9 +112,8 @@ def test_every_key_of_the_shipped_file_is_at_its_default() -> None:
         if default is None:
             assert "Default: " in comment_above(key), f"{key} has no default value, so its comment must say"
         elif key not in EXAMPLES and default is not MISSING:
-            default = list(default) if isinstance(default, tuple) else default
-            assert value == default, key
-            assert isinstance(default, type(value)), key
+            assert value == as_toml(default), key
+            assert isinstance(as_toml(default), type(value)), key
 
 
 def test_every_line_of_the_shipped_file_in_force_is_a_valid_configuration() -> None:
@@ -138,10 +141,17 @@ def test_the_shipped_file_says_the_range_of(key: str) -> None:
         assert stated in comment_above(key)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number, or an array of them."""
+    if isinstance(value, list) and value:
+        return all(map(is_number, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def test_every_number_has_a_range() -> None:
     numbers = {
         re.sub(r"^classes\.\w+\.", "classes.*.", key)
         for key, value in documented().items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number(value)
     }
     assert numbers == set(rules.RANGES)

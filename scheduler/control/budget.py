@@ -1,0 +1,83 @@
+"""What the site may draw now: of all sources the tightest, and watts that come back only bit by bit."""
+
+import random
+
+from scheduler.control.ledger import Ledger
+from scheduler.model.power import BudgetKind, GridEvent, Source
+from scheduler.model.power_events import BudgetReturns
+from scheduler.model.settings import PowerConfig
+
+
+class Budget:
+    """The budget in force, in watts of the site."""
+
+    def __init__(self, ledger: Ledger, node: str) -> None:
+        self._ledger = ledger
+        self._node = node
+        self.in_force_w: float | None = None  # None: nobody sets a budget
+        self.sources: tuple[Source, ...] = ()
+        state = ledger.power
+        if state.returned_from_w is not None:
+            self.in_force_w = state.returned_from_w
+
+    @property
+    def tightest(self) -> Source | None:
+        """The source that binds, or would if no watts were coming back."""
+        return min(self.sources, key=lambda source: source.budget_w, default=None)
+
+    def advance(self, config: PowerConfig, now_s: float, lead_s: float, most_w: float) -> None:
+        """Go by what holds now.
+
+        `lead_s`: so long before its start an event's shed begins; `most_w`: all that the site could draw.
+        """
+        self.sources = tuple(self._sources(config, now_s, lead_s))
+        tightest = self.tightest
+        if self.in_force_w is None:
+            self.in_force_w = tightest.budget_w if tightest else None
+            return
+        wanted_w = min(tightest.budget_w, most_w) if tightest else most_w
+        state = self._ledger.power
+        if wanted_w <= self.in_force_w:
+            self._arrive(tightest.budget_w if tightest else None, now_s)
+            return
+        if state.returned_from_w is None:
+            jitter = random.Random(f"{self._node} {now_s:.3f}").uniform(0.0, config.return_jitter_s)
+            self._ledger.apply(BudgetReturns(now_s, self.in_force_w, now_s + jitter))
+            return
+        risen_s = max(0.0, now_s - state.return_began_s)
+        self.in_force_w = max(self.in_force_w, state.returned_from_w + risen_s * config.return_w_per_s)
+        if self.in_force_w >= wanted_w:
+            self._arrive(tightest.budget_w if tightest else None, now_s)
+
+    def _arrive(self, budget_w: float | None, now_s: float) -> None:
+        self.in_force_w = budget_w
+        if self._ledger.power.returned_from_w is not None:
+            self._ledger.apply(BudgetReturns(now_s, None, 0.0))
+
+    def _sources(self, config: PowerConfig, now_s: float, lead_s: float) -> list[Source]:
+        state = self._ledger.power
+        found = []
+        if config.budget_w is not None:
+            found.append(Source(BudgetKind.CONFIGURED, config.budget_w, None))
+        valid_s = state.budget_valid_until_s
+        if valid_s is not None and now_s >= valid_s and state.budget:
+            safe_w = config.safe_budget_w if config.safe_budget_w is not None else config.budget_w
+            if safe_w is not None:
+                found.append(Source(BudgetKind.SAFE, safe_w, None))
+        else:
+            found += [
+                Source(BudgetKind.REQUESTED, one.budget_w, one.end_s if valid_s is None else valid_s)
+                for one in state.budget
+                if one.start_s <= now_s and (one.end_s is None or now_s < one.end_s)
+            ]
+        for event in state.events:
+            if is_in_force(event, now_s, lead_s):
+                kind = BudgetKind.EMERGENCY if event.emergency else BudgetKind.GRID_EVENT
+                found.append(Source(kind, event.budget_w, event.end_s, event.id))
+        return found
+
+
+def is_in_force(event: GridEvent, now_s: float, lead_s: float) -> bool:
+    """Whether the event binds now: a voluntary one so early that it is met when it starts."""
+    begins_s = event.start_s if event.emergency else event.start_s - lead_s
+    return event.binds and begins_s <= now_s < event.end_s

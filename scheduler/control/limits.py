@@ -1,0 +1,172 @@
+"""Power limits of boards: which are in force, setting them in parallel, and giving back what was found.
+
+What a limit was before is in the journal before it changes. A limit that is being set counts as the larger of
+old and new until the board has answered.
+"""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from scheduler.control.inbox import LimitSet
+from scheduler.errors import GpuReadError
+from scheduler.model.actions import SetPowerLimit
+from scheduler.model.gpus import GpuIdentity, GpuSample
+from scheduler.model.power_events import LimitChange, LimitsDecided
+from scheduler.model.settings import ChangedLimits
+
+if TYPE_CHECKING:
+    from scheduler.control.loop import Controller
+
+log = logging.getLogger("wattshift.power")
+
+# A board that could not be set is asked again after so long; one that never can be is not.
+RETRY_S = 5.0
+NEVER = frozenset({"ERROR_NOT_SUPPORTED", "ERROR_FUNCTION_NOT_FOUND"})
+# What a board says of its limit may be rounded.
+SAME_W = 1.0
+
+
+class Limits:
+    """The limits of all boards."""
+
+    def __init__(self, controller: "Controller") -> None:
+        self._control = controller
+        self._asked: dict[str, float] = {}  # on their way
+        self._answered: dict[str, tuple[float, float]] = {}  # watts and when, until a newer reading
+        self._refused: dict[str, tuple[str, float]] = {}  # why, and until when it is not tried again
+        self._theirs: dict[str, float] = {}  # limits that somebody else set, and that are respected
+        self._to_send: list[tuple[str, float]] = []
+
+    def in_force_w(self, gpu: GpuIdentity) -> float:
+        """The most that the board may draw now, as far as is known; 0 where it has no limit."""
+        sample = self._control.board.samples.get(gpu.uuid)
+        watts = sample.power_limit_w if sample is not None else None
+        answered = self._answered.get(gpu.uuid)
+        if answered is not None and (sample is None or sample.at_s <= answered[1]):
+            watts = answered[0]
+        if watts is None:
+            watts = gpu.power_limit_w_default or gpu.power_limit_w_max or 0.0
+        if sample is not None and sample.power_limit_w_enforced is not None and answered is None:
+            watts = min(watts, sample.power_limit_w_enforced)
+        return max(watts, self._asked.get(gpu.uuid, 0.0))
+
+    def range_w(self, gpu: GpuIdentity) -> tuple[float, float]:
+        """The least and the most that the board's limit may be set to; equal where it can't be set."""
+        now_w = self.in_force_w(gpu)
+        low, high = gpu.power_limit_w_min, gpu.power_limit_w_max
+        refused = self._refused.get(gpu.uuid)
+        if low is None or high is None or refused is not None:
+            return now_w, now_w
+        kept = self._control.ledger.power.limits.get(gpu.uuid)
+        high = min(high, kept.found_w if kept else now_w, self._theirs.get(gpu.uuid, high))
+        return min(low, high), high
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """By UUID, why a board's limit can't be set."""
+        return {uuid: why for uuid, (why, _) in self._refused.items()}
+
+    # Setting ------------------------------------------------------------------------------------
+
+    def order(self, actions: list[SetPowerLimit], now_s: float) -> None:
+        """Journal what the plan wants of the limits; they are set after the commit."""
+        changes = []
+        for action in actions:
+            gpu = self._control.board.identities[self._control.board.row[action.gpu]]
+            if self._asked.get(action.gpu) == action.limit_w or action.gpu in self._refused:
+                continue
+            kept = self._control.ledger.power.limits.get(action.gpu)
+            found_w = kept.found_w if kept is not None else self.in_force_w(gpu)
+            changes.append(LimitChange(action.gpu, found_w, float(action.limit_w)))
+        if changes:
+            self._control.ledger.apply(LimitsDecided(now_s, tuple(changes)))
+            self._to_send += [(change.uuid, change.limit_w) for change in changes]
+
+    def clear(self) -> None:
+        """The tick was not kept: nothing follows from it."""
+        self._to_send.clear()
+
+    def send(self) -> None:
+        """Set what was journalled, every board at the same time."""
+        for uuid, watts in self._to_send:
+            self._asked[uuid] = max(watts, self._asked.get(uuid, 0.0))
+            self._control.spawn(self._set(uuid, watts))
+        self._to_send.clear()
+
+    async def _set(self, uuid: str, watts: float) -> None:
+        try:
+            limit = await self._control.effects.gpus.set_power_limit(uuid, watts)
+        except GpuReadError as error:
+            self._control.inbox.put(LimitSet(uuid, watts, None, error.code, str(error)))
+        else:
+            self._control.inbox.put(LimitSet(uuid, watts, limit))
+
+    def answered(self, result: LimitSet, now_s: float) -> None:
+        """Take a board's answer."""
+        self._asked.pop(result.uuid, None)
+        if result.limit is None:
+            forever = result.error in NEVER
+            self._refused[result.uuid] = (result.message, float("inf") if forever else now_s + RETRY_S)
+            self._control.meters.power_limit_errors[(result.error,)] += 1
+            log.error("the power limit of GPU %s could not be set: %s", result.uuid, result.message)
+            return
+        self._refused.pop(result.uuid, None)
+        watts = result.limit.power_limit_w or result.asked_w
+        self._answered[result.uuid] = (watts, now_s)
+
+    # Readings -----------------------------------------------------------------------------------
+
+    def read(self, sample: GpuSample, now_s: float) -> None:
+        """Look for a limit that is not ours any more."""
+        uuid = sample.uuid
+        answered = self._answered.get(uuid)
+        if answered is not None and sample.at_s > answered[1]:
+            del self._answered[uuid]
+        refused = self._refused.get(uuid)
+        if refused is not None and now_s >= refused[1]:
+            del self._refused[uuid]
+        kept = self._control.ledger.power.limits.get(uuid)
+        if kept is None or sample.power_limit_w is None or uuid in self._asked or uuid in self._answered:
+            return
+        seen_w = sample.power_limit_w
+        if abs(seen_w - kept.set_w) <= SAME_W or refused is not None:
+            return
+        if abs(seen_w - kept.found_w) <= SAME_W:
+            return  # the driver was loaded anew, and with it the limit: the next plan sets it again
+        if abs(seen_w - self._theirs.get(uuid, -1.0)) <= SAME_W:
+            return
+        respects = self._control.config.power.changed_limits is ChangedLimits.RESPECT
+        self._control.meters.power_limits_changed += 1
+        self._control.problems[f"power_limit {uuid}"] = (
+            f"the power limit of GPU {uuid} is {seen_w:g} W; it was set to {kept.set_w:g} W, so somebody "
+            f"else changed it; {'theirs is respected' if respects else 'ours is set again'} "
+            "(power.changed_limits)"
+        )
+        log.warning("%s", self._control.problems[f"power_limit {uuid}"])
+        if respects:
+            self._theirs[uuid] = seen_w
+
+    # Giving back --------------------------------------------------------------------------------
+
+    async def give_back(self, uuids: list[str]) -> tuple[str, ...]:
+        """Set these boards to what they were found with; returns those that were, to be journalled."""
+        kept = self._control.ledger.power.limits
+        wanted = {uuid: kept[uuid].found_w for uuid in uuids if uuid in kept}
+        results = await asyncio.gather(*map(self._given_back, wanted, wanted.values()))
+        return tuple(uuid for uuid, is_done in zip(wanted, results, strict=True) if is_done)
+
+    def given_back(self, uuids: tuple[str, ...]) -> None:
+        """Know nothing any more of boards that have their own limits back."""
+        for uuid in uuids:
+            self._theirs.pop(uuid, None)
+            self._answered.pop(uuid, None)
+            self._control.problems.pop(f"power_limit {uuid}", None)
+
+    async def _given_back(self, uuid: str, watts: float) -> bool:
+        try:
+            await self._control.effects.gpus.set_power_limit(uuid, watts)
+        except GpuReadError as error:
+            log.error("GPU %s could not be given its power limit of %g W back: %s", uuid, watts, error)
+            return False
+        return True

@@ -1,0 +1,415 @@
+"""Power in the loop: budgets and grid events, what the planner is told, and whether the watts really fell.
+
+The planner decides limits, sheds and starts (`planning/power.py`); here is what it looks at, and what closes
+the loop: measured draw decides whether a shed is met, and what is drawn beyond the plan is taken from the
+budget of the next tick.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scheduler.control.budget import Budget, is_in_force
+from scheduler.control.draws import Draws
+from scheduler.control.inbox import (
+    CancelGridEvent,
+    LimitSet,
+    LimitsGivenBack,
+    OfferGridEvent,
+    PowerCommand,
+    PowerItem,
+    SetPowerBudget,
+)
+from scheduler.control.limits import Limits
+from scheduler.control.power_view import GpuPowerView, PowerView
+from scheduler.control.sheds import Sheds
+from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
+from scheduler.model.actions import Action, SetPowerLimit
+from scheduler.model.gpus import GpuIdentity
+from scheduler.model.jobs import JobClass, JobState
+from scheduler.model.power import (
+    BUDGET_INTERVALS_MAX,
+    GRID_EVENTS_MAX,
+    Curve,
+    GridEvent,
+    ShedState,
+)
+from scheduler.model.power_events import (
+    DrawsLearned,
+    GridEventAccepted,
+    GridEventMoved,
+    LimitsRestored,
+    PowerBudgetSet,
+)
+from scheduler.model.snapshot import UNKNOWN, PowerColumns
+from scheduler.planning.power import floor_w
+
+if TYPE_CHECKING:
+    from scheduler.control.loop import Controller
+
+# A reading this old says nothing of now: two periods, and a moment to arrive.
+FRESH_S = 1.0
+# Boards settle within this after a change [FIELD sections 3.4 and 3.5: 0.3 to 1 s].
+SETTLE_S = 2.0
+# An empty board of which nothing is known yet: no common one draws more when idle.
+IDLE_W_UNKNOWN = 100.0
+# For how long a shed is reckoned to last: until its source's end, within these.
+HORIZON_S_MIN, HORIZON_S_MAX = 60.0, 3600.0
+# What the plan's error is given back with each reading below the budget.
+CORRECTION_DECAY = 0.1
+MILLI = 1000
+# Longer than any grace and minimum runtime that a configuration takes.
+DURATION_S_LONG = 1e9
+
+
+class PowerControl:
+    """All of power that the loop keeps."""
+
+    def __init__(self, controller: "Controller") -> None:
+        self._control = controller
+        ledger = controller.ledger
+        self.draws = Draws(ledger.power)
+        self.budget = Budget(ledger, controller.config.node.name)
+        self.limits = Limits(controller)
+        self.sheds = Sheds(controller, self)
+        self._idle_w: dict[str, float] = {}
+        self._correction_w = 0.0  # of boards: what they drew beyond the plan
+        self._changed_s = 0.0  # when a limit or a job last changed
+        self._read_s = 0.0
+        ledger.table.natural_w = self.draws.natural_w
+        for job in ledger.jobs.values():
+            ledger.table.put(job)
+        controller.board.power = self._columns_now
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is a budget to keep."""
+        return self.budget.in_force_w is not None
+
+    # Watts of the site and of its boards --------------------------------------------------------
+
+    def site_w(self, boards_w: float) -> float:
+        """What the site draws with so much on its boards."""
+        config = self._control.config.power
+        return (boards_w + config.base_w) * config.pue
+
+    def boards_w(self, site_w: float) -> float:
+        """What of the site's watts is left to its boards."""
+        config = self._control.config.power
+        return site_w / config.pue - config.base_w
+
+    def measured_w(self, now_s: float) -> float | None:
+        """What the site draws by fresh readings; None where a board has none."""
+        total_w = 0.0
+        for gpu in self._control.board.identities:
+            watts = self._fresh_w(gpu.uuid, now_s)
+            if watts is None:
+                return None
+            total_w += watts
+        return self.site_w(total_w)
+
+    def stale(self, now_s: float) -> list[str]:
+        """The boards without a fresh reading."""
+        return [gpu.uuid for gpu in self._control.board.identities if self._fresh_w(gpu.uuid, now_s) is None]
+
+    def _fresh_w(self, uuid: str, now_s: float) -> float | None:
+        sample = self._control.board.samples.get(uuid)
+        age_max_s = 2 * self._control.config.sampling.period_s + FRESH_S
+        return None if sample is None or now_s - sample.at_s > age_max_s else sample.power_w
+
+    @property
+    def most_w(self) -> float:
+        """What the site draws with every board at the most that its limit may be."""
+        gpus = self._control.board.identities
+        return self.site_w(sum(self.limits.range_w(gpu)[1] for gpu in gpus))
+
+    # A tick -------------------------------------------------------------------------------------
+
+    def advance(self, now_s: float) -> None:
+        """Go by the budget that holds now; begin and end grid events."""
+        self.sheds.advance(now_s, self._lead_s())
+        was_active = self.is_active
+        self.budget.advance(self._control.config.power, now_s, self._lead_s(), self.most_w)
+        if was_active and not self.is_active:
+            self._give_back(list(self._control.ledger.power.limits))
+
+    def _lead_s(self) -> float:
+        """How long before its start a voluntary shed must begin: who stops has his grace, boards settle."""
+        graces = [job.spec.grace_s for job in self._control.ledger.live_jobs() if job.attempts[-1].gpus]
+        return SETTLE_S + max(graces, default=0.0)
+
+    def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
+        """Journal the limits that the plan sets; they follow the commit."""
+        if actions:
+            self._changed_s = now_s
+        self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
+
+    def take(self, item: PowerItem, now_s: float) -> None:
+        """Take what boards answered."""
+        match item:
+            case LimitSet():
+                self.limits.answered(item, now_s)
+            case LimitsGivenBack():
+                self.limits.given_back(item.uuids)
+                self._control.ledger.apply(LimitsRestored(now_s, item.uuids))
+
+    # Readings -----------------------------------------------------------------------------------
+
+    def read(self, now_s: float) -> None:
+        """Learn from a round of readings; see whether the watts are where they should be."""
+        control = self._control
+        elapsed_s, self._read_s = now_s - self._read_s if self._read_s else 0.0, now_s
+        occupants = control.board.occupants()
+        learned = []
+        for gpu in control.board.identities:
+            sample = control.board.samples.get(gpu.uuid)
+            if sample is None:
+                continue
+            self.limits.read(sample, now_s)
+            held = control.board.holders(gpu.uuid)
+            if len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING:
+                limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio
+                if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
+                    learned.append(held[0])
+            is_empty = not held and gpu.uuid not in occupants and gpu.uuid not in control.board.foreign
+            if is_empty and sample.power_w is not None:
+                self._see_idle(gpu.uuid, sample.power_w)
+        self._learn(self.draws.news(learned), now_s)
+        self._close(elapsed_s, now_s)
+        self.sheds.read(now_s)
+
+    def _see_idle(self, uuid: str, watts: float) -> None:
+        """After work has ended the draw falls in steps, so the least counts, slowly forgotten."""
+        known = self._idle_w.get(uuid, watts)
+        self._idle_w[uuid] = watts if watts < known else known + 0.01 * (watts - known)
+
+    def _learn(self, news: dict[str, float], now_s: float) -> None:
+        control = self._control
+        news |= self.draws.gone({job.id for job in control.ledger.jobs.values()})
+        if not news:
+            return
+        control.ledger.apply(DrawsLearned(now_s, news))
+        self.draws.learn(news)
+        classes = {job_class for job_class in JobClass if job_class.name in news}
+        for job in list(control.ledger.jobs.values()):
+            if job.id in news or job.spec.job_class in classes:
+                control.ledger.table.put(job)
+
+    def _close(self, elapsed_s: float, now_s: float) -> None:
+        """Take from the next plan's budget what was drawn beyond this one's."""
+        measured_w, budget_w = self.measured_w(now_s), self.budget.in_force_w
+        if measured_w is None or budget_w is None:
+            self._correction_w = 0.0 if budget_w is None else self._correction_w
+            return
+        if measured_w > budget_w:
+            self._control.meters.power_over_budget_s += elapsed_s
+        if now_s - self._changed_s < SETTLE_S or self._control.ledger.stopping:
+            return  # it is on its way
+        beyond_w = (measured_w - budget_w) / self._control.config.power.pue
+        if beyond_w > 0:
+            self._correction_w += beyond_w
+            self._changed_s = now_s
+        else:
+            self._correction_w = max(0.0, self._correction_w + CORRECTION_DECAY * beyond_w)
+
+    # What the planner sees ----------------------------------------------------------------------
+
+    def _columns_now(self) -> Callable[[Any], PowerColumns] | None:
+        return self.columns if self.is_active else None
+
+    def columns(self, natural_w: Any) -> PowerColumns:
+        """The power columns of a snapshot; `natural_w` by job row."""
+        control = self._control
+        now_s = control.effects.clock.now_s()
+        config, gpus = control.config.power, control.board.identities
+        site_w = self.most_w if self.budget.in_force_w is None else self.budget.in_force_w
+        ranges = [self.limits.range_w(gpu) for gpu in gpus]
+        promised = self._promised(now_s)
+        tightest = self.budget.tightest
+        until_s = tightest.until_s if tightest else None
+        left_s = HORIZON_S_MAX if until_s is None else min(HORIZON_S_MAX, max(HORIZON_S_MIN, until_s - now_s))
+        return PowerColumns(
+            budget_w=math.floor(self.boards_w(site_w) - self._correction_w),
+            promised_w=None if promised is None else math.floor(self.boards_w(promised.budget_w)),
+            promised_us=UNKNOWN if promised is None else round(promised.start_s * 1e6),
+            is_emergency=any(
+                event.emergency and is_in_force(event, now_s, 0.0) for event in control.ledger.power.events
+            ),
+            horizon_us=math.ceil(left_s / HORIZON_S_MIN) * round(HORIZON_S_MIN * 1e6),
+            margin_milli=round(config.margin_ratio * MILLI),
+            limits_inference=config.limit_inference,
+            curves=tuple(
+                curve_of(control.config.policy.classes[job_class].power_curve) for job_class in JobClass
+            ),
+            idle_w=_ints(math.ceil(self._empty_w(gpu)) for gpu in gpus),
+            limit_w=_ints(math.ceil(self.limits.in_force_w(gpu)) for gpu in gpus),
+            limit_w_min=_ints(math.ceil(low) for low, _ in ranges),
+            limit_w_max=_ints(math.ceil(high) for _, high in ranges),
+            measured_w=_ints(
+                UNKNOWN if (watts := self._fresh_w(gpu.uuid, now_s)) is None else math.ceil(watts)
+                for gpu in gpus
+            ),
+            natural_w=natural_w,
+        )
+
+    def _empty_w(self, gpu: GpuIdentity) -> float:
+        """What a board counts for while no job of ours is on it: a stranger's may draw up to the limit."""
+        board = self._control.board
+        if board.foreign.get(gpu.uuid):
+            return self.limits.in_force_w(gpu)
+        return self._idle_w.get(gpu.uuid, min(IDLE_W_UNKNOWN, self.limits.in_force_w(gpu)))
+
+    def _promised(self, now_s: float) -> GridEvent | None:
+        """The tightest of the events that are accepted and not over."""
+        events = [event for event in self._control.ledger.power.events if event.binds]
+        return min(
+            (event for event in events if now_s < event.end_s),
+            key=lambda event: (event.budget_w, event.start_s),
+            default=None,
+        )
+
+    # Commands -----------------------------------------------------------------------------------
+
+    def handle(self, command: PowerCommand, now_s: float) -> object:
+        """Apply a command.
+
+        Raises:
+            RequestError: It was refused; nothing was changed.
+        """
+        match command:
+            case SetPowerBudget():
+                self._set_budget(command, now_s)
+                return None
+            case OfferGridEvent():
+                return self._offer(command.event, now_s)
+            case CancelGridEvent():
+                return self._cancel(command.event_id, now_s)
+
+    def _set_budget(self, command: SetPowerBudget, now_s: float) -> None:
+        if len(command.intervals) > BUDGET_INTERVALS_MAX:
+            raise LimitReached("budget_intervals_max", BUDGET_INTERVALS_MAX, "send fewer intervals at a time")
+        self._control.ledger.apply(PowerBudgetSet(now_s, command.intervals, command.valid_until_s))
+
+    def _offer(self, offered: GridEvent, now_s: float) -> GridEvent:
+        ledger = self._control.ledger
+        known = next((one for one in ledger.power.events if one.id == offered.id), None)
+        if known is not None:
+            same = (known.start_s, known.end_s, known.budget_w, known.emergency)
+            if same == (offered.start_s, offered.end_s, offered.budget_w, offered.emergency):
+                return known
+            raise IllegalMove(f"grid event {offered.id!r} is there already with other terms; cancel it first")
+        if sum(one.binds for one in ledger.power.events) >= GRID_EVENTS_MAX:
+            raise LimitReached("grid_events_max", GRID_EVENTS_MAX, "cancel some, or offer it later")
+        least_w, why = self.reachable(max(now_s, offered.start_s), now_s, emergency=offered.emergency)
+        if not offered.emergency and least_w > offered.budget_w:
+            raise Unreachable(offered.budget_w, least_w, why)
+        event = GridEvent(
+            offered.id,
+            offered.start_s,
+            offered.end_s,
+            offered.budget_w,
+            offered.emergency,
+            accepted_s=now_s,
+            floor_w=least_w,
+        )
+        ledger.apply(GridEventAccepted(now_s, event))
+        return event
+
+    def reachable(self, by_s: float, now_s: float, *, emergency: bool = False) -> tuple[float, str]:
+        """The least that the site can draw by then, in watts, and what keeps it from less."""
+        control = self._control
+        snapshot = control.board.snapshot(now_s, self.columns)
+        lowest_w = self.site_w(floor_w(snapshot, round(by_s * 1e6), emergency=emergency))
+        stuck = [
+            job.id
+            for job in control.ledger.live_jobs()
+            if job.attempts[-1].gpus and not (job.spec.preemptible and job.state is not JobState.STOPPING)
+        ]
+        words = f"jobs that may not be stopped: {', '.join(sorted(stuck)[:8])}; " if stuck else ""
+        return lowest_w, f"{words}idle boards, base_w and pue"
+
+    def _cancel(self, event_id: str, now_s: float) -> GridEvent:
+        ledger = self._control.ledger
+        known = next((one for one in ledger.power.events if one.id == event_id), None)
+        if known is None:
+            raise NotFound("grid event", event_id, "`wattshift power event list` shows them")
+        if known.binds:
+            ledger.apply(GridEventMoved(now_s, event_id, ShedState.CANCELLED))
+        return next(one for one in ledger.power.events if one.id == event_id)
+
+    # Looks --------------------------------------------------------------------------------------
+
+    def view(self, now_s: float) -> PowerView:
+        """The power of the node, now."""
+        control = self._control
+        plan = control.last_plan
+        outlook = plan.power if plan is not None else None
+        kept = control.ledger.power.limits
+        gpus = []
+        for gpu in control.board.identities:
+            low, high = self.limits.range_w(gpu)
+            gpus.append(
+                GpuPowerView(
+                    uuid=gpu.uuid,
+                    index=gpu.index,
+                    draw_w=self._fresh_w(gpu.uuid, now_s),
+                    limit_w=self.limits.in_force_w(gpu),
+                    limit_w_min=low,
+                    limit_w_max=high,
+                    limit_w_found=kept[gpu.uuid].found_w if gpu.uuid in kept else None,
+                    refusal=self.limits.refusals.get(gpu.uuid, ""),
+                )
+            )
+        return PowerView(
+            budget_w=self.budget.in_force_w,
+            sources=self.budget.sources,
+            draw_w=self.measured_w(now_s),
+            committed_w=self.committed_w(),
+            floor_w=self.reachable(now_s + DURATION_S_LONG, now_s)[0],
+            shadow_microusd_per_wh=outlook.shadow_microusd_per_wh if outlook else 0.0,
+            gpus=tuple(gpus),
+        )
+
+    def committed_w(self) -> float:
+        """What the site may draw: limits of occupied boards, idle draw of the others."""
+        board = self._control.board
+        leaving = board.occupants()
+        return self.site_w(
+            sum(
+                self.limits.in_force_w(gpu)
+                if board.is_held(gpu.uuid) or gpu.uuid in leaving
+                else self._empty_w(gpu)
+                for gpu in board.identities
+            )
+        )
+
+    # The end ------------------------------------------------------------------------------------
+
+    def _give_back(self, uuids: list[str]) -> None:
+        if uuids:
+            self._control.spawn(self._gives_back(uuids))
+
+    async def _gives_back(self, uuids: list[str]) -> None:
+        done = await self.limits.give_back(uuids)
+        if done:
+            self._control.inbox.put(LimitsGivenBack(done))
+
+    async def leave(self) -> None:
+        """Give back every limit of a board that no job holds any more, before its handle is let go."""
+        limits = self._control.ledger.power.limits
+        uuids = [] if self._control.ledger.live else list(limits)
+        done = await self.limits.give_back(uuids)
+        if done:
+            self.limits.given_back(done)
+            self._control.ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
+
+
+def curve_of(points: tuple[tuple[float, float], ...]) -> Curve:
+    """A configured curve in thousandths."""
+    return Curve(tuple((round(draw * MILLI), round(work * MILLI)) for draw, work in points))
+
+
+def _ints(values: Any) -> Any:
+    return np.fromiter(values, dtype=np.int64)

@@ -1,0 +1,90 @@
+"""Grid events from their start to their end: met when the measured watts say so, failed when time is up."""
+
+from typing import TYPE_CHECKING
+
+from scheduler.control.budget import is_in_force
+from scheduler.model.power import GridEvent, ShedState
+from scheduler.model.power_events import GridEventMoved
+
+if TYPE_CHECKING:
+    from scheduler.control.loop import Controller
+    from scheduler.control.power import PowerControl
+
+# A shed that is not met so long after it had to be has failed: boards settle in a second or two, and they are
+# read once a second.
+PATIENCE_S = 5.0
+REASONS_MAX = 8
+ENDED_TOO_SOON = "the event ended before the measured draw was down"
+
+
+class Sheds:
+    """Moves the grid events."""
+
+    def __init__(self, controller: "Controller", power: "PowerControl") -> None:
+        self._control = controller
+        self._power = power
+
+    def advance(self, now_s: float, lead_s: float) -> None:
+        """Begin the events whose time has come, and end those whose time is over."""
+        control = self._control
+        for event in control.ledger.power.events:
+            if not event.binds:
+                continue
+            if now_s >= event.end_s:
+                self._end(event, now_s)
+            elif event.state is ShedState.SCHEDULED and is_in_force(event, now_s, lead_s):
+                control.ledger.apply(GridEventMoved(now_s, event.id, ShedState.SHEDDING))
+
+    def _end(self, event: GridEvent, now_s: float) -> None:
+        to = event.state
+        if to in (ShedState.SCHEDULED, ShedState.SHEDDING):
+            to = ShedState.FAILED
+            self._move(event, to, now_s, None, (ENDED_TOO_SOON,))
+        self._control.ledger.apply(GridEventMoved(now_s, event.id, to, is_over=True))
+
+    def read(self, now_s: float) -> None:
+        """Judge by a round of readings the events in force."""
+        measured_w = self._power.measured_w(now_s)
+        for event in self._control.ledger.power.events:
+            if not event.binds or event.shed_began_s is None or event.state is ShedState.MET:
+                continue
+            if measured_w is not None and measured_w <= event.budget_w and self._is_news(event):
+                self._control.meters.grid_shed_s.observe(now_s - event.shed_began_s)
+                self._move(event, ShedState.MET, now_s, measured_w, ())
+            elif event.state is ShedState.SHEDDING and now_s > self._due_s(event):
+                self._move(event, ShedState.FAILED, now_s, measured_w, self._reasons(event, now_s))
+
+    def _due_s(self, event: GridEvent) -> float:
+        assert event.shed_began_s is not None
+        return max(event.start_s, event.shed_began_s) + PATIENCE_S
+
+    def _is_news(self, event: GridEvent) -> bool:
+        """Whether every board was read after the shed began."""
+        samples = self._control.board.samples.values()
+        return all(sample.at_s >= (event.shed_began_s or 0.0) for sample in samples)
+
+    def _move(
+        self,
+        event: GridEvent,
+        to: ShedState,
+        now_s: float,
+        measured_w: float | None,
+        reasons: tuple[str, ...],
+    ) -> None:
+        self._control.meters.grid_sheds[(to.value,)] += 1
+        self._control.ledger.apply(GridEventMoved(now_s, event.id, to, measured_w, reasons))
+
+    def _reasons(self, event: GridEvent, now_s: float) -> tuple[str, ...]:
+        """What is in the way, in words."""
+        control = self._control
+        found = []
+        least_w, why = self._power.reachable(now_s, now_s, emergency=event.emergency)
+        if least_w > event.budget_w:
+            found.append(f"the least that can be reached is {least_w:.0f} W: {why}")
+        found += [
+            f"GPU {uuid} can't be limited: {text}" for uuid, text in self._power.limits.refusals.items()
+        ]
+        found += [f"GPU {uuid} has no fresh reading" for uuid in self._power.stale(now_s)]
+        stopping = sorted(control.ledger.stopping)
+        found += [f"job j{number} is still stopping" for number in stopping]
+        return tuple(found[:REASONS_MAX]) or ("the boards draw more than their limits allow",)

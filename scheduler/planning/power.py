@@ -1,0 +1,466 @@
+"""The power stage: limits, sheds and starts, so that what may be drawn fits the budget at every step.
+
+Each board counts with what it may draw: an occupied one with its limit, an empty one with its idle draw. A
+full limit is the job's natural draw and a margin, within what the board takes. Two sums matter. *Now*: limits
+as they are in force, and whoever stops still has his. *Planned*: limits as this plan sets them, and whoever
+stops has gone. Nothing starts and no limit rises unless *now* has room; jobs are stopped until *planned* has.
+
+A shed looks at all jobs from the start, as if nobody had been lowered, so it finds the same answer in each
+plan (R7). A start must not undo that: it is let in only if the same optimum, with it, stops nobody and lowers
+nobody of a higher class. Where it doesn't fit so, jobs that it outranks are stopped for it, of least loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from scheduler.model.actions import RequeueJob, SetPowerLimit
+from scheduler.model.jobs import JobClass
+from scheduler.model.policy import Policy
+from scheduler.model.power import PowerOutlook
+from scheduler.model.reasons import Reason
+from scheduler.model.snapshot import (
+    PENDING,
+    PREEMPTING,
+    STOPPING,
+    UNKNOWN,
+    WHOLE_MILLI,
+    JobColumns,
+    PowerColumns,
+    Snapshot,
+)
+from scheduler.planning.allocator import Request
+from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.shedding import MILLI, Chosen, Option, Unit, cheapest, given_back, most, options
+from scheduler.planning.valuation import lost_work, value_of
+
+# Starts that are refused after a close look, in one plan; the rest wait unseen until the next.
+REFUSALS_MAX = 32
+_US_PER_MS = 1000
+_US_PER_HOUR = 3_600_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A start that fits the budget. `starts_now`: what it relies on has fallen already."""
+
+    starts_now: bool
+    victims: tuple[int, ...] = ()  # numbers of the jobs that have to stop for its watts
+
+
+def floor_w(snapshot: Snapshot, by_us: int, *, emergency: bool) -> int:
+    """The least that the boards can draw by then; an emergency waits for no grace and no minimum runtime.
+
+    Who may be stopped gives way to idle draw; of the others limits fall to the boards' minimum, if they may.
+    """
+    power, jobs, holdings = snapshot.power, snapshot.jobs, snapshot.holdings
+    assert power is not None
+    started_us = xp.where(jobs.started_us == UNKNOWN, snapshot.now_us, jobs.started_us)
+    gone_us = xp.maximum(snapshot.now_us, started_us + jobs.min_runtime_us) + jobs.grace_us
+    told_us = xp.where(jobs.stop_us == UNKNOWN, snapshot.now_us, jobs.stop_us) + jobs.grace_us
+    goes = (jobs.state == PREEMPTING) | (jobs.state == STOPPING)
+    in_time = xp.where(goes, told_us, gone_us) <= by_us
+    stops = (jobs.preemptible | goes) & (in_time | emergency)
+    held = rows_where(holdings.job != UNKNOWN)
+    job = holdings.job[held]
+    stuck = held[~stops[job] & (jobs.state[job] != PENDING)]
+    count = len(snapshot.gpus)
+    lowered = jobs.job_class[holdings.job[stuck]] != int(JobClass.INFERENCE)
+    if power.limits_inference:
+        lowered |= True
+    is_stuck = xp.bincount(holdings.gpu[stuck], minlength=count) > 0
+    is_firm = xp.bincount(holdings.gpu[stuck[~lowered]], minlength=count) > 0
+    least_w = xp.where(is_firm, power.limit_w, xp.minimum(power.limit_w_min, power.limit_w))
+    return int(xp.where(is_stuck, least_w, power.idle_w).sum())
+
+
+# Of a start that no budget is about.
+UNBOUNDED = Admission(starts_now=True)
+
+
+class PowerStage:
+    """The watts of one plan. `stopping`: jobs that this plan stops for other reasons.
+
+    Columns are by GPU row, in whole watts of boards.
+    """
+
+    def __init__(self, snapshot: Snapshot, policy: Policy, stopping: frozenset[int]) -> None:
+        assert snapshot.power is not None
+        self._snapshot = snapshot
+        self._policy = policy
+        self._power: PowerColumns = snapshot.power
+        self._refusals = 0
+        self._shadow_microusd_per_wh = 0.0
+        self._look(stopping)
+        self.sheds: list[RequeueJob] = []
+        need_w = self._full_sum_w - self._power.budget_w
+        if need_w > 0:
+            self._shed(need_w)
+
+    def _look(self, stopping: frozenset[int]) -> None:
+        """Tell boards that stay occupied from those that come free, and what each counts for."""
+        snapshot, power = self._snapshot, self._power
+        jobs, holdings, count = snapshot.jobs, snapshot.holdings, len(snapshot.gpus)
+        stays = (jobs.state != PENDING) & (jobs.state != PREEMPTING) & (jobs.state != STOPPING)
+        if stopping:
+            stays &= ~xp.isin(jobs.number, xp.asarray(sorted(stopping), dtype=xp.int64))
+        held = rows_where(holdings.job != UNKNOWN)
+        held = held[stays[holdings.job[held]]]
+        self._gpu, self._job, self._milli = holdings.gpu[held], holdings.job[held], holdings.share_milli[held]
+        # Occupied by who stays, or by who starts; coming free; to be had by who waits for it.
+        self.stays = xp.bincount(self._gpu, minlength=count) > 0
+        self.leaves = (xp.bincount(holdings.gpu, minlength=count) > 0) & ~self.stays
+        self._claimed = xp.zeros(count, dtype=bool)
+        natural_w = power.natural_w[self._job]
+        most_w = power.limit_w_max[self._gpu]
+        natural_w = xp.where(natural_w == UNKNOWN, most_w, xp.minimum(natural_w, most_w))
+        self._natural_w = xp.bincount(self._gpu, weights=natural_w, minlength=count).astype(xp.int64)
+        self._full_w = self._full(self._natural_w)
+        self._planned_w = xp.where(self.stays, self._full_w, power.idle_w)
+        empty_w = xp.maximum(power.idle_w, power.measured_w)
+        self._in_force_w = xp.where(self.stays | self.leaves, power.limit_w, empty_w)
+        self._may_stop, self._may_lower = self._freedoms()
+        stuck = xp.bincount(self._gpu[~self._may_stop[self._job]], minlength=count) > 0
+        firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=count) > 0
+        least_w = xp.where(firm, self._full_w, xp.minimum(power.limit_w_min, self._full_w))
+        self._floor_w = xp.where(self.stays & stuck, least_w, power.idle_w)
+
+    def _freedoms(self) -> tuple[Any, Any]:
+        """Bool, shape (jobs,) each: whom a shed may stop, and whose limit it may lower."""
+        jobs, now_us = self._snapshot.jobs, self._snapshot.now_us
+        started_us = xp.where(jobs.started_us == UNKNOWN, now_us, jobs.started_us)
+        over = started_us + jobs.min_runtime_us <= now_us
+        if self._power.is_emergency:
+            over |= True
+        may_lower = xp.ones(len(jobs), dtype=bool)
+        if not self._power.limits_inference:
+            may_lower = jobs.job_class != int(JobClass.INFERENCE)
+        return jobs.preemptible & over, may_lower
+
+    def _full(self, natural_w: Any) -> Any:
+        """Limits with which nobody is held back."""
+        power = self._power
+        wanted = -(-natural_w * (MILLI + power.margin_milli) // MILLI)
+        return xp.clip(wanted, power.limit_w_min, power.limit_w_max)
+
+    @property
+    def _full_sum_w(self) -> int:
+        """What all boards would draw if nobody were lowered."""
+        return int(self._unlowered_w.sum())
+
+    @property
+    def _unlowered_w(self) -> Any:
+        return xp.where(self.stays | self._claimed, self._full_w, self._power.idle_w)
+
+    # A shed -------------------------------------------------------------------------------------
+
+    def _shed(self, need_w: int) -> None:
+        """Lower limits, and stop whom it takes, until the plan fits the budget; or do what can be done."""
+        units = self._units
+        chosen = self._optimum(units, need_w) or Chosen([most(unit) for unit in units], 0.0)
+        self._shadow_microusd_per_wh = chosen.microusd_per_w * _US_PER_HOUR / max(1, self._power.horizon_us)
+        self._set(units, chosen.options)
+        reason = Reason.SHED_IN_EMERGENCY if self._power.is_emergency else Reason.SHED_FOR_POWER
+        stopped = [
+            unit for unit, option in zip(units, chosen.options, strict=True) if option.limits_w is None
+        ]
+        self._drop(stopped)
+        self.sheds = [RequeueJob(number, reason) for unit in stopped for number in unit.jobs]
+
+    @cached_property
+    def _units(self) -> list[Unit]:
+        """Who sheds as one, by the number of the first job; those who wait for a start join."""
+        jobs = self._snapshot.jobs
+        rows = xp.unique(self._job)
+        started_us = xp.where(jobs.started_us[rows] == UNKNOWN, self._snapshot.now_us, jobs.started_us[rows])
+        place = xp.searchsorted(rows, self._job)
+        milli = xp.bincount(place, weights=self._milli, minlength=len(rows)).astype(xp.int64)
+        lost = lost_work(self._snapshot, self._policy, rows, started_us, milli)
+        value = xp.maximum(jobs.value[rows], 0)
+        hourly = value * milli // WHOLE_MILLI
+        columns = (jobs.number, jobs.job_class, self._may_stop, self._may_lower)
+        facts = zip(
+            rows.tolist(), *lists(columns, rows), hourly.tolist(), value_of(value, lost).tolist(), strict=True
+        )
+        by_job = {row: tuple(rest) for row, *rest in facts}
+        gpus_of: dict[int, list[int]] = {}
+        holders: dict[int, list[int]] = {}
+        for gpu, job in zip(self._gpu.tolist(), self._job.tolist(), strict=True):
+            gpus_of.setdefault(job, []).append(gpu)
+            holders.setdefault(gpu, []).append(job)
+        groups = {tuple(sorted(holders[gpus[0]])): gpus for gpus in gpus_of.values()}
+        units = [self._made_unit(tuple(by_job[job] for job in group), gpus) for group, gpus in groups.items()]
+        return sorted(units, key=lambda unit: unit.jobs)
+
+    def _made_unit(self, facts: Sequence[Any], gpus: Sequence[int]) -> Unit:
+        """A unit of jobs (number, class, may stop, may be lowered, value an hour, loss) on these GPUs."""
+        uuid = self._snapshot.gpus.uuid
+        rows = tuple(sorted(gpus, key=lambda gpu: uuid[gpu]))
+        power = self._power
+        numbers, classes, may_stop, may_lower, values, losses = zip(*sorted(facts), strict=True)
+        watts = (self._full_w, self._natural_w, power.limit_w_min, power.idle_w)
+        full, natural, least, idle = (tuple(int(column[gpu]) for gpu in rows) for column in watts)
+        return Unit(
+            gpus=rows,
+            jobs=numbers,
+            job_class=min(classes),
+            value=sum(values),
+            loss=sum(losses),
+            may_stop=all(may_stop),
+            may_lower=all(may_lower),
+            full_w=full,
+            natural_w=tuple(max(1, watts) for watts in natural),
+            least_w=tuple(map(min, least, full)),
+            idle_w=idle,
+        )
+
+    def _optimum(self, units: Sequence[Unit], need_w: int) -> Chosen | None:
+        """The least loss that saves so many watts, and no limit lower than it takes."""
+        chosen = cheapest([self._options(unit) for unit in units], need_w)
+        if chosen is None:
+            return None
+        surplus_w = sum(option.gain_w for option in chosen.options) - max(0, need_w)
+        return chosen._replace(options=given_back(units, chosen.options, surplus_w))
+
+    def _options(self, unit: Unit) -> list[Option]:
+        return options(unit, self._power.curves[unit.job_class], self._power.horizon_us)
+
+    def _set(self, units: Sequence[Unit], chosen: Sequence[Option]) -> None:
+        for unit, option in zip(units, chosen, strict=True):
+            for gpu, watts in zip(unit.gpus, option.limits_w or unit.idle_w, strict=True):
+                self._planned_w[gpu] = watts
+
+    def _drop(self, stopped: Sequence[Unit]) -> None:
+        """Let these boards come free."""
+        if not stopped:
+            return
+        for unit in stopped:
+            for gpu in unit.gpus:
+                self.stays[gpu], self.leaves[gpu] = False, True
+                self._planned_w[gpu] = self._floor_w[gpu] = self._power.idle_w[gpu]
+                self._natural_w[gpu] = 0
+        gone = {unit.jobs for unit in stopped}
+        self._units = [unit for unit in self._units if unit.jobs not in gone]
+
+    # Starts -------------------------------------------------------------------------------------
+
+    def admit(
+        self,
+        request: Request,
+        row: int,
+        gpus: tuple[int, ...],
+        victims: tuple[int, ...],
+        may_displace: Callable[[], set[int]],
+    ) -> Admission | None:
+        """How a job fits that is to have these GPUs once its victims have gone; None: it doesn't.
+
+        `may_displace`: numbers of the jobs that it may stop. What fits is taken.
+        """
+        leaving = [unit for unit in self._units if not set(unit.jobs).isdisjoint(victims)]
+        beside = [each for each in self._units if each not in leaving and not set(each.gpus).isdisjoint(gpus)]
+        others = [each for each in self._units if each not in leaving and each not in beside]
+        unit = self._unit_of(request, row, gpus, beside)
+        if not self._keeps_promises(request, unit, leaving):
+            return None
+        need_w = self._need_w(unit, leaving)
+        if need_w <= 0:
+            return self._take(unit, [*others, unit], None, leaving, [])
+        if self._refusals < REFUSALS_MAX:
+            for stopped in self._ways(unit, request, others, need_w, may_displace):
+                rest = [*(each for each in others if each not in stopped), unit]
+                chosen = self._optimum(rest, self._need_w(unit, [*leaving, *stopped]))
+                if chosen is not None and self._harms_nobody(request, rest, chosen.options):
+                    return self._take(unit, rest, chosen.options, leaving, stopped)
+        self._refusals += 1
+        density = unit.value / max(1, sum(unit.full_w) - sum(unit.idle_w))
+        self._shadow_microusd_per_wh = max(self._shadow_microusd_per_wh, density)
+        return None
+
+    def no_better(self, jobs: JobColumns, row: int) -> Any:
+        """Bool, shape (jobs,): who draws as much as the job at this row, and may do and is worth no more."""
+        natural_w = self._power.natural_w
+        alike = (natural_w == UNKNOWN) | ((natural_w >= natural_w[row]) & (natural_w[row] != UNKNOWN))
+        for name in ("gpus", "share_milli", "gpu_memory_mib", "models", "preemptible", "restart_loss_us"):
+            column = getattr(jobs, name)
+            alike &= column == column[row]
+        for name in ("job_class", "min_runtime_us", "grace_us", "cpus", "memory_mib"):
+            column = getattr(jobs, name)
+            alike &= column >= column[row]
+        return alike & (jobs.value <= jobs.value[row])
+
+    def _unit_of(self, request: Request, row: int, gpus: tuple[int, ...], beside: Sequence[Unit]) -> Unit:
+        """The job as a unit; a share as one with those who share the GPU already."""
+        power = self._power
+        natural_w = int(power.natural_w[row])
+        each_w = []
+        for gpu in gpus:
+            most_w = int(power.limit_w_max[gpu])
+            own_w = most_w if natural_w == UNKNOWN else min(natural_w, most_w)
+            each_w.append(own_w + sum(unit.natural_w[0] for unit in beside))
+        column = xp.asarray(each_w, dtype=xp.int64)
+        rows = xp.asarray(gpus, dtype=xp.int64)
+        wanted = -(-column * (MILLI + power.margin_milli) // MILLI)
+        full_w = xp.clip(wanted, power.limit_w_min[rows], power.limit_w_max[rows]).tolist()
+        least_w, idle_w = power.limit_w_min[rows].tolist(), power.idle_w[rows].tolist()
+        gpu_milli = request.share_milli * len(gpus)
+        lost_gpu_ms = request.restart_loss_us // _US_PER_MS * gpu_milli // WHOLE_MILLI
+        return Unit(
+            gpus=gpus,
+            jobs=tuple(sorted([request.number, *(number for unit in beside for number in unit.jobs)])),
+            job_class=min([request.job_class, *(unit.job_class for unit in beside)]),
+            value=max(request.value, 0) * gpu_milli // WHOLE_MILLI + sum(unit.value for unit in beside),
+            loss=int(value_of(max(request.value, 0), lost_gpu_ms)) + sum(unit.loss for unit in beside),
+            may_stop=request.preemptible and all(unit.may_stop for unit in beside),
+            may_lower=bool(self._may_lower[row]) and all(unit.may_lower for unit in beside),
+            full_w=tuple(full_w),
+            natural_w=tuple(max(1, watts) for watts in each_w),
+            least_w=tuple(map(min, least_w, full_w)),
+            idle_w=tuple(idle_w),
+        )
+
+    def _ways(
+        self,
+        unit: Unit,
+        request: Request,
+        others: Sequence[Unit],
+        need_w: int,
+        may_displace: Callable[[], set[int]],
+    ) -> Iterator[list[Unit]]:
+        """Whom to stop for it: nobody; as few as do with others lowered; so many that nobody is lowered."""
+        yield []
+        numbers = may_displace()
+        stoppable = [numbers.issuperset(each.jobs) for each in others]
+        if not any(stoppable):
+            return
+        for lowers in (True, False):
+            choices = []
+            for each, stops in zip(others, stoppable, strict=True):
+                found = [option for option in self._options(each) if option.limits_w is not None]
+                kept = found if lowers and each.job_class >= request.job_class else found[:1]
+                saved_w = max(0, sum(each.full_w) - sum(each.idle_w))
+                choices.append([*kept, *([Option(saved_w, 1 + each.loss, None)] if stops else ())])
+            own = [option for option in self._options(unit) if option.limits_w is not None]
+            chosen = cheapest([*choices, own if lowers else own[:1]], need_w)
+            if chosen is not None:
+                yield [
+                    each
+                    for each, option in zip(others, chosen.options[:-1], strict=True)
+                    if option.limits_w is None
+                ]
+
+    def _harms_nobody(self, request: Request, units: Sequence[Unit], chosen: Sequence[Option]) -> bool:
+        """Nobody is stopped, and of a higher class nobody is lowered further than before."""
+        return all(
+            option.limits_w is not None
+            and (
+                each.job_class >= request.job_class
+                or all(
+                    watts >= int(self._planned_w[gpu])
+                    for gpu, watts in zip(each.gpus, option.limits_w, strict=True)
+                )
+            )
+            for each, option in zip(units, chosen, strict=True)
+        )
+
+    def _keeps_promises(self, request: Request, unit: Unit, leaving: Sequence[Unit]) -> bool:
+        """Whether every accepted event can still be met with this job here."""
+        power = self._power
+        if power.promised_w is None:
+            return True
+        free_us = self._snapshot.now_us + request.min_runtime_us + request.grace_us
+        stops = unit.may_stop and free_us <= power.promised_us
+        lowest = unit.idle_w if stops else unit.least_w if unit.may_lower else unit.full_w
+        floor_w = self._with(self._floor_w, unit, lowest, leaving)
+        return floor_w <= power.promised_w
+
+    def _need_w(self, unit: Unit, gone: Sequence[Unit]) -> int:
+        """What this one and all that stay, nobody lowered, would draw beyond the budget."""
+        return self._with(self._unlowered_w, unit, unit.full_w, gone) - self._power.budget_w
+
+    def _with(self, column: Any, unit: Unit, watts: Sequence[int], gone: Sequence[Unit]) -> int:
+        """The sum of the column with these watts for the unit, and idle draw where others have gone."""
+        column = column.copy()
+        for each in gone:
+            column[xp.asarray(each.gpus, dtype=xp.int64)] = xp.asarray(each.idle_w, dtype=xp.int64)
+        column[xp.asarray(unit.gpus, dtype=xp.int64)] = xp.asarray(watts, dtype=xp.int64)
+        return int(column.sum())
+
+    def _take(
+        self,
+        unit: Unit,
+        units: list[Unit],
+        chosen: Sequence[Option] | None,
+        leaving: list[Unit],
+        stopped: list[Unit],
+    ) -> Admission:
+        """Count the job in; it starts now if what may be drawn now leaves room for it."""
+        power = self._power
+        for gpu, full, natural in zip(unit.gpus, unit.full_w, unit.natural_w, strict=True):
+            self._full_w[gpu] = self._planned_w[gpu] = full
+            self._natural_w[gpu] = natural
+        if chosen is not None:
+            self._set(units, chosen)
+        self._drop([*leaving, *stopped])
+        self._units = sorted(units, key=lambda each: each.jobs)
+        is_free, in_force_w = True, []
+        for gpu, least, idle in zip(unit.gpus, unit.least_w, unit.idle_w, strict=True):
+            is_free &= not bool(self.leaves[gpu])
+            in_force_w.append(max(int(power.limit_w[gpu]), int(self._planned_w[gpu])))
+            self._claimed[gpu] = True
+            self._floor_w[gpu] = idle if unit.may_stop else least if unit.may_lower else self._full_w[gpu]
+        now_w = self._with(self._in_force_w, unit, in_force_w, ())
+        starts = is_free and not stopped and now_w <= power.budget_w
+        if starts:
+            for gpu, watts in zip(unit.gpus, in_force_w, strict=True):
+                self._in_force_w[gpu], self.stays[gpu] = watts, True
+        return Admission(starts, tuple(number for each in stopped for number in each.jobs))
+
+    # What follows -------------------------------------------------------------------------------
+
+    def limits(self) -> list[SetPowerLimit]:
+        """The limits to set: those that fall first, those that rise as far as there is room now."""
+        power = self._power
+        is_over = int(self._in_force_w.sum()) > power.budget_w
+        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._planned_w, power.limit_w)
+        if is_over:
+            # Whoever goes is held down until he has gone; in an emergency everybody is until it is met.
+            held_w = xp.minimum(power.limit_w, power.limit_w_min)
+            wanted_w = xp.where(self.leaves, held_w, wanted_w)
+            if power.is_emergency:
+                firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=len(wanted_w)) > 0
+                wanted_w = xp.where(self.stays & ~firm, xp.minimum(wanted_w, power.limit_w_min), wanted_w)
+        falls = rows_where(wanted_w < power.limit_w).tolist()
+        orders = [self._order(gpu, int(wanted_w[gpu])) for gpu in falls]
+        worth = {gpu: unit.value // len(unit.gpus) for unit in self._units for gpu in unit.gpus}
+        for gpu in sorted(
+            rows_where(wanted_w > power.limit_w).tolist(),
+            key=lambda gpu: (-worth.get(gpu, 0), self._uuid(gpu)),
+        ):
+            if not bool(self.stays[gpu]):
+                orders.append(self._order(gpu, int(wanted_w[gpu])))  # nobody draws there yet
+                continue
+            more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
+            if int(self._in_force_w.sum()) + more_w <= power.budget_w:
+                self._in_force_w[gpu] += more_w
+                orders.append(self._order(gpu, int(wanted_w[gpu])))
+        return sorted(orders, key=lambda order: (order.reason is Reason.POWER_LIMIT_RAISED, order.gpu))
+
+    def _order(self, gpu: int, watts: int) -> SetPowerLimit:
+        rises = watts > int(self._power.limit_w[gpu])
+        reason = Reason.POWER_LIMIT_RAISED if rises else Reason.POWER_LIMIT_LOWERED
+        return SetPowerLimit(self._uuid(gpu), watts, reason)
+
+    def _uuid(self, gpu: int) -> str:
+        return self._snapshot.gpus.uuid[gpu]
+
+    @property
+    def outlook(self) -> PowerOutlook:
+        """What the plan reckons with, after all that it orders."""
+        return PowerOutlook(
+            budget_w=self._power.budget_w,
+            committed_w=int(self._in_force_w.sum()),
+            planned_w=int(self._planned_w.sum()),
+            floor_w=int(self._floor_w.sum()),
+            shadow_microusd_per_wh=self._shadow_microusd_per_wh,
+        )

@@ -1,0 +1,186 @@
+"""Shedding as one optimisation: which jobs give up which watts, so that the least value is lost.
+
+A *unit* is what sheds as one: a whole-GPU job with its GPUs, or a shared GPU with all its holders. It may
+have its full limits, limits lowered along the curve of its class, or be stopped. Each option saves watts
+(limits that fall, or that give way to idle draw) and costs value over the shed's horizon. To cover a need at
+the least cost is a knapsack of one option a unit; dynamic programming over the watts still to be covered is
+exact to the watt for a node, and to 1/4096 of the need for a site.
+
+What would not be saved is not counted: a full limit lies at the natural draw and a margin, so that a limit
+above the draw saves nothing. Below the last point of a curve nothing is known. Such a limit, down to the
+board's minimum, is an option only of who may not be stopped, and reckoned as all work lost: the lowest clock
+of a V100 cost 82 % of the work for 70 % of the watts [FIELD section 4.1], so that a stop was better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from scheduler.model.jobs import JobClass
+from scheduler.model.power import Curve
+from scheduler.planning.arrays import xp
+
+# Steps along a curve, thousandths of the natural draw.
+STEP_MILLI = 50
+# Cells of the table: a node's watts one by one, a site's rounded so that what is chosen always covers.
+CELLS_MAX = 4096
+# Losing the margin above a natural draw that is a high quantile: the job is slowed now and then.
+MARGIN_WORK_MILLI = 5
+MILLI = 1000
+_US_PER_HOUR = 3_600_000_000
+# A unit's loss counts up to a million dollars: so the costs of 500,000 units fit an int64.
+_LOSS_MAX = 1 << 40
+_RUNGS = 16
+_UNREACHABLE = 1 << 61
+
+# Of equal losses the gentler rung: DESIGN section 7. By class: lowered while work is nearly whole, stopped,
+# lowered further.
+_LOWERED_GENTLY = {JobClass.MINING: 1, JobClass.BATCH: 2, JobClass.TRAINING: 3, JobClass.INFERENCE: 9}
+_STOPPED = {JobClass.MINING: 5, JobClass.BATCH: 6, JobClass.TRAINING: 8, JobClass.INFERENCE: 11}
+_LOWERED_FAR = {JobClass.MINING: 4, JobClass.BATCH: 4, JobClass.TRAINING: 7, JobClass.INFERENCE: 10}
+_GENTLE_WORK_MILLI = 950
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What sheds as one. Lists are by GPU of the unit, in whole watts."""
+
+    gpus: tuple[int, ...]  # rows
+    jobs: tuple[int, ...]  # numbers; the first one names the unit
+    job_class: int  # of its highest job
+    value: int  # micro-USD per hour, of all its jobs on all its GPUs
+    loss: int  # what a stop loses at once, micro-USD
+    may_stop: bool
+    may_lower: bool
+    full_w: tuple[int, ...]
+    natural_w: tuple[int, ...]
+    least_w: tuple[int, ...]  # the boards' minimum limits
+    idle_w: tuple[int, ...]
+
+
+class Option(NamedTuple):
+    """What a unit could do; `limits_w` by GPU, None = it stops."""
+
+    gain_w: int
+    cost: int  # loss and, below it, the rung
+    limits_w: tuple[int, ...] | None
+
+
+class Chosen(NamedTuple):
+    """An option for each unit, and what the last watt saved costs over the horizon, micro-USD."""
+
+    options: list[Option]
+    microusd_per_w: float
+
+
+def options(unit: Unit, curve: Curve, horizon_us: int) -> list[Option]:
+    """What the unit could do, full limits first, a stop last."""
+    found = [Option(0, 0, unit.full_w)]
+    if unit.may_lower:
+        levels = [*range(MILLI, curve.least_milli, -STEP_MILLI), curve.least_milli]
+        for level in levels:
+            limits = _limits(unit, level)
+            if sum(limits) < sum(found[-1].limits_w or ()):
+                found.append(_lowered(unit, curve, limits, horizon_us))
+        if not unit.may_stop and sum(unit.least_w) < sum(found[-1].limits_w or ()):
+            cost = _cost(unit.value, horizon_us, 0, _LOWERED_FAR[JobClass(unit.job_class)])
+            found.append(Option(sum(unit.full_w) - sum(unit.least_w), cost, unit.least_w))
+    if unit.may_stop:
+        gain_w = sum(unit.full_w) - sum(unit.idle_w)
+        cost = _cost(unit.value, horizon_us, unit.loss, _STOPPED[JobClass(unit.job_class)])
+        found.append(Option(max(0, gain_w), cost, None))
+    return found
+
+
+def most(unit: Unit) -> Option:
+    """The option that saves most, whatever it costs: what a floor is made of."""
+    if unit.may_stop:
+        return Option(max(0, sum(unit.full_w) - sum(unit.idle_w)), 0, None)
+    limits = unit.least_w if unit.may_lower else unit.full_w
+    return Option(sum(unit.full_w) - sum(limits), 0, limits)
+
+
+def cheapest(choices: Sequence[Sequence[Option]], need_w: int) -> Chosen | None:
+    """One option of each unit, together saving the need at the least cost; None: it can't be covered.
+
+    Of equal costs the earlier unit keeps more, and of its options the earlier.
+    """
+    if need_w <= 0:
+        return Chosen([unit[0] for unit in choices], 0.0)
+    if sum(max(option.gain_w for option in unit) for unit in choices) < need_w:
+        return None
+    quantum = -(-need_w // CELLS_MAX)
+    cells = -(-need_w // quantum)
+    wants = xp.arange(cells + 1, dtype=xp.int64)
+    # best[k]: the least cost of saving at least k quanta with the units so far.
+    best = xp.where(wants == 0, 0, _UNREACHABLE)
+    picks: list[tuple[Any, list[int]]] = []
+    for unit in choices:
+        gains = [option.gain_w // quantum for option in unit]
+        left = xp.maximum(0, wants[None, :] - xp.asarray(gains, dtype=xp.int64)[:, None])
+        costs = best[left] + xp.asarray([option.cost for option in unit], dtype=xp.int64)[:, None]
+        pick = costs.argmin(axis=0)
+        best = xp.minimum(xp.take_along_axis(costs, pick[None, :], axis=0)[0], _UNREACHABLE)
+        picks.append((pick, gains))
+    if int(best[cells]) >= _UNREACHABLE:
+        return _all_that_helps(choices)  # rounding down lost what was just enough
+    taken, at = [], cells
+    for unit, (pick, gains) in zip(reversed(choices), reversed(picks), strict=True):
+        place = int(pick[at])
+        taken.append(unit[place])
+        at = max(0, at - gains[place])
+    return Chosen(taken[::-1], _slope(best, cells, quantum))
+
+
+def given_back(units: Sequence[Unit], chosen: Sequence[Option], surplus_w: int) -> list[Option]:
+    """The options with limits raised by what they save too much, the most valuable units first."""
+    raised = list(chosen)
+    order = sorted(range(len(units)), key=lambda i: (-units[i].value // len(units[i].gpus), units[i].jobs))
+    for index in order:
+        unit, limits = units[index], chosen[index].limits_w
+        if limits is None or surplus_w <= 0 or limits == unit.full_w:
+            continue
+        new = []
+        for limit, full in zip(limits, unit.full_w, strict=True):
+            more = min(full - limit, surplus_w)
+            surplus_w -= more
+            new.append(limit + more)
+        raised[index] = chosen[index]._replace(
+            gain_w=sum(unit.full_w) - sum(new),
+            limits_w=tuple(new),
+        )
+    return raised
+
+
+def _limits(unit: Unit, level_milli: int) -> tuple[int, ...]:
+    """The unit's limits at a part of its natural draw, within what the boards take."""
+    return tuple(
+        max(least, min(full, -(-natural * level_milli // MILLI)))
+        for natural, least, full in zip(unit.natural_w, unit.least_w, unit.full_w, strict=True)
+    )
+
+
+def _lowered(unit: Unit, curve: Curve, limits: tuple[int, ...], horizon_us: int) -> Option:
+    """The gang goes as fast as its slowest GPU."""
+    work = min(
+        curve.work_milli(limit * MILLI // natural)
+        for limit, natural in zip(limits, unit.natural_w, strict=True)
+    )
+    work = min(work, MILLI - MARGIN_WORK_MILLI)
+    rungs = _LOWERED_GENTLY if work >= _GENTLE_WORK_MILLI else _LOWERED_FAR
+    cost = _cost(unit.value * (MILLI - work) // MILLI, horizon_us, 0, rungs[JobClass(unit.job_class)])
+    return Option(sum(unit.full_w) - sum(limits), cost, limits)
+
+
+def _cost(value_per_hour: int, horizon_us: int, loss: int, rung: int) -> int:
+    return min(_LOSS_MAX, max(0, value_per_hour) * horizon_us // _US_PER_HOUR + loss) * _RUNGS + rung
+
+
+def _slope(best: Any, cells: int, quantum: int) -> float:
+    """What the last watts cost each, over the last sixteenth of the need."""
+    back = max(1, cells // 16)
+    return int(best[cells] - best[cells - back]) / _RUNGS / (back * quantum)
+
+
+def _all_that_helps(choices: Sequence[Sequence[Option]]) -> Chosen:
+    return Chosen([max(unit, key=lambda option: option.gain_w) for unit in choices], 0.0)
