@@ -4,6 +4,8 @@ PYTHON ?= python3
 SIMULATE ?= 8xH100
 # Seeds of each kind that the hunt for a cycle of preemptions goes through in test-all.
 HUNT_RUNS ?= 1000
+# Seeds of the fault simulation in test-all.
+FAULT_SEEDS ?= 200
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +14,7 @@ COMPILED := $(VENV)/.compiled
 
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
 # Fast: no GPU, no root, no network but loopback.
-FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py)
+FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/simulation/faults tests/test_tidy.py)
 # Slow: these want root, Prometheus, systemd or a GPU with CuPy, and say so when they skip.
 SLOW_TESTS := $(wildcard tests/simulation tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)

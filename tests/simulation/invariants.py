@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.effects.journal_verify import verify
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
+from scheduler.model.actions import Action, SetPowerLimit
 from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Attempt, Job, JobState, job_number
 from scheduler.model.policy import aged_priority
@@ -88,9 +89,14 @@ class Invariants:
         assert job is not None
         had_s = self._now_s() - self._signalled_s[key]
         stepped_s = sum(max(0.0, by_s) for at_s, by_s in self._steps if at_s >= self._decided_s(key))
+        grace_s = job.spec.grace_s
+        attempt = _attempt(job, key)
+        notice = attempt.notice if attempt is not None else None
+        if notice is not None and notice.reason is Reason.SHED_IN_EMERGENCY:  # it caps the grace
+            grace_s = min(grace_s, notice.deadline_s - notice.decided_s)
         self._demand(
-            had_s >= job.spec.grace_s - stepped_s - ROUNDING_S,
-            f"{_name(key)} is killed after {had_s:.3f} s of its grace of {job.spec.grace_s} s",
+            had_s >= grace_s - stepped_s - ROUNDING_S,
+            f"{_name(key)} is killed after {had_s:.3f} s of its grace of {grace_s} s",
         )
 
     def _decided_s(self, key: AttemptKey) -> float:
@@ -271,17 +277,19 @@ class Invariants:
         """R7: what was just planned and done leaves nothing to do."""
         controller = self._world.daemon.controller
         made = controller.last_plan
-        if (
-            made is None
-            or not made.actions
-            or made is self._planned
-            or controller.inbox
-            or self._disk_fails()
-        ):
+        if made is None or not made.actions or made is self._planned:
             return
         self._planned = made
+        if controller.inbox or not controller.launcher_id or self._disk_fails():
+            return  # nothing can be planned, or not all is known
+        more = self._planned_again()
+        self._demand(not more, f"planned again, there is more to do: {more}")
+
+    def _planned_again(self) -> list[Action]:
+        """What a plan would do now. Limits follow what is measured, so there is always more of them."""
+        controller = self._world.daemon.controller
         again = plan(controller.board.snapshot(self._world.clock.now_s()), controller.config.policy)
-        self._demand(not again.actions, f"planned again, there is more to do: {again.actions}")
+        return [action for action in again.actions if not isinstance(action, SetPowerLimit)]
 
     def _disk_fails(self) -> bool:
         disk = self._world.daemon.disk
@@ -307,9 +315,8 @@ class Invariants:
         for job in controller.ledger.live_jobs():
             if job.state is not JobState.RUNNING and job.state_since_s <= now_s - UNDER_WAY_S:
                 self._demand(False, f"{job.id} is {job.state} for ever")
-        snapshot = controller.board.snapshot(now_s)
-        again = plan(snapshot, controller.config.policy)
-        self._demand(not again.actions, f"there is something to do: {again.actions}")
+        more = self._planned_again()
+        self._demand(not more, f"there is something to do: {more}")
         held = {uuid for job in controller.ledger.live_jobs() for uuid in job.attempts[-1].gpus}
         for view in controller.board.views(now_s):
             uuid, where = view.identity.uuid, world.names((view.identity.uuid,))
@@ -333,6 +340,13 @@ class Invariants:
             job for job in ledger.jobs.values() if job.state is JobState.PENDING and job.eligible_s <= now_s
         ]
         for job in waiting:
+            if controller.reason(job) is Reason.WAITING_FOR_POWER:
+                self._demand(controller.power.is_active, f"{job.id} waits for power, and there is no budget")
+                continue
+            if controller.reason(job) is Reason.WAITING_FOR_PRICE:
+                costs = controller.prices.price is not None
+                self._demand(costs, f"{job.id} waits for a price, and nobody asks one")
+                continue
             if controller.reason(job) is Reason.WAITING_FOR_PROMISED_START:
                 ahead = [other.id for other in waiting if self._rank(other) < self._rank(job)]
                 self._demand(bool(ahead), f"{job.id} is held back for a higher rank, and nobody ranks higher")

@@ -54,15 +54,30 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Wish:
-    """A command of an operator: cancel and requeue name a job by its place among the arrivals."""
+    """A command of an operator, the grid or the market; jobs and GPUs are named by their numbers."""
 
     at_s: float
     what: str
-    target: int = 0
+    target: int = 0  # a job, a GPU, watts
+    lead_s: int = 0  # of a grid event: when it begins, from then
+    for_s: float = 60.0  # how long what is asked for lasts
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What must be so at a moment: of a job, a GPU or all jobs of a class; the facts by their names."""
+
+    at_s: float
+    job: str = ""
+    gpu: int | None = None
+    job_class: str = ""
+    facts: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Script:
+    """A run, from its first moment to its last."""
+
     seed: int
     gpus: int
     arrivals: tuple[Arrival, ...]
@@ -73,6 +88,8 @@ class Script:
     sampling_s: float = 1.0
     pids: int = 0  # the kernel has only so many; 0 = as many as it likes
     node: dict[str, int] = field(default_factory=lambda: {"cpus": 64, "memory_mib": 512_000})
+    faults_s: float = FAULTS_S  # until then jobs come and things go wrong
+    expectations: tuple[Expectation, ...] = ()
 
 
 def drawn(seed: int) -> Script:
@@ -94,7 +111,7 @@ def drawn(seed: int) -> Script:
         faults=tuple(sorted(faults, key=lambda fault: (fault.at_s, fault.kind))),
         miners=chance.random() < 0.4,
         gives_verdicts=chance.random() < 0.7,
-        sampling_s=chance.choice((1.0, 1.0, 5.0)),
+        sampling_s=chance.choice((1.0, 5.0, 5.0)),
         pids=chance.choice((0, 0, 12)),
     )
 
@@ -225,10 +242,19 @@ KINDS = (
 GPU_KINDS = frozenset({"nvml_fails", "nvml_hangs", "gpu_lost", "xid", "stranger"})
 
 
+WISHES = ("cancel", "requeue", "cordon", "drain", "acknowledge", "budget", "event", "emergency", "prices")
+# What a grid or a meter may say: a tenth of the node, most of it, nothing, less than nothing, the Sun.
+BUDGETS_W = (300, 1000, 1500, 2500, 0, -1000, 10**9)
+# When an event is to begin, from now: long ago, late, at once, soon, in the far future.
+LEADS_S = (-(10**9), -30, 0, 20, 10**7)
+
+
 def _wish(chance: random.Random, gpus: int, jobs: int) -> Wish:
-    what = chance.choice(("cancel", "cancel", "requeue", "requeue", "cordon", "drain", "acknowledge"))
-    target = chance.randrange(gpus if what == "cordon" else jobs)
-    return Wish(chance.uniform(1.0, FAULTS_S * 0.8), what, target)
+    what = chance.choice(WISHES)
+    at_s = chance.uniform(1.0, FAULTS_S * 0.8)
+    if what in ("budget", "event", "emergency", "prices"):
+        return Wish(at_s, what, chance.choice(BUDGETS_W), chance.choice(LEADS_S))
+    return Wish(at_s, what, chance.randrange(gpus if what == "cordon" else jobs))
 
 
 def _fault(chance: random.Random, kind: str, gpus: int) -> Fault:

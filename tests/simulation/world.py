@@ -13,10 +13,14 @@ from scheduler.control.board import NodeSize
 from scheduler.control.inbox import (
     Acknowledge,
     Cancel,
+    CancelGridEvent,
     Command,
     Cordon,
     Drain,
+    OfferGridEvent,
     Requeue,
+    SetPowerBudget,
+    SetPrices,
     Submission,
     Submit,
     Uncordon,
@@ -26,17 +30,20 @@ from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.errors import NodeError, RequestError, Unavailable
 from scheduler.model.gpus import GpuEvent
 from scheduler.model.jobs import Job
+from scheduler.model.power import BudgetInterval, GridEvent
+from scheduler.model.prices import PricePoint
 from scheduler.model.settings import Config, SamplingConfig, StandingJob
 from scheduler.simulation.boards import PROFILES, boards
 from scheduler.simulation.daemon import SimulatedDaemon
 from scheduler.simulation.faults import Crashed, Faults
 from scheduler.simulation.machine import Machine, Process, Workload
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, VirtualLoop, run
+from tests.simulation.expecting import found_otherwise
 from tests.simulation.invariants import Invariants, Violation
-from tests.simulation.script import FAULTS_S, Arrival, Fault, Script, Wish
+from tests.simulation.script import Arrival, Expectation, Fault, Script, Wish
 
 # Faults are over: so long until all that was under way has come to an end.
-SETTLING_S = 180.0
+SETTLING_S = 150.0
 RETRY_S = 0.5  # of a client that was not answered
 REFUSED_START_S = 2.0  # until systemd starts a daemon again that would not
 _MINER = StandingJob("miner", ("work", "miner"))
@@ -152,13 +159,18 @@ class World:
             self._spawn(self._operator(wish))
         for fault in self.script.faults:
             self._spawn(self._fault(fault))
-        await self._until(FAULTS_S)
+        for expectation in self.script.expectations:
+            self._spawn(self._expect(expectation))
+        await self._until(self.script.faults_s)
         self._end_faults()
-        await self._until(FAULTS_S + SETTLING_S)
+        await self._until(self.script.faults_s + SETTLING_S)
         self.invariants.all_is_well()
         loop.on_quiet = None
+        self.say(f"the journal has {self.daemon.journal.head} events")
         self.daemon.stop()
         self.invariants.chain_is_whole()
+        if self.failure is not None:
+            raise self.failure
 
     async def _until(self, at_s: float) -> None:
         """Wait, but no longer than until something was violated."""
@@ -254,21 +266,7 @@ class World:
 
     async def _operator(self, wish: Wish) -> None:
         await asyncio.sleep(wish.at_s)
-        commands: list[tuple[float, Command]]
-        job_id = self.acknowledged.get(f"request of job{wish.target}", "j1")
-        match wish.what:
-            case "cancel":
-                commands = [(0.0, Cancel(job_id))]
-            case "requeue":
-                commands = [(0.0, Requeue(job_id))]
-            case "acknowledge":
-                commands = [(0.0, Acknowledge(job_id, 0))]
-                self.invariants.may_end_early(job_id)
-            case "cordon":
-                commands = [(0.0, Cordon(str(wish.target), "a fan")), (20.0, Uncordon(str(wish.target)))]
-            case _:
-                commands = [(0.0, Drain(stop_jobs=bool(wish.target % 2))), (20.0, Undrain())]
-        for wait_s, command in commands:
+        for wait_s, command in self._commands(wish):
             await asyncio.sleep(wait_s)
             while True:
                 try:
@@ -281,6 +279,40 @@ class World:
                     self.say(f"an operator: {command} is refused: {error}")
                 break
 
+    def _commands(self, wish: Wish) -> list[tuple[float, Command]]:
+        """What is asked for, each after a while; clients of the API could not send more nonsense than this."""
+        job_id = self.acknowledged.get(f"request of job{wish.target}", "j1")
+        now_s, watts = self.clock.now_s(), float(wish.target)
+        match wish.what:
+            case "cancel":
+                return [(0.0, Cancel(job_id))]
+            case "requeue":
+                return [(0.0, Requeue(job_id))]
+            case "acknowledge":
+                self.invariants.may_end_early(job_id)
+                return [(0.0, Acknowledge(job_id, 0))]
+            case "cordon":
+                return [(0.0, Cordon(str(wish.target), "a fan")), (wish.for_s, Uncordon(str(wish.target)))]
+            case "drain":
+                return [(0.0, Drain(stop_jobs=bool(wish.target % 2))), (wish.for_s, Undrain())]
+            case "budget":
+                budget = BudgetInterval(now_s + wish.lead_s, None, max(0.0, watts))
+                return [(0.0, SetPowerBudget((budget,))), (wish.for_s, SetPowerBudget(()))]
+            case "prices":
+                points = (PricePoint(now_s + wish.lead_s, watts / 1e3), PricePoint(now_s + wish.for_s, 0.05))
+                return [(0.0, SetPrices(tuple(sorted(points, key=lambda point: point.start_s))))]
+            case _:
+                start_s = now_s + wish.lead_s
+                event = GridEvent(
+                    f"event at {wish.at_s}",
+                    start_s,
+                    start_s + wish.for_s,
+                    max(0.0, watts),
+                    wish.what == "emergency",
+                    now_s,
+                )
+                return [(0.0, OfferGridEvent(event)), (wish.for_s, CancelGridEvent(event.id))]
+
     def _workload(self, job_id: str) -> Workload:
         return self.workloads[job_id]
 
@@ -288,6 +320,12 @@ class World:
         if isinstance(order, StartOrder):
             self.workloads[order.key.job_id] = self._behaviours[order.command[1]]
         self.invariants.ordered(order, what)
+
+    async def _expect(self, expectation: Expectation) -> None:
+        await asyncio.sleep(expectation.at_s)
+        otherwise = found_otherwise(self, expectation)
+        if otherwise:
+            self.failed(Violation(f"at {expectation.at_s:g} s {otherwise}"))
 
     # Faults ----------------------------------------------------------------------------------------
 
