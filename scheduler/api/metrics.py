@@ -110,6 +110,12 @@ class NodeCollector(Collector):
             {(uuid,): s.power_capped_s for uuid, s in samples if s.power_capped_s is not None},
             ("gpu",),
         )
+        yield _gauge(
+            "gpu_foreign_processes",
+            "Processes on it that Wattshift did not start and that the policy does not ignore.",
+            [((v.identity.uuid,), len(v.foreign)) for v in views],
+            ("gpu",),
+        )
         state = GaugeMetricFamily(
             "wattshift_gpu_state", "1 for the GPU's present state.", labels=("gpu", "state")
         )

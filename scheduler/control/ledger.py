@@ -11,6 +11,7 @@ from scheduler.control.table import JobTable
 from scheduler.effects.journal import Derived, Journal, NodeState, UsageBooking
 from scheduler.errors import JournalError
 from scheduler.model.events import (
+    BaselineLearned,
     DaemonStarted,
     Event,
     GpuMarked,
@@ -24,7 +25,7 @@ from scheduler.model.events import (
     fold,
     submitted,
 )
-from scheduler.model.gpus import GpuMark, GpuState
+from scheduler.model.gpus import GpuBaseline, GpuMark, GpuState
 from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy
 from scheduler.model.power import PowerState
@@ -39,6 +40,9 @@ from scheduler.model.power_events import (
     PricesSet,
     folded,
 )
+
+# A GPU that is cut anew and anew has new instances each time; those learnt first are forgotten.
+BASELINES_MAX = 256
 
 Change = tuple[Job | None, Job]  # before, after
 
@@ -77,6 +81,7 @@ class Ledger:
             self._index(None, job)
         node = journal.node_state()
         self.marks: dict[str, GpuMark] = node.marks
+        self.baselines: dict[str, GpuBaseline] = node.baselines
         self.drain: NodeDrainChanged | None = node.drain
         self.power: PowerState = node.power
         self.next_number = node.next_number
@@ -134,6 +139,12 @@ class Ledger:
                 )
             case GpuUnmarked():
                 self.marks.pop(event.uuid, None)
+            case BaselineLearned():
+                known = {uuid: one for uuid, one in self.baselines.items() if uuid != event.uuid}
+                while len(known) >= BASELINES_MAX:
+                    del known[next(iter(known))]
+                # Another value each time: whoever looks sees that something changed.
+                self.baselines = {**known, event.uuid: GpuBaseline(event.used_mib, event.driver_version)}
             case DaemonStarted():
                 self.boot_id = event.boot_id
             case NodeDrainChanged():
@@ -277,12 +288,19 @@ class Ledger:
                     self.jobs[number] = earlier
         before = self._node_before
         self.marks, self.drain, self.power = dict(before.marks), before.drain, before.power
+        self.baselines = dict(before.baselines)
         self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id
         self._begin()
 
     def _node(self) -> NodeState:
         return NodeState(
-            dict(self.marks), self.drain, self.next_number, self.booked_s, self.boot_id, self.power
+            marks=dict(self.marks),
+            drain=self.drain,
+            next_number=self.next_number,
+            booked_s=self.booked_s,
+            boot_id=self.boot_id,
+            baselines=dict(self.baselines),
+            power=self.power,
         )
 
     def _begin(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
-from scheduler.model.gpus import GpuMark
+from scheduler.model.gpus import GpuBaseline, GpuMark
 from scheduler.model.jobs import Job
 from scheduler.model.power import PowerState
 
@@ -58,6 +58,7 @@ class NodeState:
     booked_s: float  # usage is booked up to here
     boot_id: str  # under which the last daemon started
     power: PowerState = field(default_factory=PowerState)
+    baselines: dict[str, GpuBaseline] = field(default_factory=dict)  # by UUID
 
 
 @dataclass(frozen=True, slots=True)

@@ -253,13 +253,16 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
     pci = unless_dead("nvmlDeviceGetPciInfo", handle)
     pci_bus_id = pci.busId if pci else ""
     capability = unless_dead("nvmlDeviceGetCudaComputeCapability", handle)
+    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
     return GpuIdentity(
         uuid=printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX),
         index=index,
         model=printable(call("nvmlDeviceGetName", handle), NAME_LENGTH_MAX),
         memory_total_mib=size.total // BYTES_PER_MIB if size else 0,
         pci_bus_id=pci_bus_id,
-        numa=_numa(handle, pci_bus_id),
+        # Where the GPU is no node itself, that of its PCI slot.
+        numa=_numa_of_slot(pci_bus_id) if node is None else node,
+        is_numa_node=node is not None,
         minor_number=unless_dead("nvmlDeviceGetMinorNumber", handle),
         power_limit_w_min=_watts(limits_mw[0]) if limits_mw else None,
         power_limit_w_max=_watts(limits_mw[1]) if limits_mw else None,
@@ -298,11 +301,7 @@ def _linked_to(handle: Any) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _numa(handle: Any, pci_bus_id: str) -> int | None:
-    """Return NVML's node where the GPU is one itself (Grace), else that of its PCI slot."""
-    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
-    if node is not None:
-        return node
+def _numa_of_slot(pci_bus_id: str) -> int | None:
     # NVML writes 00000000:3B:00.0, sysfs 0000:3b:00.0.
     text = read_text(SYSFS_PCI_DEVICES / pci_bus_id.lower()[4:] / "numa_node").strip() if pci_bus_id else ""
     return int(text) if text.isdigit() else None  # -1 = unknown

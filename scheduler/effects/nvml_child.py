@@ -23,8 +23,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from scheduler.effects import nvml
-from scheduler.effects.nvml_events import EventWatch
-from scheduler.effects.nvml_mig import EVERY_INSTANCE, Instance, Instances
+from scheduler.effects.nvml_events import EVERY_INSTANCE, EventLog, EventWatch
+from scheduler.effects.nvml_mig import Instance, Instances
 from scheduler.effects.nvml_protocol import (
     LINE_BYTES_MAX,
     PROTOCOL_VERSION,
@@ -167,10 +167,10 @@ class Lane:
 class Driver:
     """The open library, and what its GPUs share."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, log: EventLog) -> None:
         self.library = nvml.open_library()
         self.neighbours = Neighbours()
-        self.events = EventWatch(tell)
+        self.events = EventWatch(log)
 
 
 class GpuLane:
@@ -244,12 +244,9 @@ class GpuLane:
                 self._instances = Instances(gpu)
                 self.gpu = gpu
             assert self._instances is not None
-            if self._registered != self._driver.events.generation:
-                generation = self._driver.events.generation
-                self._driver.events.register(self.gpu)
-                self._registered = generation
+            unheard = self._register(self.gpu)
             whole, failure = self.gpu.sample()
-            result = (self._instances.samples(whole), failure)
+            result = (self._instances.samples(whole), failure or unheard)
         except GpuReadError as error:
             result = ((), error.code)
         finally:
@@ -258,13 +255,23 @@ class GpuLane:
                 self._result = result
                 self._changed.notify_all()
 
+    def _register(self, gpu: nvml.OpenGpu) -> str:
+        """Have its events heard; return the failure that keeps them from it until the next try, or ""."""
+        generation = self._driver.events.generation
+        if self._registered == generation:
+            return ""
+        failure = self._driver.events.register(gpu)
+        if not failure:
+            self._registered = generation
+        return failure
+
 
 class GpuLanes:
     """All GPUs. Opens the library when it is asked for readings, and again after the driver went away."""
 
     def __init__(self, tell: Callable[[], None]) -> None:
         """Read GPUs; `tell` is called when the driver told something that the next round will carry."""
-        self._tell = tell
+        self._log = EventLog(tell)
         self._changed = threading.Condition()  # guards what lanes hand over
         self._opening = Lane("driver")
         self._is_opening = False
@@ -322,13 +329,10 @@ class GpuLanes:
 
     def events_after(self, number: int) -> list[tuple[int, Message]]:
         """Return what the driver told after the event of that number."""
-        driver = self._driver
-        if driver is None:
-            return []
         lanes = {lane.name: lane for lane in self._gpus}
         return [
             (number, value_to_json(each))
-            for number, event, instance in driver.events.after(number)
+            for number, event, instance in self._log.after(number)
             for each in (lanes[event.uuid].events(event, instance) if event.uuid in lanes else [event])
         ]
 
@@ -353,7 +357,7 @@ class GpuLanes:
             if self._driver is not None:
                 self._driver.events.close(ORDERLY_END_S)
             nvml.close_library()
-            driver = self._driver = Driver(self._tell)
+            driver = self._driver = Driver(self._log)
             count = driver.library.gpu_count
             gpus = tuple(GpuLane(index, driver, self._changed) for index in range(min(count, GPUS_MAX)))
             failure = "" if count else NO_GPU

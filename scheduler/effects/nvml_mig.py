@@ -14,7 +14,6 @@ from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 EMPTY_SLOT = "ERROR_NOT_FOUND"
-EVERY_INSTANCE = 2**32 - 1  # what an event says that concerns the whole GPU
 
 
 @dataclass(frozen=True, slots=True)

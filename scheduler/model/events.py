@@ -258,6 +258,16 @@ class GpuUnmarked:
 
 
 @dataclass(frozen=True, slots=True)
+class BaselineLearned:
+    """What a GPU showed as used when it was proved that nobody is on it."""
+
+    at_s: float
+    uuid: str
+    used_mib: int
+    driver_version: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDrainChanged:
     """An operator drained the node (nothing starts; `stop_jobs`: what runs gives way) or undid it.
 
@@ -310,6 +320,7 @@ NodeEvent = (
     | PolicyChanged
     | GpuMarked
     | GpuUnmarked
+    | BaselineLearned
     | NodeDrainChanged
     | UsageBooked
     | PlanDecided

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+# No process has this PID or a larger one; drivers 535.43 to 535.86 list it, and 0.
+PID_LIMIT = 2**32 - 1
+
 
 class GpuState(StrEnum):
     """Where a GPU stands; exactly one at a time, and a metric label each."""
@@ -29,6 +32,7 @@ class GpuIdentity:
     island: int | None = None  # GPUs that NVLinks join, directly or through switches
     numa: int | None = None
     switch: int | None = None  # GPUs below one PCIe switch
+    is_numa_node: bool = False  # its memory is the system's, too (Grace): pages stay after a process
     minor_number: int | None = None
     power_limit_w_min: float | None = None
     power_limit_w_max: float | None = None
@@ -75,13 +79,17 @@ class GpuSample:
     ramp_down_w_per_s: float | None = None
 
 
+# The driver's events of a GPU are heard from here on; what it told before is not known.
+EVENTS_BEGIN = "events_begin"
+
+
 @dataclass(frozen=True, slots=True)
 class GpuEvent:
     """Something that the driver told of a GPU by itself."""
 
     uuid: str
     at_s: float  # Unix seconds, when it was heard
-    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable" or "recovery_action"
+    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable", "recovery_action", EVENTS_BEGIN
     code: int  # the XID; else what the driver adds
 
 
@@ -103,6 +111,8 @@ class GpuProcess:
     user: str = ""
     command: str = ""  # base name of the executable
     utilization_ratio: float | None = None
+    start_ticks: int = 0  # when it started: tells it from a later one of that PID; 0 = not known
+    listed_pid: int | None = None  # of an unknown holder: what the list says, nobody's or another's by now
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +134,14 @@ class GpuMark:
     reason: str  # Reason's name
     detail: str
     since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBaseline:
+    """What a GPU shows as used when nobody is on it, under one driver."""
+
+    used_mib: int
+    driver_version: str
 
 
 def model_matches(wanted: str, model: str) -> bool:

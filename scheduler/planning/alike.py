@@ -111,7 +111,8 @@ def _sorts(pool: Pool, nearness: list[Any]) -> list[tuple[int, ...]]:
     if not nodes:
         return []
     served = [pool.fits[models] for models in range(len(pool.fits))]
-    parts = [part.reshape(nodes, -1) for part in (pool.is_open, *served, *nearness)]
+    whole = [] if pool.whole is None else [pool.whole]
+    parts = [part.reshape(nodes, -1) for part in (pool.is_open, *whole, *served, *nearness)]
     bits = xp.concatenate(parts, axis=1).astype(xp.int64)
     words = [
         (chunk << xp.arange(chunk.shape[1], dtype=xp.int64)).sum(axis=1).tolist()

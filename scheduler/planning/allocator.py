@@ -150,6 +150,7 @@ class Gpu:
     is_open: bool
     serves: tuple[bool, ...]  # by model set
     near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
+    is_instance: bool = False  # of MIG: for requests of one GPU only
 
 
 class Part(NamedTuple):
@@ -180,11 +181,11 @@ class Node:
     free: Spare
     drains: bool
     leaving: list[Hold] = field(default_factory=list)
-    _suitable: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    _suitable: dict[tuple[int, int, bool], tuple[int, ...]] = field(default_factory=dict)
 
     def suitable(self, request: Request) -> tuple[int, ...]:
         """Positions of the open GPUs that serve the request at all, the best to give away first."""
-        key = (request.models, request.gpu_memory_mib)
+        key = (request.models, request.gpu_memory_mib, request.gpus > 1)
         known = self._suitable.get(key)
         if known is None:
             fit = [
@@ -193,6 +194,7 @@ class Node:
                 if gpu.is_open
                 and (request.models == UNKNOWN or gpu.serves[request.models])
                 and (request.gpu_memory_mib == 0 or gpu.memory_mib >= request.gpu_memory_mib)
+                and not (request.gpus > 1 and gpu.is_instance)
             ]
             known = self._suitable[key] = tuple(entry[-1] for entry in sorted(fit))
         return known

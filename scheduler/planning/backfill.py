@@ -128,6 +128,8 @@ def _soonest_first(request: Request, world: World, order: Order, claimed_rows: l
     by_node = release_us.reshape(layout.row.shape)
     by_node[claimed] = now_us  # when claims end is looked at there
     suits = layout.is_open if request.models == UNKNOWN else layout.fits[request.models]
+    if request.gpus > 1 and layout.whole is not None:
+        suits = suits & layout.whole
     by_node = xp.where(suits, by_node, NEVER)[open_rows]
     wanted = min(max(request.gpus, 1), layout.width)
     soonest = xp.sort(by_node, axis=1)[:, wanted - 1]

@@ -37,6 +37,7 @@ class Rule(StrEnum):
     DRAINS = "DRAINS"  # its node takes nothing new
     CLOSED = "CLOSED"  # cordoned, quarantined, foreign or lost
     MODEL = "MODEL"  # not of a model that the job accepts
+    INSTANCE = "INSTANCE"  # a MIG instance, and the job wants several GPUs
     GPU_MEMORY_SIZE = "GPU_MEMORY_SIZE"  # has less memory than the job wants
     NOT_PREEMPTIBLE = "NOT_PREEMPTIBLE"  # held by a job that may not be preempted
     RANK = "RANK"  # held by a job that it doesn't outrank by enough
@@ -67,6 +68,7 @@ class Explanation:
     obstacles: tuple[Obstacle, ...]
     remedies: tuple[Remedy, ...]
     awaited: tuple[int, ...]  # numbers of the jobs whose stop it waits for
+    gpus: tuple[str, ...]  # those that come free for it
     expected_start_us: int | None  # from declared run times; None = not known
     ahead: int  # waiting jobs of higher rank
     behind_promise_of: int | None  # number of the job whose promised start it may not delay
@@ -104,12 +106,14 @@ def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:
     waits = reason is not None and reason is not Reason.WAITING_FOR_HANDOVER
     promise = case.plan.promise
     held_back = reason is Reason.WAITING_FOR_PROMISED_START and promise is not None
+    claim = case.planner.claims.get(number)
     return Explanation(
         number=number,
         reason=reason,
         obstacles=tuple(_obstacles(case)) if waits else (),
         remedies=tuple(remedies(case)) if waits else (),
         awaited=case.plan.awaited.get(number, ()),
+        gpus=() if claim is None else case.planner.world.uuids(claim.parts),
         expected_start_us=case.expected_start_us,
         ahead=case.ahead,
         behind_promise_of=promise.job if held_back and promise is not None else None,
@@ -181,6 +185,8 @@ def _rule_of(case: Case, node: Node, position: int, gpu: Gpu) -> tuple[Rule | No
         return Rule.CLOSED, []
     if not gpu.serves[request.models]:
         return Rule.MODEL, []
+    if gpu.is_instance and request.gpus > 1:
+        return Rule.INSTANCE, []
     if gpu.memory_mib < request.gpu_memory_mib:
         return Rule.GPU_MEMORY_SIZE, []
     milli = node.free.milli[position]

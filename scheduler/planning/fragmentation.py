@@ -140,8 +140,8 @@ class Fragmentation:
         self._milli_asked = (mix.weight * mix.gpus * mix.share_milli).sum().item()
         # Bool, shape (nodes, kinds, width): GPUs of a model that the kind accepts.
         accepted = [
-            xp.ones((nodes, width), dtype=bool) if models == UNKNOWN else pool.fits[models]
-            for models in mix.models.tolist()
+            _accepted(pool, models, gpus)
+            for models, gpus in zip(mix.models.tolist(), mix.gpus.tolist(), strict=True)
         ]
         self._accepted = xp.stack(accepted, axis=1) if accepted else xp.ones((nodes, 0, width), dtype=bool)
         self._pressure = _pressure(pool, mix)
@@ -367,6 +367,12 @@ class Fragmentation:
         fits &= (mix.cpus == 0) | (host.cpus[:, None] >= mix.cpus)
         fits &= (mix.memory_mib == 0) | (host.memory_mib[:, None] >= mix.memory_mib)
         return (xp.where(fits, large_milli, 0) * mix.weight).sum(axis=1)
+
+
+def _accepted(pool: Pool, models: int, gpus: int) -> Any:
+    """GPUs that serve requests with this set of models and for so many GPUs. Shape (nodes, width)."""
+    accepted = xp.ones(pool.milli.shape, dtype=bool) if models == UNKNOWN else pool.fits[models]
+    return accepted & pool.whole if gpus > 1 and pool.whole is not None else accepted
 
 
 def _nowhere(rows: int) -> Any:

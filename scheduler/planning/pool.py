@@ -39,6 +39,8 @@ class Pool:
     slots: Any  # int64 (nodes,): jobs that may start
     fits: Any  # bool (model sets, nodes, width): open GPUs that serve jobs with this set of models
     is_open: Any  # bool (nodes, width)
+    # Bool (nodes, width): no MIG instances, which serve requests of one GPU only; None: nothing is one.
+    whole: Any = None
 
     def usable(self, request: Shape, rows: Any = ...) -> Any:
         """Bool, shape (rows, width): GPUs that have what the request wants of each."""
@@ -47,6 +49,8 @@ class Pool:
             # Of a GPU that is wholly free all memory is, so that this is its size.
             usable &= self.mib[rows] >= request.gpu_memory_mib
         usable &= (self.is_open if request.models == UNKNOWN else self.fits[request.models])[rows]
+        if request.gpus > 1 and self.whole is not None:
+            usable &= self.whole[rows]
         return usable
 
     def fit_gpus(self, request: Shape, rows: Any = ...) -> Any:
@@ -95,6 +99,7 @@ class Pool:
             self.slots + slots,
             self.fits,
             self.is_open,
+            self.whole,
         )
 
 

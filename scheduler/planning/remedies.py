@@ -60,7 +60,10 @@ def remedies(case: Case) -> list[Remedy]:
 def _open_gpus(case: Case) -> Remedy | None:
     gpus = case.snapshot.gpus
     closed = rows_where(gpus.state == CLOSED)
-    wanted = [row for row in closed.tolist() if case.snapshot.model_fits[case.request.models, row]]
+    suits = case.snapshot.model_fits[case.request.models]
+    if case.request.gpus > 1:
+        suits = suits & ~gpus.instance
+    wanted = [row for row in closed.tolist() if suits[row]]
 
     def opened(count: int) -> bool:
         state = gpus.state.copy()

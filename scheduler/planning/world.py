@@ -333,6 +333,7 @@ class World:
             sizes.live_jobs_max - xp.bincount(hosts.node, minlength=nodes),
             layout.fits,
             layout.is_open,
+            layout.whole,
         )
 
     def _made_soon(self) -> Pool:

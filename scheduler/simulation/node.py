@@ -24,7 +24,7 @@ from scheduler.effects.launcher import (
     TreeStuck,
 )
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuLimit
+from scheduler.model.gpus import GpuHolders, GpuLimit, GpuProcess
 from scheduler.simulation.boards import DRIVER_VERSION, Board
 from scheduler.simulation.machine import Machine, Process
 
@@ -274,12 +274,22 @@ class MachineProcesses:
         """Take the machine."""
         self._machine = machine
 
-    def belongs_to(self, pid: int, main_pid: int) -> bool:
-        return pid == main_pid
+    def belongs_to(self, pid: int, main_pid: int, main_start_ticks: int) -> bool:
+        found = self._machine.processes.get(pid)
+        return found is not None and pid == main_pid and found.start_ticks == main_start_ticks
 
-    def end(self, pid: int, *, at_once: bool) -> bool:
-        process = self._machine.processes.get(pid)
-        if process is not None:
-            self._machine.kill(process) if at_once else self._machine.terminate(process)
-        self._machine.leave(pid)
+    def end(self, process: GpuProcess, *, at_once: bool) -> bool:
+        found = self._machine.processes.get(process.pid)
+        if found is not None:
+            self._machine.kill(found) if at_once else self._machine.terminate(found)
+        self._machine.leave(process.pid)
+        return True
+
+    def named(self, pids: tuple[int, ...]) -> tuple[GpuProcess, ...]:
+        return tuple(GpuProcess(pid) for pid in pids)
+
+    def openers(self, device: str) -> tuple[GpuProcess, ...]:  # noqa: ARG002 (its devices are no files)
+        return ()
+
+    def knows_host_pids(self) -> bool:
         return True

@@ -212,6 +212,10 @@ class Daemon:
         """The node now."""
         return self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=CALL_S).node
 
+    def preview(self, wanted: job_pb2.JobSpec) -> job_service_pb2.PreviewJobResponse:
+        """What would happen to such a job."""
+        return self.jobs.PreviewJob(job_service_pb2.PreviewJobRequest(spec=wanted), timeout=CALL_S)
+
     def get_power(self) -> power_pb2.Power:
         """The node's power now."""
         return self.power.GetPower(power_service_pb2.GetPowerRequest(), timeout=CALL_S).power

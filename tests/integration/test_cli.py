@@ -108,8 +108,8 @@ def test_preview_says_who_would_stop(daemon: FakeDaemon, capsys: Run) -> None:
         "would start within 10s, after job-1 has stopped\n"
         "GPUs: GPU-00000000\n"
         "\n"
-        "WOULD STOP  NAME   CLASS   GPUS  GRACE  LOST GPU-S  LOSS USD\n"
-        "job-1       miner  MINING     1     2s          31    0.0004\n"
+        "WOULD STOP  NAME   CLASS   GPUS  GRACE  HAND-OVER  LOST GPU-S  LOSS USD\n"
+        "job-1       miner  MINING     1     2s        26s          31    0.0004\n"
     )
     assert daemon.jobs == {}
 

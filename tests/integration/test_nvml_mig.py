@@ -5,13 +5,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
+from scheduler.effects.gpus import GpuReadings
 from scheduler.errors import GpuReadError
+from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent
 from scheduler.v1 import node_pb2
 from tests.fakes.nvml.fake import GIB, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc, reading
 from tests.harness.daemon import Daemon, until
+from tests.harness.fixtures import Make
 
 pytestmark = needs_gcc
 
@@ -113,17 +117,21 @@ async def test_a_gpu_that_is_cut_and_has_no_instances_can_not_be_used(fake: Fake
 async def test_what_happens_to_the_gpu_happens_to_its_instances(fake: FakeNvml) -> None:
     async with reading(fake) as read:
         fake.xid(1, 95)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in readings.events] == [
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(readings)] == [
             (uuid, 95) for uuid in instances_of(fake)
         ]
         fake.event(1, 0x8, 31, instance=fake.gpus[1].instances[2].instance)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in readings.events] == [(instances_of(fake)[2], 31)]
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(readings)] == [(instances_of(fake)[2], 31)]
         fake.gpus[1].lost = 1
         readings = await read.until(lambda readings: bool(readings.errors))
         assert readings.errors == dict.fromkeys(instances_of(fake), "ERROR_GPU_IS_LOST")
         assert [sample.uuid for sample in readings.samples] == [fake.gpus[0].uuid]
+
+
+def told(readings: GpuReadings) -> list[GpuEvent]:
+    return [event for event in readings.events if event.kind != EVENTS_BEGIN]
 
 
 # With jobs -------------------------------------------------------------------------------------
@@ -163,3 +171,34 @@ def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
     assert not set(before) & set(instances_of(fake))
     assert "GPU_STATE_LOST" not in str(daemon.get_node())
+
+
+def test_a_job_of_several_gpus_is_refused_where_only_instances_would_do(daemon: Daemon) -> None:
+    """One GPU is whole here, three are instances."""
+    with pytest.raises(grpc.RpcError) as refused:
+        daemon.submit("true", gpus=2)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "this node has 1 whole GPUs that fit, and a job of several gets no MIG instances" in str(
+        refused.value.details()
+    )
+
+
+def test_a_job_of_several_gpus_waits_for_whole_ones_and_says_why_instances_will_not_do(
+    fake: FakeNvml, make_daemon: Make
+) -> None:
+    fake.set_count(3)
+    daemon = make_daemon(gpus="", config=CONFIG)
+    daemon.environment = fake.environment()
+    daemon.start()
+    until("all are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 5)
+    holder = daemon.run("sleep", "600", job_class="inference", gpus=1)
+    # Placement gave it an instance: it is the whole ones that others may need.
+    assert holder.attempts[-1].gpus[0] in instances_of(fake)
+    assert daemon.cli("cordon", fake.gpus[0].uuid).returncode == 0
+    waits = daemon.submit("true", job_class="inference", gpus=2)
+    explained = daemon.cli("explain", waits.id).stdout
+    assert "MIG instances, of which a CUDA program sees one" in explained
+    assert "ask for 1 GPU instead of 2" in explained
+    assert daemon.cli("uncordon", fake.gpus[0].uuid).returncode == 0
+    done = daemon.wait(waits.id)
+    assert sorted(done.attempts[-1].gpus) == sorted([fake.gpus[0].uuid, fake.gpus[2].uuid])

@@ -196,6 +196,7 @@ class Oracle:
             and gpu.is_open
             and (not job.models or gpu.model in job.models)
             and gpu.memory_mib >= job.gpu_memory_mib
+            and not (job.gpus > 1 and gpu.instance)
         ]
 
     def spots(self, job: J, node: int, amount: Amount) -> Iterator[tuple[str, ...]]:

@@ -193,6 +193,7 @@ def _gpu(draw: st.DrawFn, index: int, nodes: int, plain: bool) -> G:
         draw(st.sampled_from((80_000, 80_000, 40_000))),
         draw(st.sampled_from(("H100", *MODELS))),
         draw(st.integers(0, 7)) > 0,
+        instance=draw(st.integers(0, 5)) == 0,
     )
 
 
