@@ -233,10 +233,10 @@ class Inbox:
         return items
 
     def put_back(self, items: list[Item]) -> None:
-        """Put reports back in front: the tick that took them could not keep what follows from them.
+        """Put reports back in front: the tick that took them could not keep what follows.
 
-        Not so commands, whose clients are told. Nor a launcher's end: it was acted on, and said again it would
-        have each try connect once more. Nor a greeting from before it: that launcher is gone.
+        Not so commands, whose clients are told. Nor a launcher's end: it was acted on, and each try would
+        connect once more. Nor a greeting from before it: that launcher is gone.
         """
         ends = [at for at, item in enumerate(items) if isinstance(item, LauncherGone)]
         kept = [

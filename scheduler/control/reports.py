@@ -123,7 +123,8 @@ class ReportHandler:
         current = self._control.ledger.jobs.get(job.number)
         signalled = any(isinstance(report, Signalled) for report in held.reports)
         if current is not None and current.holds and current.attempts[-1].notice and not signalled:
-            self._control.orders.stop(current, current.attempts[-1])
+            # It was decided and never told, and perhaps a long time has passed: the grace is the job's to use.
+            self._control.orders.stop(current, current.attempts[-1], now_s)
 
     def _say_again(self, job: Job) -> None:
         """The order to start may not have arrived; the launcher does it once."""

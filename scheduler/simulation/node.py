@@ -40,6 +40,7 @@ class SimulatedLauncher:
     def __init__(self, machine: Machine) -> None:
         """Take the machine; the launcher hears of each end there."""
         self._machine = machine
+        self.start_s = START_S
         machine.on_exit = self._exited
         self._generation = 1
         self._on_report: Callable[[Report], None] | None = None
@@ -68,7 +69,7 @@ class SimulatedLauncher:
         self._begun.add((order.key.job_id, order.key.attempt))
         named = order.environment["CUDA_VISIBLE_DEVICES"]
         gpus = tuple(named.split(",")) if named else ()
-        self._later(order.key, START_S, self._spawn, order.key, gpus)
+        self._later(order.key, self.start_s, self._spawn, order.key, gpus)
 
     def stop(self, order: StopOrder) -> None:
         key, loop = order.key, asyncio.get_running_loop()

@@ -340,19 +340,17 @@ class Invariants:
             job for job in ledger.jobs.values() if job.state is JobState.PENDING and job.eligible_s <= now_s
         ]
         for job in waiting:
-            if controller.reason(job) is Reason.WAITING_FOR_POWER:
-                self._demand(controller.power.is_active, f"{job.id} waits for power, and there is no budget")
-                continue
-            if controller.reason(job) is Reason.WAITING_FOR_PRICE:
-                costs = controller.prices.price is not None
-                self._demand(costs, f"{job.id} waits for a price, and nobody asks one")
-                continue
-            if controller.reason(job) is Reason.WAITING_FOR_PROMISED_START:
-                ahead = [other.id for other in waiting if self._rank(other) < self._rank(job)]
-                self._demand(bool(ahead), f"{job.id} is held back for a higher rank, and nobody ranks higher")
+            reason = controller.reason(job)
+            if any(self._rank(other) < self._rank(job) for other in waiting):
+                continue  # what is free may be kept for who ranks higher
+            held_back = reason is Reason.WAITING_FOR_PROMISED_START
+            self._demand(not held_back, f"{job.id} is held back for a higher rank, and nobody ranks higher")
+            if (reason is Reason.WAITING_FOR_POWER and controller.power.is_active) or (
+                reason is Reason.WAITING_FOR_PRICE and controller.prices.price is not None
+            ):
                 continue
             fits = len(free) >= job.spec.gpus and cpus >= job.spec.cpus
-            self._demand(not fits, f"{job.id} waits for {job.spec.gpus} GPUs, and {len(free)} are free")
+            self._demand(not fits, f"{job.id} waits ({reason}) and what it wants is free")
 
     def _rank(self, job: Job) -> tuple[int, ...]:
         """The smaller, the higher."""

@@ -1,7 +1,7 @@
 """Scenarios: stories in TOML (`scenarios/*.toml`), read into scripts.
 
-A scenario has `gpus`, `until_s` (when the story ends; then all must come right as in any run), perhaps
-`sampling_s`, `miners` and `node`, and tables: `[[jobs]]` (a name, when it comes, what it wants of the scheduler
+A scenario has `gpus`, `until_s` (the story's end; then all must come right as in any run), perhaps
+`sampling_s`, `miners` and `node`, and tables: `[[jobs]]` (a name, when it comes, what it wants of us
 and how its process behaves), `[[operators]]` (what they, the grid and the market ask for), `[[faults]]`, and
 `[[expect]]` (what must be so at a moment). `crash_at` names steps: the story is told once for each, with the
 daemon killed there. `[inference]` makes jobs of a trace of requests: as many replicas as each minute needs.

@@ -11,6 +11,7 @@ from typing import Any
 
 from scheduler.model.jobs import JobClass, JobSpec, OnPreempt, RestartRule
 from scheduler.simulation.machine import Workload
+from scheduler.simulation.node import START_S
 from tests.harness.values import SPEC
 
 # Jobs and faults come in this time; a fault that lasts is over by the end of it.
@@ -86,6 +87,7 @@ class Script:
     miners: bool = False  # a standing job fills what is idle
     gives_verdicts: bool = True  # the driver tells recovery actions
     sampling_s: float = 1.0
+    start_s: float = START_S  # from the order to the program's first line
     pids: int = 0  # the kernel has only so many; 0 = as many as it likes
     node: dict[str, int] = field(default_factory=lambda: {"cpus": 64, "memory_mib": 512_000})
     faults_s: float = FAULTS_S  # until then jobs come and things go wrong
@@ -113,6 +115,7 @@ def drawn(seed: int) -> Script:
         gives_verdicts=chance.random() < 0.7,
         sampling_s=chance.choice((1.0, 5.0, 5.0)),
         pids=chance.choice((0, 0, 12)),
+        start_s=chance.choice((START_S, START_S, 0.5)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The stories of `scenarios/*.toml` come out as they are told, and nothing that must not happens on the way."""
+"""The stories of `scenarios/*.toml` come out as they are told, and nothing goes wrong on the way."""
 
 import dataclasses
 

@@ -110,6 +110,7 @@ class World:
             (NodeSize(script.node["cpus"], script.node["memory_mib"], 100),),
             self.faults.wrap,
         )
+        self.daemon.launcher.start_s = script.start_s
         self.faults.watch(self.daemon.disk)
         self._tell_ends()
         self.invariants = Invariants(self)
@@ -162,7 +163,7 @@ class World:
         for expectation in self.script.expectations:
             self._spawn(self._expect(expectation))
         await self._until(self.script.faults_s)
-        self._end_faults()
+        self.end_faults()
         await self._until(self.script.faults_s + SETTLING_S)
         self.invariants.all_is_well()
         loop.on_quiet = None
@@ -280,7 +281,7 @@ class World:
                 break
 
     def _commands(self, wish: Wish) -> list[tuple[float, Command]]:
-        """What is asked for, each after a while; clients of the API could not send more nonsense than this."""
+        """What is asked for, each after a while; the API lets no more nonsense through than this."""
         job_id = self.acknowledged.get(f"request of job{wish.target}", "j1")
         now_s, watts = self.clock.now_s(), float(wish.target)
         match wish.what:
@@ -339,7 +340,8 @@ class World:
             end()
             self.say(f"{fault.kind} is over")
 
-    def _end_faults(self) -> None:
+    def end_faults(self) -> None:
+        """From now on nothing goes wrong any more."""
         self.say("faults are over")
         self.faults.on_point = None
         self.daemon.disk.on_torn = None
@@ -489,6 +491,7 @@ def play(script: Script, directory: Path) -> tuple[list[str], Violation | None]:
             await world.play()
         finally:
             if world.daemon.runs:
+                world.end_faults()
                 world.faults.end_life()
                 world.daemon.crash()
 
