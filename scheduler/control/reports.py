@@ -89,7 +89,7 @@ class ReportHandler:
         for job in list(control.ledger.live_jobs()):
             mine = held.pop((job.id, job.attempt), None)
             if mine is not None:
-                self._adopt(job, mine)
+                self._adopt(job, mine, now_s)
             elif job.attempts[-1].launcher_id == hello.launcher_id and job.attempts[-1].started_s is None:
                 self._say_again(job)
             else:
@@ -117,13 +117,13 @@ class ReportHandler:
         """The job is final: nobody stops for it any more."""
         self._victims.pop(number, None)
 
-    def _adopt(self, job: Job, held: HeldAttempt) -> None:
+    def _adopt(self, job: Job, held: HeldAttempt, now_s: float) -> None:
         for report in held.reports:
             self.report(report)
         current = self._control.ledger.jobs.get(job.number)
         signalled = any(isinstance(report, Signalled) for report in held.reports)
         if current is not None and current.holds and current.attempts[-1].notice and not signalled:
-            # It was decided and never told, and perhaps a long time has passed: the grace is the job's to use.
+            # It was decided and never told, perhaps long ago: the grace is the job's to use all the same.
             self._control.orders.stop(current, current.attempts[-1], now_s)
 
     def _say_again(self, job: Job) -> None:

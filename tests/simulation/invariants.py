@@ -175,6 +175,8 @@ class Invariants:
             self._without_process_s = dict.fromkeys(self._without_process_s, self._now_s())
             self._without_job_s.clear()
             return
+        failures = daemon.controller.meters.tick_failures
+        self._demand(not failures, f"{failures} ticks failed")
         self._tell_changes()
         self._nothing_is_over_committed()
         self._processes_are_jobs()
