@@ -19,7 +19,7 @@ from scheduler import paths
 from scheduler.api.http import MetricsServer
 from scheduler.api.job_service import JobService
 from scheduler.api.logs import LogReader
-from scheduler.api.metrics import NodeCollector, registry
+from scheduler.api.metrics import NodeMetrics
 from scheduler.api.node_service import NodeService
 from scheduler.api.power_service import PowerService
 from scheduler.api.server import Server
@@ -176,7 +176,7 @@ class _Daemon:
             PowerService(controller),
             UsageService(controller),
         )
-        metrics = MetricsServer(registry(NodeCollector(controller)), lambda: _not_ready(controller))
+        metrics = MetricsServer(NodeMetrics(controller).page, lambda: _not_ready(controller))
         self._handle_signals(controller)
         try:
             await controller.start()

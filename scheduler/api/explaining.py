@@ -29,6 +29,10 @@ _OBSTACLES = {
     Rule.NOT_PREEMPTIBLE: (Reason.HELD_NOT_PREEMPTIBLE, "held by jobs that may not be preempted"),
     Rule.RANK: (Reason.HELD_BY_RANK, "held by jobs that this one does not outrank by enough"),
     Rule.MINIMUM_RUNTIME: (Reason.HELD_WITHIN_MINIMUM_RUNTIME, "held by jobs within their minimum runtime"),
+    Rule.NODE_NOT_WHOLE: (
+        Reason.NODE_NOT_WHOLE,
+        "on nodes that it can't have whole: a gang over several nodes takes all GPUs of nodes of one model",
+    ),
     Rule.CLAIMED: (Reason.CLAIMED_BY_HIGHER_RANK, "claimed by or promised to a job that goes first"),
     Rule.CPUS: (Reason.WAITING_FOR_CPUS, "CPUs are missing on the node"),
     Rule.MEMORY: (Reason.WAITING_FOR_MEMORY, "MiB of host memory are missing on the node"),
@@ -196,7 +200,9 @@ def _obstacle(control: Controller, obstacle: Obstacle) -> job_service_pb2.Obstac
         detail = _closed(control, frozenset(obstacle.gpus))
     if obstacle.jobs:
         detail += f": {_names(job_id(number) for number in obstacle.jobs)}"
-    return job_service_pb2.Obstacle(reason=convert.reason(reason), gpus=len(obstacle.gpus), detail=detail)
+    return job_service_pb2.Obstacle(
+        reason=convert.reason(reason), gpus=len(obstacle.gpus), nodes=obstacle.nodes, detail=detail
+    )
 
 
 def _closed(control: Controller, uuids: frozenset[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from scheduler.control.ledger import Ledger
 from scheduler.control.table import Leaver, gave_way
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.events import BaselineLearned
 from scheduler.model.gpus import PID_LIMIT, GpuIdentity, GpuProcess, GpuSample, GpuState
@@ -68,14 +69,16 @@ class GpuView:
     job_ids: tuple[str, ...]
     free_share_milli: int
     foreign: tuple[GpuProcess, ...]
+    telemetry_problems: tuple[str, ...] = ()
 
 
 class GpuBoard:
     """Every GPU that this daemon has seen, by index."""
 
-    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...]) -> None:
+    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...], telemetry: Telemetry) -> None:
         """Take the ledger and the size of each node, in the order in which GPUs name them."""
         self._ledger = ledger
+        self._telemetry = telemetry
         self.sizes = sizes
         self.identities: tuple[GpuIdentity, ...] = ()
         self.row: dict[str, int] = {}
@@ -196,6 +199,11 @@ class GpuBoard:
         """Forget the proofs of attempts that the ledger has as verified."""
         self._proved = {key for key in self._proved if key[:2] in self._ledger.leaving}
 
+    def held_unseen(self) -> dict[str, list[Job]]:
+        """The GPUs that jobs hold and nobody has seen since the start, with those jobs."""
+        by_gpu = self._ledger.table.holdings.by_gpu
+        return {uuid: list(jobs.values()) for uuid, jobs in by_gpu.items() if uuid not in self.row}
+
     def holders(self, uuid: str) -> list[Job]:
         """Live jobs that hold a GPU."""
         return self._ledger.table.holdings.jobs(uuid)
@@ -208,7 +216,8 @@ class GpuBoard:
         """The GPU's state, its reason and the facts behind it."""
         mark = self._ledger.marks.get(uuid)
         if not self.is_present(uuid):
-            return GpuState.LOST, Reason.GPU_NOT_SEEN, self.errors.get(uuid, "not in the driver's list")
+            code = self.errors.get(uuid) or self.errors.get("driver")
+            return GpuState.LOST, Reason.GPU_NOT_SEEN, code or "not in the driver's list"
         if mark is not None:
             return mark.state, Reason(mark.reason), mark.detail
         if held:
@@ -242,6 +251,7 @@ class GpuBoard:
                     job_ids=tuple(sorted(job.id for job in jobs)),
                     free_share_milli=max(0, SHARE_MILLI_WHOLE - held - occupied),
                     foreign=self.foreign.get(gpu.uuid, ()),
+                    telemetry_problems=self._telemetry.of(gpu.uuid),
                 )
             )
         return views

@@ -1,4 +1,4 @@
-"""Keeping the state directory in order: room, the length of the log, and what has aged out."""
+"""What is done in quiet moments: folding the journal's log, dropping what is past its time."""
 
 import asyncio
 import logging
@@ -14,15 +14,15 @@ log = logging.getLogger("wattshift.housekeeping")
 EXPIRE_PERIOD_S = 60.0
 
 
-class Housekeeping:
-    """Looks with each round of readings, and cleans up in quiet moments."""
+class Housekeeper:
+    """Looks at each round of readings whether there is time for it."""
 
     def __init__(self, controller: "Controller") -> None:
         self._control = controller
         self._expired_s = 0.0
 
-    def look(self, now_s: float) -> None:
-        """See how much room there is; where nothing else is to be done, fold the log and drop what is old."""
+    def read(self, now_s: float) -> None:
+        """Do what can wait, unless somebody waits."""
         control = self._control
         journal, state = control.effects.journal, control.config.state
         control.commands.free_mib = journal.free_mib()

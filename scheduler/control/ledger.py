@@ -22,8 +22,10 @@ from scheduler.model.events import (
     PlanDecided,
     PolicyChanged,
     UsageBooked,
+    energy_of_jobs,
     fold,
     submitted,
+    with_energy,
 )
 from scheduler.model.gpus import GpuBaseline, GpuMark, GpuState
 from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
@@ -87,8 +89,11 @@ class Ledger:
         self.next_number = node.next_number
         self._undo: dict[int, Job | None] = {}
         self._steps: list[Change] = []
-        self.booked_s = node.booked_s
         self.boot_id = node.boot_id  # of the last daemon; empty before the first
+        self.booked = (
+            node.booked
+        )  # by whole GPU; replaced, never changed, so that a tick compares it at no cost
+        self.booked_seq = node.booked_seq
         self._node_before = self._node()
         self._environments: dict[int, dict[str, str]] = {}
         self._usage: list[UsageBooking] = []
@@ -150,9 +155,8 @@ class Ledger:
             case NodeDrainChanged():
                 self.drain = event if event.draining else None
             case UsageBooked():
-                if event.whole:
-                    self.booked_s = event.at_s
-                self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
+                self._book(event)
+                return None
             case PlanDecided() | PolicyChanged() | LauncherConnected():
                 pass
             case (
@@ -177,6 +181,19 @@ class Ledger:
                 return job
         self.journal.stage(event)
         return None
+
+    def _book(self, event: UsageBooked) -> None:
+        seq = self.journal.stage(event)
+        gpus = {gpu.uuid: gpu for gpu in event.gpus}
+        if event.whole:
+            self.booked_seq, self.booked = seq, gpus
+        else:
+            self.booked = self.booked | gpus
+        self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
+        for job_id, energy_mj in energy_of_jobs(event).items():
+            before = self.by_id(job_id)
+            if before is not None:  # else it has aged out
+                self._put(before, with_energy(before, energy_mj, seq))
 
     def keep_environment(self, number: int, environment: dict[str, str]) -> None:
         """Store a job's environment with the transaction."""
@@ -289,7 +306,8 @@ class Ledger:
         before = self._node_before
         self.marks, self.drain, self.power = dict(before.marks), before.drain, before.power
         self.baselines = dict(before.baselines)
-        self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id
+        self.next_number, self.boot_id = before.next_number, before.boot_id
+        self.booked, self.booked_seq = before.booked, before.booked_seq
         self._begin()
 
     def _node(self) -> NodeState:
@@ -297,8 +315,9 @@ class Ledger:
             marks=dict(self.marks),
             drain=self.drain,
             next_number=self.next_number,
-            booked_s=self.booked_s,
             boot_id=self.boot_id,
+            booked=self.booked,
+            booked_seq=self.booked_seq,
             baselines=dict(self.baselines),
             power=self.power,
         )

@@ -12,12 +12,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scheduler.control.abilities import Abilities
 from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
 from scheduler.control.handover import HandoverVerifier, Look
 from scheduler.control.health import Health
-from scheduler.control.housekeeping import Housekeeping
+from scheduler.control.housekeeping import Housekeeper
 from scheduler.control.inbox import (
     Asked,
     Command,
@@ -46,6 +47,7 @@ from scheduler.control.power import PowerControl
 from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
+from scheduler.control.telemetry import Telemetry
 from scheduler.control.watch import Watchers
 from scheduler.control.witness import Witness
 from scheduler.effects.clock import Clock
@@ -106,8 +108,9 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
-        self.board = GpuBoard(self.ledger, site.sizes)
-        self.accounts = Accounts(self.ledger, self.board, self.meters)
+        self.telemetry = Telemetry(self.meters)
+        self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
@@ -123,7 +126,6 @@ class Controller:
         self.reports = ReportHandler(self)
         self.standing = StandingJobs(self)
         self.observer = Observer(self.ledger, self.meters)
-        self.housekeeping = Housekeeping(self)
         # Another boot than the last daemon's: every process of before is gone.
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.health = Health(self)
@@ -131,6 +133,7 @@ class Controller:
         self.prices = Prices(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
+        self.abilities = Abilities(self.problems)
         self.last_plan: Plan | None = None
         self._memo = Memo()
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
@@ -145,6 +148,7 @@ class Controller:
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
+        self._housekeeper = Housekeeper(self)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -158,7 +162,7 @@ class Controller:
             JournalError: The journal can't be written.
         """
         now_s = self.effects.clock.now_s()
-        self.accounts.resume(now_s)
+        self.accounts.resume(rebooted=self.rebooted)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
         self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         self.health.start()
@@ -220,8 +224,8 @@ class Controller:
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
-        self.accounts.book(now_s)
+        self.accounts.settle()
+        self.accounts.book_all(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -276,14 +280,6 @@ class Controller:
             self.ledger.table.drop(number)
         told = [victim.number for victim in found.victims]
         return found, self.occupancy.forecast.until_free_s(found.gpus, told, now_s)
-
-    def is_held(self, uuid: str, pid: int) -> bool:
-        """Whether the process belongs to a live job that holds the GPU."""
-        return any(
-            last.pid is not None
-            and self.effects.processes.belongs_to(pid, last.pid, last.pid_start_ticks or 0)
-            for last in (job.attempts[-1] for job in self.board.holders(uuid))
-        )
 
     # A tick -----------------------------------------------------------------------------------
 
@@ -355,17 +351,18 @@ class Controller:
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
         self._before = self.rebooted, self._gpus_before
-        self.accounts.advance(now_s)
+        self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        has_readings = any(isinstance(item, GpuReadings) for item in items)
+        if has_readings:
+            self.accounts.read(now_s)  # not before it is known who has ended meanwhile
         self.prices.advance(now_s)
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
-        self.accounts.book_ended(now_s)
-        if self.accounts.due(now_s):
-            self.accounts.book(now_s)
+        self.accounts.book(now_s, has_readings=has_readings)
         try:
             self._commit()
         except JournalError as error:
@@ -539,14 +536,13 @@ class Controller:
     # Readings ---------------------------------------------------------------------------------
 
     def _read(self, readings: GpuReadings, now_s: float) -> None:
-        for code in readings.errors.values():
-            self.meters.telemetry_errors[(code,)] += 1
-        if "driver" in readings.errors:
-            self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
-        else:
-            self.problems.pop("driver", None)
+        self.telemetry.read(readings, now_s)
         fresh = self.board.read(readings)
-        self.accounts.read()
+        if unused := self.telemetry.nameless(self.board.row):
+            self.problems["telemetry"] = unused
+        else:
+            self.problems.pop("telemetry", None)
+        self.abilities.read(readings, self.board)
         self.occupancy.fresh(fresh)
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
@@ -560,7 +556,7 @@ class Controller:
             for gpu in self.board.identities:
                 if self.board.is_present(gpu.uuid):
                     self.spawn(self._look_once(gpu.uuid))
-        self.housekeeping.look(now_s)
+        self._housekeeper.read(now_s)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run this beside the loop, until the loop ends."""

@@ -43,9 +43,17 @@ class Occupancy:
         return GpuFacts(
             foreign=lambda: control.config.foreign,
             empty_mib=control.board.empty_mib,
-            is_held=control.is_held,
+            is_held=self._is_held,
             is_foreign=self._is_foreign,
             openers=self._openers,
+        )
+
+    def _is_held(self, uuid: str, pid: int) -> bool:
+        """Whether the process belongs to a live job that holds the GPU."""
+        return any(
+            last.pid is not None
+            and self._control.effects.processes.belongs_to(pid, last.pid, last.pid_start_ticks or 0)
+            for last in (job.attempts[-1] for job in self._control.board.holders(uuid))
         )
 
     def _is_foreign(self, uuid: str, process: GpuProcess) -> bool:

@@ -189,7 +189,7 @@ class ReportHandler:
         self._end(job, Ending(report.at_s, code, reason, detail))
 
     def _end(self, job: Job, ending: Ending) -> None:
-        self._control.accounts.ended(job)
+        self._control.accounts.ended(job, ending.at_s, ending.reason, lost=ending.lost)
         self._control.health.ended(job, ending.at_s)
         event = ended(job, ending, self._control.config.policy)
         self._apply(event)

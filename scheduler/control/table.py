@@ -10,8 +10,8 @@ import numpy as np
 from scheduler.control.holdings import Holdings
 from scheduler.model import snapshot as columns
 from scheduler.model.gpus import GpuIdentity, model_matches
-from scheduler.model.jobs import Job, JobState, Notice, job_number
-from scheduler.model.policy import Policy, aged_priority
+from scheduler.model.jobs import Job, JobClass, JobState, Notice, job_number
+from scheduler.model.policy import Order, Policy, aged_priority
 from scheduler.model.snapshot import (
     UNKNOWN,
     GpuColumns,
@@ -30,12 +30,16 @@ _STATE_CODES = {
     JobState.PREEMPTING: columns.PREEMPTING,
     JobState.STOPPING: columns.STOPPING,
 }
-# The last one is of the power columns, not of the jobs'.
-_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w")
+# Beside the jobs' own: what a job draws by nature, W, and the whole work of one that pays at its end, µs.
+_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w", "whole_us")
+_OWN = len(JobColumns.__dataclass_fields__)
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
 _MICROUSD_PER_USD = 1_000_000
 _W_PER_KW = 1000.0
+# A job is never taken for nearer its end than this, nor for worth more than this: 1,000,000 USD per GPU-hour.
+_LEFT_US_MIN = 60_000_000
+_GROWN_VALUE_MAX = 1_000_000_000_000
 
 # What an ended attempt still occupies: row of the GPU, share in thousandths, memory in MiB, then the number
 # of the job that it gave way to and when it was told, microseconds; UNKNOWN where nobody was.
@@ -149,10 +153,14 @@ class JobTable:
         `power` makes the power columns of what each job draws by nature, in watts; UNKNOWN.
         """
         count = len(self._rows)
-        jobs, gross = JobColumns(*(array[:count] for array in self._arrays[:-1])), None
+        own = [array[:count] for array in self._arrays]
+        natural_w, whole_us = own[_OWN:]
+        jobs, gross = JobColumns(*own[:_OWN]), None
+        if self._policy.order is Order.VALUE:
+            jobs = replace(jobs, value=value_of_what_is_left(jobs, whole_us, microseconds(now_s)))
         if self.energy is not None:
             gross = jobs.value
-            jobs = replace(jobs, value=gross - self.energy.cost(self._arrays[-1][:count]))
+            jobs = replace(jobs, value=gross - self.energy.cost(natural_w))
         return Snapshot(
             now_us=microseconds(now_s),
             jobs=jobs,
@@ -160,7 +168,7 @@ class JobTable:
             nodes=nodes,
             holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
-            power=None if power is None else power(self._arrays[-1][:count]),
+            power=None if power is None else power(natural_w),
             gross_value=gross,
         )
 
@@ -196,7 +204,7 @@ class JobTable:
             microseconds(spec.min_runtime_s),
             microseconds(spec.grace_s),
             microseconds(spec.restart_loss_s),
-            microseconds(spec.expected_duration_s),
+            microseconds(job.expected_attempt_s),
             microseconds(spec.deadline_s),
             microseconds(spec.time_limit_s),
             microseconds(last.started_s) if live and last else UNKNOWN,
@@ -205,6 +213,7 @@ class JobTable:
             preemptor,
             stop_us,
             UNKNOWN if natural_w is None else max(1, math.ceil(natural_w)),
+            UNKNOWN if spec.job_class is JobClass.MINING else microseconds(spec.expected_duration_s),
         )
 
     def _model_set(self, models: tuple[str, ...]) -> int:
@@ -229,3 +238,14 @@ class JobTable:
     @staticmethod
     def _allocate(rows: int) -> list[Any]:
         return [np.zeros(rows, dtype=bool if name in _BOOL_COLUMNS else np.int64) for name in _COLUMNS]
+
+
+def value_of_what_is_left(jobs: JobColumns, whole_us: Any, now_us: int) -> Any:
+    """Micro-USD per GPU-hour of the work that is left: who pays at the end is worth more, the less is left.
+
+    Jobs whose duration nobody declared, and those that pay as they go, are worth what they say.
+    """
+    ran_us = np.where(jobs.started_us == UNKNOWN, 0, now_us - jobs.started_us)
+    left_us = np.maximum(jobs.expected_us - np.maximum(ran_us, 0), _LEFT_US_MIN)
+    grown = np.rint(jobs.value * (whole_us / left_us)).clip(-_GROWN_VALUE_MAX, _GROWN_VALUE_MAX)
+    return np.where(whole_us == UNKNOWN, jobs.value, grown.astype(np.int64))

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -43,6 +44,8 @@ from scheduler.model.gpus import GpuEvent, GpuIdentity, GpuSample
 LANE_WAITING_MAX = 8
 NO_GPU = "ERROR_GPU_NOT_FOUND"  # the driver is there and counts none
 TWICE = "UUID_TWICE"  # ours: a second GPU says that it is the first
+COUNT_CHANGED = "GPU_COUNT_CHANGED"  # ours: the driver has more GPUs, or fewer, than when it was opened
+COUNTS_AGREED = 3  # so many times in a row; a count that comes and goes costs nothing
 GPUS_MAX = 64  # a lane each; the largest boards hold 16
 # Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
 ORDERLY_END_S = 0.5
@@ -278,6 +281,8 @@ class GpuLanes:
         self._failure = ""  # why the library isn't open
         self._driver: Driver | None = None
         self._gpus: tuple[GpuLane, ...] = ()
+        self._counts: deque[int] = deque(maxlen=COUNTS_AGREED)  # the last, newest last
+        self._is_counting = False
 
     def readings(self, within_s: float, stuck_s: float) -> Message:
         """Return one round after at most `within_s`: what has not answered by then has timed out.
@@ -346,9 +351,38 @@ class GpuLanes:
             self._wait(lambda: not self._is_opening, until_s)
             if not self._gpus:
                 return self._without_driver(TIMEOUT if self._is_opening else self._failure, stuck_s)
+        if self._has_other_count:
+            return self._lose_driver(COUNT_CHANGED, stuck_s)
+        self._count()
         begun = [gpu for gpu in self._gpus if gpu.begin_sample()]
         self._wait(lambda: not any(gpu.is_sampling for gpu in begun), until_s)
         return self._collect(stuck_s)
+
+    @property
+    def _has_other_count(self) -> bool:
+        """Whether the driver has another number of GPUs than were opened: then indices mean others, too."""
+        driver = self._driver
+        assert driver is not None, "open lanes have their driver"
+        counts = set(self._counts)
+        return (
+            len(self._counts) == COUNTS_AGREED and len(counts) == 1 and driver.library.gpu_count not in counts
+        )
+
+    def _count(self) -> None:
+        """Let the GPUs be counted for the next round; nothing is stacked on a count that hangs."""
+
+        def count() -> None:
+            try:
+                found = nvml.gpu_count()
+            except GpuReadError:  # the GPUs' own samples tell what that means
+                found = None
+            with self._changed:
+                self._is_counting = False
+                if found is not None:
+                    self._counts.append(found)
+
+        if not self._is_counting:
+            self._is_counting = self._opening.submit(count)
 
     def _open(self) -> None:
         gpus: tuple[GpuLane, ...] = ()
@@ -366,6 +400,7 @@ class GpuLanes:
         finally:
             with self._changed:
                 self._gpus, self._failure = gpus, failure
+                self._counts.clear()
                 self._is_opening = False
                 self._changed.notify_all()
 
@@ -376,7 +411,10 @@ class GpuLanes:
         if answers and answers <= nvml.DRIVER_GONE:
             return self._lose_driver(min(answers), stuck_s)
         identities, twice = self._identities()
-        errors = {name: failure for gpu, _, failure in results if failure for name in gpu.names}
+        errors = {
+            sample.uuid: nvml.IMPLAUSIBLE for _, samples, _ in results for sample in samples if sample.doubts
+        }
+        errors |= {name: failure for gpu, _, failure in results if failure for name in gpu.names}
         return {
             "identities": [value_to_json(identity) for identity in identities],
             "samples": [

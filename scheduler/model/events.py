@@ -7,6 +7,7 @@ is drawn from it. `fold` is the only code that changes a job's state.
 from dataclasses import dataclass, replace
 
 from scheduler.errors import TransitionError
+from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import (
     ATTEMPTS_KEPT,
     FINAL_STATES,
@@ -287,19 +288,21 @@ class UsageEntry:
     job_id: str
     uuid: str
     tenant: str
-    job_class: str  # JobClass's name, or "IDLE"
+    job_class: str  # JobClass's name, or "IDLE", or "UNKNOWN"
     gpu_ms: int  # milliseconds times share
     energy_mj: int
     value_microusd: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class UsageBooked:
-    """Usage since the last booking, integers only. `whole`: of everybody, not just of some."""
+    """Usage of some GPUs since their last bookings, integers only. `whole`: of all GPUs that there are."""
 
     at_s: float
     entries: tuple[UsageEntry, ...]
     whole: bool = True
+    gpus: tuple[GpuBooked, ...] = ()  # up to where each of them is booked now
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +405,25 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
             return _with_attempt(job, attempt, revision)
 
 
+def energy_of_jobs(event: UsageBooked) -> dict[str, dict[int, int]]:
+    """The energy in millijoules that a booking adds, by job id and attempt."""
+    found: dict[str, dict[int, int]] = {}
+    for entry in event.entries:
+        if entry.job_id and entry.energy_mj:
+            attempts = found.setdefault(entry.job_id, {})
+            attempts[entry.attempt] = attempts.get(entry.attempt, 0) + entry.energy_mj
+    return found
+
+
+def with_energy(job: Job, energy_mj: dict[int, int], revision: int) -> Job:
+    """The job after a booking, by attempt; of an attempt that is not kept any more only the job tells."""
+    attempts = tuple(
+        replace(one, energy_mj=one.energy_mj + energy_mj.get(one.number, 0)) for one in job.attempts
+    )
+    total_mj = job.energy_mj + sum(energy_mj.values())
+    return replace(job, attempts=attempts, energy_mj=total_mj, revision=revision)
+
+
 def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
     if event.attempt != job.attempt + 1:
         raise TransitionError(f"job {job.id}: attempt {event.attempt} follows {job.attempt}")
@@ -438,7 +460,18 @@ def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
         failures=event.failures,
         queued_since_s=job.queued_since_s if final else event.at_s,
         finished_s=event.at_s if final else None,
+        worked_s=job.worked_s + _saved_s(job, attempt),
     )
+
+
+def _saved_s(job: Job, attempt: Attempt) -> float:
+    """What of an ended attempt's work is saved: until it was told to go, else until its last checkpoint."""
+    asked = attempt.notice is not None and not attempt.lost
+    until_s = (attempt.signalled_s or attempt.exited_s) if asked else attempt.checkpoint_s
+    if attempt.started_s is None or until_s is None:
+        return 0.0
+    lost_s = job.spec.restart_loss_s if attempt.number > 1 else 0.0
+    return max(0.0, until_s - attempt.started_s - lost_s)
 
 
 def _moved(job: Job, to: JobState, reason: Reason, at_s: float) -> Job:

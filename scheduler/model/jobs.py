@@ -128,6 +128,7 @@ class Attempt:
     end_reason: Reason | None = None
     verified_s: float | None = None  # all its GPUs are proved free
     successor_started_s: float | None = None
+    energy_mj: int = 0  # of its GPUs, as far as it is booked
     node: int = 0  # where, of the nodes that are planned together
 
     @property
@@ -159,12 +160,23 @@ class Job:
     failures: int = 0  # in a row; what the restart back-off counts
     queued_since_s: float = 0.0
     finished_s: float | None = None
+    worked_s: float = 0.0  # work of ended attempts that is saved, without what restarts lost
     detail: str = ""  # facts for a person behind the reason: an errno, a signal, a name
+    energy_mj: int = 0  # of all attempts, as far as it is booked
 
     @property
     def last(self) -> Attempt | None:
         """The newest attempt, if any."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def expected_attempt_s(self) -> float | None:
+        """How long the live attempt, or else the next, should take from its start; None = unknown."""
+        if self.spec.expected_duration_s is None:
+            return None
+        is_first = self.attempt <= (1 if self.holds else 0)
+        left_s = max(0.0, self.spec.expected_duration_s - self.worked_s)
+        return left_s if is_first else left_s + self.spec.restart_loss_s
 
     @property
     def holds(self) -> bool:

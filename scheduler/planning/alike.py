@@ -5,7 +5,7 @@ to placement (`fragmentation.py`) is what is free on each of its GPUs, whom and 
 between which amounts that are asked for its free CPUs and host memory lie. A *state* numbers that.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from scheduler.model.snapshot import MixColumns
@@ -28,7 +28,7 @@ _CHUNK_BITS = 32
 class States:
     """The state of each node of a pool, renewed by whoever changes it, and what is known of the states."""
 
-    def __init__(self, pool: Pool, mix: MixColumns, nearness: list[Any]) -> None:
+    def __init__(self, pool: Pool, mix: MixColumns, nearness: Sequence[Any]) -> None:
         self._pool = pool
         self._cpus = xp.unique(mix.cpus)
         self._memory_mib = xp.unique(mix.memory_mib)
@@ -105,7 +105,7 @@ class States:
         self._answers = 0
 
 
-def _sorts(pool: Pool, nearness: list[Any]) -> list[tuple[int, ...]]:
+def _sorts(pool: Pool, nearness: Sequence[Any]) -> list[tuple[int, ...]]:
     """Of each node what never changes: whom each GPU serves, and which GPUs are near each other."""
     nodes = len(pool.cpus)
     if not nodes:

@@ -42,6 +42,7 @@ class Layout:
             same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
             if same.any() and not (same | ~(there[:, :, None] & there[:, None, :])).all():
                 self.nearness.append(same)
+        self.model = self._spread(gpus.model, UNKNOWN, shape)
         self._snapshot = snapshot
         self._most: dict[bytes, tuple[Any, Any]] = {}
         self._gpus: dict[int, tuple[Gpu, ...]] = {}
@@ -66,16 +67,29 @@ class Layout:
         key = nodes.tobytes()
         known = self._most.get(key)
         if known is None:
-            sizes = xp.unique(self.memory_mib[self.is_open & nodes[:, None]])
-            most = xp.zeros((len(self.fits), len(sizes) + 1), dtype=xp.int64)
-            for level in range(len(sizes)):
-                large = self.fits & (self.memory_mib >= sizes[level]) & nodes[:, None]
-                counts = large.sum(axis=2)
-                if self.whole is not None:
-                    counts = xp.maximum((large & self.whole).sum(axis=2), large.any(axis=2).astype(xp.int64))
-                most[:, level] = counts.max(axis=1) if len(nodes) else 0
-            known = self._most[key] = (sizes, most)
+            known = self._most[key] = self._most_of(self.fits & nodes[:, None], self.is_open & nodes[:, None])
         return known
+
+    def most_gpus_ever(self) -> tuple[Any, Any]:
+        """The same of all nodes and GPUs, open or not."""
+        known = self._most.get(b"")
+        if known is None:
+            serving = xp.zeros((len(self.fits), self.cells), dtype=bool)
+            serving[:, self.cell] = self._snapshot.model_fits
+            there = self.row != UNKNOWN
+            known = self._most[b""] = self._most_of(serving.reshape(self.fits.shape), there)
+        return known
+
+    def _most_of(self, fits: Any, gpus: Any) -> tuple[Any, Any]:
+        sizes = xp.unique(self.memory_mib[gpus])
+        most = xp.zeros((len(fits), len(sizes) + 1), dtype=xp.int64)
+        for level in range(len(sizes)):
+            large = fits & (self.memory_mib >= sizes[level])
+            counts = large.sum(axis=2)
+            if self.whole is not None:  # a job of several gets whole ones only
+                counts = xp.maximum((large & self.whole).sum(axis=2), large.any(axis=2).astype(xp.int64))
+            most[:, level] = counts.max(axis=1) if len(gpus) else 0
+        return sizes, most
 
     def gpus(self, node: int) -> tuple[Gpu, ...]:
         """The node's GPUs in the order of their positions."""

@@ -77,9 +77,8 @@ class Pool:
     def put(self, node: Node, spare: Spare) -> None:
         """Take over what a node has."""
         row, count = node.row, len(node.gpus)
-        is_open = [gpu.is_open for gpu in node.gpus]
         for column, amounts in ((self.milli, spare.milli), (self.mib, spare.mib)):
-            open_only = [amount * is_here for amount, is_here in zip(amounts, is_open, strict=True)]
+            open_only = [amount if gpu.is_open else 0 for amount, gpu in zip(amounts, node.gpus, strict=True)]
             column[row, :count] = xp.asarray(open_only, dtype=xp.int64)
         self.cpus[row] = spare.cpus
         self.memory_mib[row] = spare.memory_mib

@@ -14,8 +14,9 @@ from scheduler.errors import SimulationStuck
 
 # Where a simulation begins unless somebody says otherwise: 2026-01-01 00:00 UTC.
 EPOCH_S = 1_767_225_600.0
-# Timers closer together than this go off together. A time in seconds since 1970 is no finer than 0.24 µs.
-_RESOLUTION_S = 1e-6
+# Timers closer together than this go off together. It is far below a microsecond: who wants to wake that far
+# from now, as plans do, must find that time has passed.
+_RESOLUTION_S = 1e-9
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")

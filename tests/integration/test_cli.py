@@ -329,6 +329,20 @@ def test_gpus_shows_what_each_one_does(daemon: FakeDaemon, capsys: Run) -> None:
     )
 
 
+def test_gpus_says_whose_parts_instances_are(daemon: FakeDaemon, capsys: Run) -> None:
+    for slices, gpu in zip((3, 1), daemon.node.gpus, strict=True):
+        gpu.parent_uuid, gpu.slices = "GPU-99999999-0000", slices
+    lines = printed(capsys, "gpus").splitlines()
+    assert lines[0].split()[:5] == ["GPU", "UUID", "MODEL", "PART", "OF"]
+    assert "3 slices of GPU-99999999" in lines[1]
+    assert "1 slice of GPU-99999999" in lines[2]
+    shown = json.loads(printed(capsys, "gpus", "-o", "json"))["node"]["gpus"]
+    assert [(gpu["parent_uuid"], gpu["slices"]) for gpu in shown] == [
+        ("GPU-99999999-0000", 3),
+        ("GPU-99999999-0000", 1),
+    ]
+
+
 def test_gpus_names_strangers_old_readings_and_the_nodes_problems(daemon: FakeDaemon, capsys: Run) -> None:
     gpu = daemon.node.gpus[1]
     gpu.state, gpu.reason = node_pb2.GPU_STATE_FOREIGN, reason_pb2.REASON_FOREIGN_PROCESS

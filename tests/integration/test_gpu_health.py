@@ -185,20 +185,21 @@ def test_what_a_gpu_reports_of_power_and_health_is_on_the_metrics_page(
     for figure, value in figures.items():
         setattr(fake.gpus[1], figure, value)
 
-    def page() -> dict[str, str]:
+    def page() -> dict[str, float]:
         lines = [line for line in daemon.metrics().splitlines() if fake.gpus[1].uuid in line]
-        return {name.partition("{")[0]: value for name, _, value in (line.rpartition(" ") for line in lines)}
+        parts = (line.rpartition(" ") for line in lines)
+        return {name.partition("{")[0]: float(value) for name, _, value in parts}
 
     expected = {
-        "wattshift_gpu_power_average_watts": "500.0",
-        "wattshift_gpu_power_limit_watts": "700.0",
-        "wattshift_gpu_power_limit_enforced_watts": "600.0",
-        "wattshift_gpu_power_capped_seconds_total": "2.5",
-        "wattshift_gpu_clock_reasons": "132.0",
-        "wattshift_gpu_remap_pending": "1.0",
-        "wattshift_gpu_recovery_action": "0.0",
-        "wattshift_gpu_memory_temperature_celsius": "91.0",
-        "wattshift_gpu_memory_clock_hertz": "2.619e+09",
+        "wattshift_gpu_power_average_watts": 500.0,
+        "wattshift_gpu_power_limit_watts": 700.0,
+        "wattshift_gpu_power_limit_enforced_watts": 600.0,
+        "wattshift_gpu_power_capped_seconds_total": 2.5,
+        "wattshift_gpu_clock_reasons": 132.0,
+        "wattshift_gpu_remap_pending": 1.0,
+        "wattshift_gpu_recovery_action": 0.0,
+        "wattshift_gpu_memory_temperature_celsius": 91.0,
+        "wattshift_gpu_memory_clock_hertz": 2.619e9,
     }
     until("all of it is there", lambda: expected.items() <= page().items())
     absent = ("gpu_recovery_action", "gpu_remap_pending", "gpu_memory_temperature_celsius")

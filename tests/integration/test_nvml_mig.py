@@ -57,16 +57,14 @@ async def test_instances_are_gpus_of_their_own_beside_whole_ones(fake: FakeNvml)
         assert read.first.errors == {}
 
 
-async def test_power_and_energy_of_the_instances_are_their_gpus(fake: FakeNvml) -> None:
+async def test_power_of_the_instances_is_their_gpus_and_the_counter_is_its_own(fake: FakeNvml) -> None:
     async with reading(fake) as read:
         fake.load(1, 1.0)
         fake.advance(10.0)
         readings = await read.until(lambda readings: readings.samples[0].energy_mj == 537_000)
         parts = readings.samples[1:]
         assert [sample.power_w for sample in parts] == [200.0, pytest.approx(400 / 3), pytest.approx(400 / 6)]
-        # The first sample of each was its beginning, at rest or not.
-        assert sum(sample.energy_mj or 0 for sample in parts) == pytest.approx(4_000_000, abs=2)
-        assert parts[0].energy_mj == pytest.approx(2_000_000, abs=1)
+        assert [sample.energy_mj for sample in parts] == [4_000_000] * 3
         assert [sample.power_limit_w for sample in parts] == [None] * 3
         assert [sample.utilization_ratio for sample in parts] == [None] * 3
 
@@ -160,17 +158,40 @@ def test_a_job_runs_on_an_instance_and_sees_only_that(fake: FakeNvml, daemon: Da
     assert daemon.output(job.id).strip() == instances_of(fake)[2]
 
 
+def test_an_instance_says_whose_part_it_is_and_how_large(fake: FakeNvml, daemon: Daemon) -> None:
+    whole, *parts = daemon.get_node().gpus
+    assert (whole.parent_uuid, whole.HasField("slices")) == ("", False)
+    assert {gpu.uuid: (gpu.parent_uuid, gpu.slices) for gpu in parts} == {
+        uuid: (fake.gpus[1].uuid, slices) for uuid, slices in zip(instances_of(fake), (3, 2, 1), strict=True)
+    }
+    lines = {line.split()[1]: line for line in daemon.cli("gpus").stdout.splitlines()[1:]}
+    for part in parts:
+        count = f"{part.slices} slice{'s' if part.slices > 1 else ''}"
+        # The fake's GPUs differ in their last digit only, so that it is named in full.
+        assert f"  {count} of {fake.gpus[1].uuid}  " in lines[part.uuid]
+    assert "slice" not in lines[whole.uuid]
+    page = daemon.metrics()
+    for part in parts:
+        assert f'wattshift_gpu_slices{{gpu="{part.uuid}"}} {part.slices:.1f}\n' in page
+        (info,) = (line for line in page.splitlines() if "gpu_info{" in line and part.uuid in line)
+        assert f'parent="{fake.gpus[1].uuid}"' in info
+    assert f'wattshift_gpu_slices{{gpu="{whole.uuid}"' not in page
+
+
 def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     fake: FakeNvml, daemon: Daemon
 ) -> None:
-    assert daemon.cli("release").returncode == 0
     before = instances_of(fake)
+    fake.xid(1, 31)
+    until("each has counted it", lambda: daemon.metrics().count('kind="xid_31"') == len(before))
+    assert daemon.cli("release").returncode == 0
     fake.gpus[1].partition(7)
     assert daemon.cli("undrain").returncode == 0
     until("it is seen", lambda: uuids(daemon) == [fake.gpus[0].uuid, *instances_of(fake)])
     until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
     assert not set(before) & set(instances_of(fake))
     assert "GPU_STATE_LOST" not in str(daemon.get_node())
+    assert not any(uuid in daemon.metrics() for uuid in before), "a label for each layout has no bound"
 
 
 def test_a_job_of_several_gpus_is_refused_where_only_instances_would_do(daemon: Daemon) -> None:

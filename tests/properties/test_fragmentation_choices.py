@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
-from scheduler.planning import arrays
+from scheduler.planning import alike, arrays
 from scheduler.planning.fragmentation import (
     NO_POSITION,
     QUANTUM_MILLI,
@@ -132,6 +133,16 @@ def test_what_is_remembered_is_what_would_be_computed_afresh(world: World, relea
             ended = held.pop(0)
             put_back(free, *ended)
             placement.changed(ended[1])
+
+
+@given(worlds)
+def test_nodes_that_are_alike_are_chosen_as_if_each_were_rated_by_itself(world: World) -> None:
+    twice = replace(world, nodes=world.nodes * 2, by_power=False)
+    one, two = pool(twice.nodes, SETS), pool(twice.nodes, SETS)
+    expected = _choices(twice, twice.placement(one), one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alike, "NODES_FEW", 0)
+        assert _choices(twice, twice.placement(two), two) == expected
 
 
 @given(worlds, st.randoms(use_true_random=False))

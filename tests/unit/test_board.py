@@ -8,6 +8,8 @@ import pytest
 
 from scheduler.control.board import EMPTY_MIB_MAX, GpuBoard, NodeSize, describe
 from scheduler.control.ledger import BASELINES_MAX, Ledger
+from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.model.events import GpuMarked
@@ -30,7 +32,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 def board(ledger: Ledger) -> GpuBoard:
-    board = GpuBoard(ledger, (NodeSize(8, 1024, 16),))
+    board = GpuBoard(ledger, (NodeSize(8, 1024, 16),), Telemetry(Meters()))
     board.read(GpuReadings((A, B), (), {}))
     return board
 
@@ -95,7 +97,7 @@ def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:
 
 def test_a_baseline_outlives_the_daemon_but_not_its_driver(ledger: Ledger) -> None:
     def board_of_the_next_daemon(driver: str) -> GpuBoard:
-        board = GpuBoard(Ledger(ledger.journal, Policy()), NodeSize(8, 1024, 16))
+        board = GpuBoard(Ledger(ledger.journal, Policy()), (NodeSize(8, 1024, 16),), Telemetry(Meters()))
         board.read(GpuReadings((A, B), (), {}, driver))
         return board
 
@@ -168,3 +170,8 @@ def test_an_entry_that_names_nobody_says_what_the_list_says() -> None:
     assert describe((GpuProcess(0, 2048, listed_pid=4711),)) == ended
     scrambled = "a process that can't be named (0 MiB)"
     assert describe((GpuProcess(0, 0, listed_pid=PID_LIMIT),)) == scrambled
+
+
+def test_a_gpu_whose_memory_is_not_known_has_none_to_book(board: GpuBoard) -> None:
+    board.learn_baseline(A.uuid, 500, 1.0)
+    assert board.bookable_mib(replace(A, memory_total_mib=0)) == 0

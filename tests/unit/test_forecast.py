@@ -9,6 +9,8 @@ import pytest
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.forecast import CONTEXT_S, REMEMBERED_MAX, Forecast
 from scheduler.control.ledger import Ledger
+from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.model.gpus import GpuIdentity
@@ -27,7 +29,7 @@ class Node:
 
     def __init__(self, journal: SqliteJournal) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, NodeSize(8, 1024, 64))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), Telemetry(Meters()))
         self.board.read(GpuReadings((A, B), (), {}))
         self.forecast = Forecast(self.ledger, self.board)
 

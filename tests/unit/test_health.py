@@ -12,6 +12,7 @@ from scheduler.control.commands import CommandHandler
 from scheduler.control.health import OWN_KILL_S, RETURNS_MAX, WELL_S_FIRST, Health
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.nvml_events import KINDS
@@ -42,7 +43,7 @@ class Ward:
 
     def __init__(self, journal: SqliteJournal, *, rebooted: bool = False, begins: bool = False) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), Telemetry(Meters()))
         self.meters = Meters()
         self.watched: list[str] = []
         self.at_s = 1000.0

@@ -11,7 +11,9 @@ from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.handover import Look
 from scheduler.control.inbox import HandoverResult
 from scheduler.control.ledger import Ledger
+from scheduler.control.meters import Meters
 from scheduler.control.occupancy import Occupancy
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.launcher import AttemptKey, TreeStuck
@@ -32,7 +34,7 @@ class Place:
 
     def __init__(self, journal: SqliteJournal) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), Telemetry(Meters()))
         self.board.read(GpuReadings((A,), (), {}))
         self.ended: list[tuple[int, bool]] = []
         self.may_end = self.knows_host_pids = True

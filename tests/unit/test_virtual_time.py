@@ -59,3 +59,16 @@ def test_what_would_go_to_a_thread_is_done_at_once() -> None:
         return done
 
     assert run(works()) == ["work", "after"]
+
+
+def test_a_microsecond_passes_too() -> None:
+    async def wakes() -> int:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(25_200.0)
+        begun_s, turns = loop.time(), 0
+        while loop.time() < begun_s + 1e-6 and turns < 10:
+            await asyncio.sleep(9.5e-7)
+            turns += 1
+        return turns
+
+    assert run(wakes()) == 2
