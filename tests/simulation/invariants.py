@@ -87,7 +87,10 @@ class Invariants:
         job = self._durable(key)
         self._demand(key in self._signalled_s, f"{_name(key)} is killed and was never told to go")
         assert job is not None
-        had_s = self._now_s() - self._signalled_s[key]
+        # A process that was told before it ran has one deadline all the same.
+        started_s = process.started_s - self._world.clock.epoch_s
+        told_s = self._told_s.get(key, started_s)
+        had_s = self._now_s() - (told_s if told_s < started_s else self._signalled_s[key])
         stepped_s = sum(max(0.0, by_s) for at_s, by_s in self._steps if at_s >= self._decided_s(key))
         grace_s = job.spec.grace_s
         attempt = _attempt(job, key)
