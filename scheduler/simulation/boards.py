@@ -176,6 +176,11 @@ class Board:
             sm_clock_mhz=self.profile.sm_clock_mhz if busy else _IDLE_CLOCK_MHZ,
         )
 
+    def restart(self, now_s: float) -> None:
+        """The driver is loaded anew: its energy counter begins at zero."""
+        self._advance(now_s)
+        self.energy_mj = 0.0
+
     def holders(self, now_s: float) -> GpuHolders:
         """Who is on it now, as the process lists say."""
         listed = tuple(

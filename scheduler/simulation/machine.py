@@ -198,7 +198,7 @@ class Machine:
         return work.useful_s if work else 0.0
 
     def reboot(self) -> None:
-        """Every process is gone at once and says nothing."""
+        """Every process is gone at once and says nothing; the boards' counters begin anew."""
         now_s = self.clock.true_s()
         for process in list(self.processes.values()):
             self._count(process)
@@ -208,6 +208,7 @@ class Machine:
         for board in self.boards.values():
             for occupant in board.occupants:
                 board.remove(occupant.pid, now_s)
+            board.restart(now_s)
         self.boots += 1
 
     def _free_pid(self) -> int:

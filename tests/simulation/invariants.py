@@ -6,9 +6,11 @@ daemon believes of itself.
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from scheduler.effects.journal_file import DATABASE_NAME
 from scheduler.effects.journal_verify import verify
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.model.actions import Action, SetPowerLimit
@@ -29,6 +31,10 @@ HEARD_S = 3.0
 ROUNDING_S = 0.01
 # Nothing takes longer once nothing goes wrong: a grace, a hand-over, a process that hangs in the driver.
 UNDER_WAY_S = 100.0
+# Of energy counters, as the accounts promise it.
+SENSOR_ERROR_RATIO = 0.005
+# Usage is booked each minute; the machine is down for some of these.
+LOST_BY_REBOOT_S = 90.0
 
 
 class Violation(Exception):
@@ -51,6 +57,7 @@ class Invariants:
         self._states: dict[int, Job] = {}
         self._planned: object = None
         self._marks: dict[str, str] = {}
+        self._drawn_mj: dict[str, int] = {}  # by GPU, before the last power loss
 
     # The machine -----------------------------------------------------------------------------------
 
@@ -361,6 +368,30 @@ class Invariants:
         """The smaller, the higher."""
         value = job.spec.value_microusd_per_gpu_hour
         return (int(job.spec.job_class), -self._priority(job), -value, job.number)
+
+    def energy_is_booked(self) -> None:
+        """What all jobs and idle time were charged is what the boards drew, but for the last reading's age."""
+        path = self._world.daemon.disk.directory / DATABASE_NAME
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            booked = dict(db.execute("SELECT uuid, sum(energy_mj) FROM usage GROUP BY uuid").fetchall())
+        for uuid, board in self._world.machine.boards.items():
+            drawn_mj = self._drawn_mj.get(uuid, 0) + self._counted_mj(uuid)
+            # A power loss costs what was not booked yet, and nobody knows what is drawn until the next reading.
+            unread_s = 2 * self._world.script.sampling_s + LOST_BY_REBOOT_S * self._world.machine.boots
+            unread_mj = unread_s * board.profile.power_limit_w_max * 1000.0
+            off_mj = abs(booked.get(uuid, 0) - drawn_mj)
+            self._demand(
+                off_mj <= SENSOR_ERROR_RATIO * drawn_mj + unread_mj,
+                f"{self._world.names((uuid,))} drew {drawn_mj / 1e6:.1f} kJ, and {off_mj / 1e6:.1f} kJ are amiss",
+            )
+
+    def power_fails(self) -> None:
+        """The boards' counters begin anew."""
+        for uuid in self._world.gpus:
+            self._drawn_mj[uuid] = self._drawn_mj.get(uuid, 0) + self._counted_mj(uuid)
+
+    def _counted_mj(self, uuid: str) -> int:
+        return self._world.machine.boards[uuid].sample(self._world.clock.true_s()).energy_mj or 0
 
     def chain_is_whole(self) -> None:
         """The journal proves itself."""

@@ -170,6 +170,7 @@ class World:
         self.say(f"the journal has {self.daemon.journal.head} events")
         self.daemon.stop()
         self.invariants.chain_is_whole()
+        self.invariants.energy_is_booked()
         if self.failure is not None:
             raise self.failure
 
@@ -232,6 +233,7 @@ class World:
         self.faults.on_point = None
         self.daemon.disk.on_torn = None
         if is_power_lost:
+            self.invariants.power_fails()
             self.daemon.reboot()
         elif self.daemon.runs:
             self.daemon.crash()
