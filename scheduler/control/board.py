@@ -169,8 +169,8 @@ class GpuBoard:
     def occupants(self) -> dict[str, list[Occupant]]:
         """By GPU, what ended there and is not proved gone; or that nobody has looked yet.
 
-        An attempt is journalled as verified when all its GPUs are; which of them were before a restart shows in
-        that they were given on: there is no room beside who holds them now.
+        An attempt is journalled as verified when all its GPUs are. Which of them were before a restart shows
+        in that they were given on: there is no room beside who holds them now.
         """
         found: dict[str, list[Occupant]] = {}
         rooms: dict[str, int] = {}

@@ -141,7 +141,8 @@ class Disk:
     def _power_may_fail(self, before: Image, name: str) -> None:
         if self.on_torn is not None:
             now = self._read()
-            self._next = {**now, name: torn(before.get(name, b""), now.get(name, b""), self.chance)}
+            # The one is synced before the other is touched.
+            self._next = {**before, name: torn(before.get(name, b""), now.get(name, b""), self.chance)}
             on_torn, self.on_torn = self.on_torn, None
             on_torn()
 

@@ -33,7 +33,7 @@ ROUNDING_S = 0.01
 UNDER_WAY_S = 100.0
 # Of energy counters, as the accounts promise it.
 SENSOR_ERROR_RATIO = 0.005
-# Usage is booked each minute; the machine is down for some of these.
+# What is put down for the time in which nobody knew: a minute at most, by the last draw.
 LOST_BY_REBOOT_S = 90.0
 
 
@@ -370,19 +370,25 @@ class Invariants:
         return (int(job.spec.job_class), -self._priority(job), -value, job.number)
 
     def energy_is_booked(self) -> None:
-        """What all jobs and idle time were charged is what the boards drew, but for the last reading's age."""
+        """What all jobs and idle time were charged is what the boards drew, but for the last reading's age.
+
+        What was not booked when the power failed may never be known; then too no more is booked than was
+        drawn, but for what is put down by the last draw.
+        """
         path = self._world.daemon.disk.directory / DATABASE_NAME
         with contextlib.closing(sqlite3.connect(path)) as db:
             booked = dict(db.execute("SELECT uuid, sum(energy_mj) FROM usage GROUP BY uuid").fetchall())
+        boots = self._world.machine.boots
+        unread_s = 2 * self._world.script.sampling_s + LOST_BY_REBOOT_S * boots
         for uuid, board in self._world.machine.boards.items():
             drawn_mj = self._drawn_mj.get(uuid, 0) + self._counted_mj(uuid)
-            # A power loss costs what was not booked yet, and nobody knows what is drawn until the next reading.
-            unread_s = 2 * self._world.script.sampling_s + LOST_BY_REBOOT_S * self._world.machine.boots
+            more_mj = booked.get(uuid, 0) - drawn_mj
+            off_mj = max(0, more_mj) if boots else abs(more_mj)
             unread_mj = unread_s * board.profile.power_limit_w_max * 1000.0
-            off_mj = abs(booked.get(uuid, 0) - drawn_mj)
+            where, drawn_kj, more_kj = self._world.names((uuid,)), drawn_mj / 1e6, more_mj / 1e6
             self._demand(
                 off_mj <= SENSOR_ERROR_RATIO * drawn_mj + unread_mj,
-                f"{self._world.names((uuid,))} drew {drawn_mj / 1e6:.1f} kJ, and {off_mj / 1e6:.1f} kJ are amiss",
+                f"{where} drew {drawn_kj:.1f} kJ, and {more_kj:.1f} kJ more are booked",
             )
 
     def power_fails(self) -> None:

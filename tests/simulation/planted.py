@@ -51,7 +51,7 @@ def a_stop_is_not_said_again(patch: pytest.MonkeyPatch) -> None:
 
     def adopt(self: ReportHandler, job: Any, held: Any, now_s: float) -> None:
         for report in held.reports:
-            self.report(report, now_s)
+            self.report(report)
 
     patch.setattr(ReportHandler, "_adopt", adopt)
 

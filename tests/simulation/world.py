@@ -43,7 +43,7 @@ from tests.simulation.invariants import Invariants, Violation
 from tests.simulation.script import Arrival, Expectation, Fault, Script, Wish
 
 # Faults are over: so long until all that was under way has come to an end.
-SETTLING_S = 150.0
+SETTLING_S = 120.0
 RETRY_S = 0.5  # of a client that was not answered
 REFUSED_START_S = 2.0  # until systemd starts a daemon again that would not
 _MINER = StandingJob("miner", ("work", "miner"))
