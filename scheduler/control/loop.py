@@ -141,6 +141,8 @@ class Controller:
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
         self._wake_s: float | None = None  # when time alone could change it
         self._gpus_before: GpuColumns | None = None
+        # As they were when the tick began.
+        self._before: tuple[bool, GpuColumns | None] = (self.rebooted, None)
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -336,12 +338,21 @@ class Controller:
     def _forget_turn(self) -> None:
         self.meters.tick_failures += 1
         self.ledger.abandon()
+        self._undo_turn()
+
+    def _undo_turn(self) -> None:
+        """The ledger is as it was before the tick; so must be all that was made of it."""
         self.orders.clear()
+        self.reports.recall_victims()
+        self.standing.reload()
+        self.rebooted, self._gpus_before = self._before
         self.power.limits.clear()
         self._planned = None  # the numbers of dropped events come again
+        self._release_or_acquire()
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
+        self._before = self.rebooted, self._gpus_before
         self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
@@ -484,11 +495,9 @@ class Controller:
     def _not_kept(self, items: list[Item], error: JournalError) -> None:
         log.error("the journal could not be written: %s", error)
         self.problems["journal"] = str(error)
-        self.orders.clear()
-        self.power.limits.clear()
-        self._planned = None
+        self._undo_turn()
         self._fail_asked(items, Unavailable(f"nothing was accepted: {error}"))
-        self.inbox.put_back([item for item in items if not isinstance(item, Asked)])
+        self.inbox.put_back(items)
         asyncio.get_running_loop().call_later(JOURNAL_RETRY_S, self._schedule)
 
     @staticmethod
@@ -541,7 +550,8 @@ class Controller:
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
-        if now_s - self._looked_s >= self.config.sampling.processes_period_s:
+        # A clock that was set back must not keep us from looking until it is there again.
+        if not 0.0 <= now_s - self._looked_s < self.config.sampling.processes_period_s:
             self._looked_s = now_s
             known = frozenset(self.board.row)
             self.witness.forget(known)

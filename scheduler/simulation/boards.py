@@ -181,9 +181,14 @@ class Board:
         )
 
     def energy_j(self, now_s: float) -> float:
-        """What it has used since it was made."""
+        """What it has used since its driver was loaded."""
         self._advance(now_s)
         return self.energy_mj / 1000.0
+
+    def restart(self, now_s: float) -> None:
+        """The driver is loaded anew: its energy counter begins at zero."""
+        self._advance(now_s)
+        self.energy_mj = 0.0
 
     def holders(self, now_s: float) -> GpuHolders:
         """Who is on it now, as the process lists say."""

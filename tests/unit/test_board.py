@@ -161,6 +161,19 @@ def test_an_ended_gang_occupies_each_gpu_until_that_gpu_is_proved_free(
     assert states(board) == {"GPU-a": GpuState.FREE, "GPU-b": GpuState.FREE}
 
 
+def test_what_was_given_on_before_a_restart_had_been_proved(board: GpuBoard, ledger: Ledger) -> None:
+    for event in (submission(1, gpus=2), start(1, 1, 1.0, "GPU-a", "GPU-b"), started(1), end(1)):
+        ledger.apply(event)
+    assert board.prove("GPU-a") == []
+    for event in (submission(2), start(2, 1, 6.0, "GPU-a"), started(2)):
+        ledger.apply(event)
+    restarted = GpuBoard(ledger, board.sizes, Telemetry(Meters()))
+    restarted.read(GpuReadings((A, B), (), {}))
+    assert list(restarted.occupants()) == ["GPU-b"]
+    restarted.snapshot(0.0)
+    assert restarted.prove("GPU-b") == [], "the other still waits for its proof"
+
+
 def test_a_gpu_that_nobody_has_looked_at_is_not_given_out(board: GpuBoard) -> None:
     board.doubt("GPU-a")
     assert states(board)["GPU-a"] is GpuState.HANDOVER
