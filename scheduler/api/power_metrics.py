@@ -1,5 +1,7 @@
 """The power part of the metrics page."""
 
+import math
+
 from scheduler.api.exposition import Page
 from scheduler.control.loop import Controller
 from scheduler.model.power import ShedState
@@ -7,10 +9,11 @@ from scheduler.model.settings import MICROUSD_PER_USD
 
 
 def put_power(page: Page, control: Controller, now_s: float) -> None:
-    """Add what the site draws and may draw, and how its sheds went."""
+    """Add what the site draws and may draw, how its sheds went, and what electricity costs."""
     power, meters = control.power, control.meters
     plan = control.last_plan
     shadow = plan.power.shadow_microusd_per_wh if plan is not None and plan.power is not None else None
+    price = control.prices.price
     active = sum(event.binds and event.shed_began_s is not None for event in control.ledger.power.events)
     for name, text, value in (
         (
@@ -26,6 +29,16 @@ def put_power(page: Page, control: Controller, now_s: float) -> None:
             None if shadow is None else shadow / MICROUSD_PER_USD,
         ),
         ("grid_event_active", "Grid events in force.", float(active)),
+        (
+            "electricity_price_usd_per_kwh",
+            "What a kilowatt-hour counts for now; absent without a source of prices.",
+            None if price is None else price.usd_per_kwh,
+        ),
+        (
+            "electricity_price_age_seconds",
+            "For how long the price has been out of date; absent where none was ever known.",
+            None if price is None or not math.isfinite(price.age_s) else price.age_s,
+        ),
     ):
         page.gauge(name, text, [] if value is None else [((), value)])
     page.counter(

@@ -129,6 +129,9 @@ def test_prices_steer_the_miners_and_come_from_the_command_line(tmp_path: Path) 
 
         prices.write_text("start,end,usd_per_mwh\n2020-01-01T00:00:00Z,2100-01-01T00:00:00Z,60\n")
         assert "0.06000 USD/kWh" in daemon.cli("power", "prices", str(prices)).stdout
+        page = daemon.metrics()
+        assert "\nwattshift_electricity_price_usd_per_kwh 0.06\n" in page
+        assert "\nwattshift_electricity_price_age_seconds 0" in page
         until("all mine again", lambda: mined(daemon) == 2)
 
         prices.write_text("start,usd_per_kwh\n0,1e9\n")
