@@ -70,6 +70,13 @@ class NodeCollector(Collector):
         yield from self._gpus(views, now_s)
         yield from self._jobs()
         yield from self._meters()
+        openadr = control.openadr.view(now_s)
+        age_s = None if openadr is None else openadr.contact_age_s
+        yield _gauge(
+            "openadr_contact_age_seconds",
+            "Time since the OpenADR VTN answered last; absent without one, and before it answered.",
+            [] if age_s is None else [((), age_s)],
+        )
         yield _gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])
         yield _gauge("problems", "Problems that an operator should look at.", [((), len(control.problems))])
         yield _gauge("build_info", "This daemon.", [((control.site.version,), 1)], ("version",))

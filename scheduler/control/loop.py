@@ -38,6 +38,7 @@ from scheduler.control.inbox import (
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
+from scheduler.control.openadr import OpenAdr
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
 from scheduler.control.power import PowerControl
@@ -126,6 +127,7 @@ class Controller:
         self.health = Health(self)
         self.power = PowerControl(self)
         self.prices = Prices(self)
+        self.openadr = OpenAdr(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.last_plan: Plan | None = None
@@ -162,6 +164,7 @@ class Controller:
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
         self.prices.start()
+        self.openadr.start()
         self._release_or_acquire()
         self._tick()
 
@@ -207,6 +210,7 @@ class Controller:
         self._running = False
         self.verifier.close()
         self.prices.stop()
+        self.openadr.stop()
         for task in self._looks:
             task.cancel()
         self._stop_lingering()
@@ -243,6 +247,7 @@ class Controller:
         )
         self.standing.reload()
         self.prices.reload()
+        self.openadr.reload()
         self.inbox.put(Elapsed())
 
     def reason(self, job: Job) -> Reason:
