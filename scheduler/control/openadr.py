@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from scheduler.control.inbox import CancelGridEvent, OfferGridEvent, SetPrices
+from scheduler.control.power import SETTLE_S
 from scheduler.effects.openadr import HttpVtn, Vtn, VtnObjects
 from scheduler.effects.webhook import Webhook
-from scheduler.errors import FeedError, RequestError, Unreachable
+from scheduler.errors import FeedError, RequestError
 from scheduler.model.openadr import FOREVER_S, read
 from scheduler.model.openadr_terms import Terms, TermsKind, Wanted, wanted
 from scheduler.model.power import GridEvent
@@ -39,6 +40,10 @@ GAP_S = 1.0
 # A VTN that was set up anew knows no subscription any more.
 SUBSCRIBE_S = 300.0
 PROBLEMS_SHOWN_MAX = 8
+# Between looking and offering a tick passes.
+SLACK_S = 0.5
+# Starts that are looked at for one event.
+STARTS_MAX = 16
 _DIGEST_DIGITS = 10
 _NAME_CHARACTERS = 24
 
@@ -63,6 +68,7 @@ class OpenAdr:
         self._config = OpenAdrConfig()  # that it goes by
         self._running: asyncio.Task[None] | None = None
         self._hint = asyncio.Event()
+        self._rebooted = controller.rebooted  # and no VTN has answered since
         self._begin()
 
     def _begin(self) -> None:
@@ -75,6 +81,7 @@ class OpenAdr:
         self._webhook_trouble = ""
         self._problems: tuple[str, ...] = ()  # of what it says
         self._unused: tuple[str, ...] = ()
+        self._held: dict[Terms, str] = {}  # the grid event that was offered for them
         self._floors: dict[Terms, float] = {}  # of what can't be reached: what is held in its place
         self._prices: tuple[PricePoint, ...] = ()  # that were set last
 
@@ -167,7 +174,7 @@ class OpenAdr:
             return False
         if self._trouble or self._contact_s is None:
             log.info("the VTN answers: %s, program %s", vtn.name, self._config.program)
-        self._trouble = ""
+        self._trouble, self._rebooted = "", False
         self._contact_s = self._control.effects.clock.now_s()
         await self._subscribe(vtn, self._contact_s)
         return True
@@ -240,7 +247,7 @@ class OpenAdr:
 
     async def _distrust(self) -> None:
         """After a restart of the machine no limit of before counts; the subscription does."""
-        if not self._control.rebooted:
+        if not self._rebooted:
             return
         now_s = self._control.effects.clock.now_s()
         limits = [event for event in self._ours(now_s) if _kind(event) is TermsKind.LIMIT]
@@ -258,7 +265,7 @@ class OpenAdr:
         if level_w is None or any(event.end_s == FOREVER_S and event.start_s <= now_s for event in known):
             return
         terms = Terms(TermsKind.SUBSCRIPTION, "", now_s, FOREVER_S, max(level_w, self._least_w))
-        if self._control.rebooted or not known:
+        if self._rebooted or not known:
             await self._offer(terms, now_s)
 
     # Grid events --------------------------------------------------------------------------------
@@ -275,12 +282,13 @@ class OpenAdr:
         problems = []
         left = self._ours(now_s)
         self._floors = {terms: w for terms, w in self._floors.items() if terms in follows.terms}
+        self._held = {terms: name for terms, name in self._held.items() if terms in follows.terms}
         for terms in follows.terms:
             floor_w = self._floors.get(terms)
-            if floor_w is not None and self._control.power.reachable(now_s, now_s)[0] <= terms.budget_w:
-                self._floors.pop(terms)
+            if floor_w is not None and not self._soonest(terms, now_s)[1]:
+                del self._floors[terms], self._held[terms]
                 floor_w = None
-            there = next((event for event in left if _is_same(event, terms, floor_w, now_s)), None)
+            there = next((event for event in left if self._serves(event, terms, now_s)), None)
             if there is not None:
                 left.remove(there)
                 problem = "" if floor_w is None else _short_of(terms, floor_w)
@@ -293,23 +301,54 @@ class OpenAdr:
         problems += await self._price(follows.prices)
         return problems
 
+    def _serves(self, event: GridEvent, terms: Terms, now_s: float) -> bool:
+        """Whether the grid event is what the terms ask for; once both have begun, when they did is past."""
+        if terms in self._held:
+            return self._held[terms] == event.id
+        begins_alike = event.start_s == terms.start_s or max(event.start_s, terms.start_s) <= now_s
+        return begins_alike and (_kind(event), event.end_s, event.budget_w, event.emergency) == (
+            terms.kind,
+            terms.end_s,
+            terms.budget_w,
+            terms.emergency,
+        )
+
     async def _offer(self, terms: Terms, now_s: float) -> str:
-        """Take it on, as far as it can be reached; returns what is wrong with it."""
+        """Take it on, as soon and as far as it can be reached; returns what is wrong with it."""
+        start_s, floor_w = self._soonest(terms, now_s)
+        event = self._event(terms, start_s, max(terms.budget_w, floor_w), now_s)
         try:
-            await self._control.ask(OfferGridEvent(self._event(terms, terms.budget_w, now_s)))
-        except Unreachable as error:
-            floor_w = float(math.ceil(error.floor_w))
-            try:
-                await self._control.ask(OfferGridEvent(self._event(terms, floor_w, now_s)))
-            except RequestError as again:
-                return f"{_name(terms)} was refused: {again}"
-            self._floors[terms] = floor_w
-            return _short_of(terms, floor_w)
+            await self._control.ask(OfferGridEvent(event))
         except RequestError as error:
             return f"{_name(terms)} was refused: {error}"
-        return ""
+        self._held[terms] = event.id
+        if floor_w <= terms.budget_w:
+            return ""
+        self._floors[terms] = floor_w
+        return _short_of(terms, floor_w)
 
-    def _event(self, terms: Terms, budget_w: float, now_s: float) -> GridEvent:
+    def _soonest(self, terms: Terms, now_s: float) -> tuple[float, float]:
+        """When it can start, and the least watts then; 0 W where it is reached.
+
+        A voluntary event that begins now leaves nobody his grace: it starts when the graces are over of those
+        who must go, and its shed begins at once.
+        """
+        if terms.emergency:
+            return terms.start_s, 0.0
+        jobs = [job for job in self._control.ledger.live_jobs() if job.attempts[-1].gpus]
+        graces = sorted({job.spec.grace_s for job in jobs})
+        later = [
+            now_s + SETTLE_S + SLACK_S + grace_s for grace_s in (*graces[: STARTS_MAX - 1], *graces[-1:])
+        ]
+        start_s, least_w = terms.start_s, 0.0
+        for moment_s in (terms.start_s, *(m for m in later if terms.start_s < m < terms.end_s)):
+            start_s = moment_s
+            least_w = self._control.power.reachable(max(now_s, moment_s), now_s)[0]
+            if least_w <= terms.budget_w:
+                return start_s, 0.0
+        return start_s, float(math.ceil(least_w))
+
+    def _event(self, terms: Terms, start_s: float, budget_w: float, now_s: float) -> GridEvent:
         """The grid event, under a name that none had before: one that was cancelled may be wanted again."""
         exact = f"{terms.event_id} {terms.start_s} {terms.end_s} {budget_w} {terms.emergency}"
         digest = hashlib.sha256(exact.encode()).hexdigest()[:_DIGEST_DIGITS]
@@ -319,7 +358,7 @@ class OpenAdr:
         name, turn = stem, 2
         while name in taken:
             name, turn = f"{stem}-{turn}", turn + 1
-        return GridEvent(name, terms.start_s, terms.end_s, budget_w, terms.emergency, accepted_s=now_s)
+        return GridEvent(name, start_s, terms.end_s, budget_w, terms.emergency, accepted_s=now_s)
 
     async def _cancel(self, event: GridEvent) -> None:
         with contextlib.suppress(RequestError):  # it is over in the meantime
@@ -347,18 +386,6 @@ class OpenAdr:
 def _kind(event: GridEvent) -> TermsKind | None:
     word = event.id.removeprefix(PREFIX).partition("-")[0]
     return TermsKind(word) if word in list(TermsKind) else None
-
-
-def _is_same(event: GridEvent, terms: Terms, floor_w: float | None, now_s: float) -> bool:
-    """Whether the grid event is what the terms ask for; once it has begun, when it did does not matter."""
-    begins_alike = event.start_s == terms.start_s or max(event.start_s, terms.start_s) <= now_s
-    budget_w = terms.budget_w if floor_w is None else floor_w
-    return begins_alike and (_kind(event), event.end_s, event.budget_w, event.emergency) == (
-        terms.kind,
-        terms.end_s,
-        budget_w,
-        terms.emergency,
-    )
 
 
 def _name(terms: Terms) -> str:

@@ -4,6 +4,7 @@ Every request has a deadline and a size limit and follows no redirect: one would
 """
 
 import asyncio
+import contextlib
 import stat
 import threading
 import time
@@ -135,7 +136,7 @@ class HttpVtn:
                 error = caught
             finally:
                 self._hanging.release()
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(tell, result, error)
 
         threading.Thread(target=run, name="openadr", daemon=True).start()
