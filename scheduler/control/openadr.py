@@ -42,6 +42,8 @@ SUBSCRIBE_S = 300.0
 PROBLEMS_SHOWN_MAX = 8
 # Between looking and offering a tick passes.
 SLACK_S = 0.5
+# What is held in place of what can't be reached is offered anew when so much of it would do.
+NEARER = 0.95
 # Starts that are looked at for one event.
 STARTS_MAX = 16
 _DIGEST_DIGITS = 10
@@ -123,9 +125,18 @@ class OpenAdr:
             self._unused,
         )
 
-    def _is_lost(self, now_s: float) -> bool:
+    def _lost_s(self) -> float:
+        """When contact counts as lost."""
         since_s = self._began_s if self._contact_s is None else self._contact_s
-        return now_s - since_s > self._config.contact_lost_s
+        return since_s + self._config.contact_lost_s
+
+    def _is_lost(self, now_s: float) -> bool:
+        return now_s >= self._lost_s()
+
+    def _lost_in_s(self) -> float:
+        """Until then, so that it is noticed however seldom the VTN is asked; inf once it is."""
+        left_s = self._lost_s() - self._control.effects.clock.now_s()
+        return left_s + SLACK_S if left_s > 0 else math.inf
 
     async def _run(self) -> None:
         vtn: Vtn = HttpVtn(self._config)
@@ -141,6 +152,7 @@ class OpenAdr:
                 else:
                     retry_s = RETRY_S
                 await self._follow()
+                wait_s = min(wait_s, self._lost_in_s())
                 await asyncio.sleep(min(GAP_S, wait_s))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._hint.wait(), max(0.0, wait_s - GAP_S))
@@ -285,7 +297,7 @@ class OpenAdr:
         self._held = {terms: name for terms, name in self._held.items() if terms in follows.terms}
         for terms in follows.terms:
             floor_w = self._floors.get(terms)
-            if floor_w is not None and not self._soonest(terms, now_s)[1]:
+            if floor_w is not None and self._soonest(terms, now_s)[1] < NEARER * floor_w:
                 del self._floors[terms], self._held[terms]
                 floor_w = None
             there = next((event for event in left if self._serves(event, terms, now_s)), None)

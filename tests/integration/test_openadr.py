@@ -188,7 +188,7 @@ def test_what_can_not_be_followed_is_named_where_an_operator_looks(vtn: Vtn, ope
         )
         text = until(
             "it is said",
-            lambda: "0 W is held" in (out := daemon.cli("power", "status").stdout) and out,
+            lambda: "140 W is held" in (out := daemon.cli("power", "status").stdout) and out,
         )
         assert f"openadr    {vtn.url}, program {PROGRAM}: answered" in text
         assert "problem    SIMPLE 1 means nothing here yet: set [openadr] simple_moderate_w" in text

@@ -58,13 +58,13 @@ def spoiled(draw: st.DrawFn) -> Any:
     return event
 
 
-@given(st.lists(EVENTS | spoiled() | JSON, max_size=5), JSON, st.floats(-1, 1))
+@given(st.lists(EVENTS | spoiled() | JSON, max_size=3), JSON, st.floats(-1, 1))
 def test_any_json_is_events_or_a_named_problem(objects: list[Any], program: Any, drawn: float) -> None:
     signals = read(objects, program, NOW_S, lambda _: drawn)
     for span in signals.spans:
         assert all(map(math.isfinite, (span.start_s, span.end_s, span.value)))
         assert max(span.start_s, NOW_S) < span.end_s
-    assert len(signals.spans) <= 5 * ROWS_MAX * 9
+    assert len(signals.spans) <= 3 * ROWS_MAX * 9
     found = wanted(signals, CONFIG, LEAST_W, 2000.0, NOW_S)
     assert len(found.terms) <= TERMS_MAX
     for terms in found.terms:
