@@ -19,7 +19,7 @@ from scheduler import paths
 from scheduler.api.http import MetricsServer
 from scheduler.api.job_service import JobService
 from scheduler.api.logs import LogReader
-from scheduler.api.metrics import NodeCollector, registry
+from scheduler.api.metrics import NodeMetrics
 from scheduler.api.node_service import NodeService
 from scheduler.api.power_service import PowerService
 from scheduler.api.server import Server
@@ -65,6 +65,10 @@ EXIT_CONFIG = 78  # sysexits.h; the unit does not try again, for it would be wro
 LAUNCHER_SOCKET = "launcher.sock"
 JOBS_DIRECTORY = "jobs"
 JOB_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PID_NAMESPACE_PROBLEM = (
+    "the daemon runs in a PID namespace of its own, and the driver tells the host's PIDs: nobody on a GPU "
+    "can be named or evicted, and shares are not given on; run it in the host's (docker run --pid=host)"
+)
 # Set by the unit where systemd owns the launcher's socket.
 LAUNCHER_SOCKET_VARIABLE = "WATTSHIFT_LAUNCHER_SOCKET"
 
@@ -155,6 +159,8 @@ class _Daemon:
             launcher, gpus = self._effects(state_dir, clock)
             effects = Effects(clock, journal, launcher, gpus, ProcProcesses())
             controller = Controller(effects, self._config, self._site(state_dir))
+            if not self._simulated and not effects.processes.knows_host_pids():
+                controller.problems["pid_namespace"] = PID_NAMESPACE_PROBLEM
             await self._serve(controller, state_dir, clock.now_s())
         finally:
             journal.close()
@@ -170,7 +176,7 @@ class _Daemon:
             PowerService(controller),
             UsageService(controller),
         )
-        metrics = MetricsServer(registry(NodeCollector(controller)), lambda: _not_ready(controller))
+        metrics = MetricsServer(NodeMetrics(controller).page, lambda: _not_ready(controller))
         self._handle_signals(controller)
         try:
             await controller.start()

@@ -6,11 +6,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from scheduler.control.board import GpuView
 from scheduler.effects.journal import UsageRow
-from scheduler.model.gpus import GpuState
+from scheduler.model.gpus import GpuIdentity, GpuSample, GpuState
 from scheduler.model.jobs import Attempt, Job, JobClass, JobSpec, JobState, OnPreempt, RestartRule
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import MICROUSD_PER_USD
 from scheduler.v1 import job_pb2, node_pb2, reason_pb2, usage_pb2
+
+MJ_PER_J = 1000.0
+MJ_PER_WH = 3_600_000.0
 
 _CLASSES: dict[JobClass, Any] = {cls: job_pb2.JobClass.Value(f"JOB_CLASS_{cls.name}") for cls in JobClass}
 _STATES: dict[JobState, Any] = {
@@ -73,6 +76,7 @@ def job(value: Job, priority: int, why: Reason) -> job_pb2.Job:
         revision=value.revision,
         spec=spec_message(spec),
         exit_code=value.exit_code,
+        energy_j=value.energy_mj / MJ_PER_J,
     )
     setattr(message, "class", _CLASSES[spec.job_class])
     return message
@@ -106,6 +110,7 @@ def attempt(value: Attempt) -> job_pb2.Attempt:
         exit_code=value.exit_code,
         lost=value.lost,
         end_reason=_REASONS[value.end_reason] if value.end_reason else reason_pb2.REASON_UNSPECIFIED,
+        energy_j=value.energy_mj / MJ_PER_J,
     )
 
 
@@ -159,10 +164,14 @@ def gpu(view: GpuView) -> node_pb2.Gpu:
         memory_total_mib=identity.memory_total_mib,
         power_limit_w_min=identity.power_limit_w_min,
         power_limit_w_max=identity.power_limit_w_max,
+        parent_uuid=identity.parent_uuid,
+        slices=identity.slices,
         processes=[
             node_pb2.GpuProcess(pid=p.pid, memory_mib=p.memory_mib, user=p.user, command=p.command)
             for p in view.foreign
         ],
+        telemetry_problems=view.telemetry_problems,
+        power_scope=identity.power_scope,
     )
     if sample is not None:
         message.MergeFrom(
@@ -171,7 +180,7 @@ def gpu(view: GpuView) -> node_pb2.Gpu:
                 utilization_ratio=sample.utilization_ratio,
                 power_w=sample.power_w,
                 power_limit_w=sample.power_limit_w,
-                energy_j=None if sample.energy_mj is None else sample.energy_mj / 1000.0,
+                energy_j=_energy_j(identity, sample),
                 temperature_celsius=sample.temperature_celsius,
                 sm_clock_mhz=sample.sm_clock_mhz,
                 sampled_at=timestamp(sample.at_s),
@@ -180,12 +189,19 @@ def gpu(view: GpuView) -> node_pb2.Gpu:
     return message
 
 
+def _energy_j(identity: GpuIdentity, sample: GpuSample) -> float | None:
+    """What the GPU's own counter shows; an instance's sample has its whole GPU's."""
+    if sample.energy_mj is None or identity.parent_uuid:
+        return None
+    return sample.energy_mj / MJ_PER_J
+
+
 def usage(row: UsageRow) -> usage_pb2.Usage:
     """A sum of usage."""
     return usage_pb2.Usage(
         key=row.key,
         gpu_seconds=row.gpu_ms / 1000.0,
-        energy_wh=row.energy_mj / 3_600_000.0,
+        energy_wh=row.energy_mj / MJ_PER_WH,
         value_usd=row.value_microusd / MICROUSD_PER_USD,
         preemptions=row.preemptions,
     )

@@ -14,16 +14,25 @@ from scheduler.planning.explain import Explanation, Obstacle, Preview, Remedy, R
 from scheduler.v1 import job_pb2, job_service_pb2
 
 _US = 1_000_000
+_WHOLE_SECONDS_FROM = 10.0
 _NAMED_MAX = 5  # jobs or GPUs that a sentence names before it only counts
 
 _OBSTACLES = {
     Rule.DRAINS: (Reason.NODE_DRAINING, "the node takes nothing new"),
-    Rule.CLOSED: (Reason.GPU_CLOSED, "cordoned, quarantined, held by a foreign process, or lost"),
+    Rule.CLOSED: (Reason.GPU_CLOSED, ""),  # each has its own words
     Rule.MODEL: (Reason.GPU_MODEL_DIFFERS, "of another model than the job accepts"),
+    Rule.INSTANCE: (
+        Reason.GPU_IS_INSTANCE,
+        "MIG instances, of which a CUDA program sees one: a job of several GPUs gets whole ones",
+    ),
     Rule.GPU_MEMORY_SIZE: (Reason.GPU_MEMORY_TOO_SMALL, "with less memory than the job wants"),
     Rule.NOT_PREEMPTIBLE: (Reason.HELD_NOT_PREEMPTIBLE, "held by jobs that may not be preempted"),
     Rule.RANK: (Reason.HELD_BY_RANK, "held by jobs that this one does not outrank by enough"),
     Rule.MINIMUM_RUNTIME: (Reason.HELD_WITHIN_MINIMUM_RUNTIME, "held by jobs within their minimum runtime"),
+    Rule.NODE_NOT_WHOLE: (
+        Reason.NODE_NOT_WHOLE,
+        "on nodes that it can't have whole: a gang over several nodes takes all GPUs of nodes of one model",
+    ),
     Rule.CLAIMED: (Reason.CLAIMED_BY_HIGHER_RANK, "claimed by or promised to a job that goes first"),
     Rule.CPUS: (Reason.WAITING_FOR_CPUS, "CPUs are missing on the node"),
     Rule.MEMORY: (Reason.WAITING_FOR_MEMORY, "MiB of host memory are missing on the node"),
@@ -49,8 +58,10 @@ _WAITS = {
 
 def preview(control: Controller, spec: JobSpec) -> job_service_pb2.PreviewJobResponse:
     """What would happen if the job were submitted now."""
-    found = control.preview(spec)
+    found, free_in_s = control.preview(spec)
     victims = [_victim(control, one.number) for one in found.victims]
+    start_within_s = max((found.start_within_us or 0) / _US, free_in_s)
+    slow = [one.number for one in found.victims if _takes_too_long(control, one.number)]
     for message, one in zip(victims, found.victims, strict=True):
         message.gpus.extend(one.gpus)
         message.grace_s = one.grace_us / _US
@@ -61,9 +72,9 @@ def preview(control: Controller, spec: JobSpec) -> job_service_pb2.PreviewJobRes
         gpus=found.gpus,
         victims=victims,
         reason=convert.reason(found.reason) if found.reason else None,
-        start_within_s=(found.start_within_us or 0) / _US,
+        start_within_s=start_within_s,
         expected_start=_moment(found.expected_start_us),
-        summary=_preview_summary(found, victims),
+        summary=_preview_summary(found, victims, start_within_s) + _slow_remark(control, slow),
     )
 
 
@@ -81,8 +92,8 @@ def explain(control: Controller, job: Job, message: job_pb2.Job) -> job_service_
         job=message,
         reason=convert.reason(found.reason or Reason.SUBMITTED),
         since=convert.timestamp(job.queued_since_s),
-        summary=_wait_summary(job, found, control.effects.clock.now_s()),
-        obstacles=[_obstacle(one) for one in found.obstacles],
+        summary=_wait_summary(control, job, found),
+        obstacles=[_obstacle(control, one) for one in found.obstacles],
         remedies=[_remedy(one, job.spec) for one in found.remedies],
         awaited=[job_id(number) for number in found.awaited],
         expected_start=_moment(found.expected_start_us),
@@ -92,29 +103,52 @@ def explain(control: Controller, job: Job, message: job_pb2.Job) -> job_service_
 
 def _victim(control: Controller, number: int) -> job_service_pb2.Victim:
     job = control.ledger.jobs[number]
-    message = job_service_pb2.Victim(job_id=job.id, name=job.spec.name)
+    handover_s = control.occupancy.forecast.handover_s(job)
+    message = job_service_pb2.Victim(job_id=job.id, name=job.spec.name, handover_s=handover_s)
     setattr(message, "class", convert.job_class(job.spec.job_class))
     return message
 
 
-def _preview_summary(found: Preview, victims: list[job_service_pb2.Victim]) -> str:
+def _takes_too_long(control: Controller, number: int) -> bool:
+    handover_s = control.occupancy.forecast.handover_s(control.ledger.jobs[number])
+    return handover_s > control.config.policy.handover_timeout_s
+
+
+def _slow_remark(control: Controller, slow: list[int]) -> str:
+    """What becomes of GPUs whose hand-over is expected to take longer than it may."""
+    if not slow:
+        return ""
+    return (
+        f" The hand-over from {_names(map(job_id, slow))} is expected to take longer than "
+        f"policy.handover_timeout_s ({control.config.policy.handover_timeout_s:g} s): their GPUs would be "
+        "quarantined until they are free."
+    )
+
+
+def _preview_summary(found: Preview, victims: list[job_service_pb2.Victim], start_within_s: float) -> str:
     where = f" on {_count(len(found.gpus), 'GPU')}" if found.gpus else ""
     if found.starts_now:
         return f"It would start at once{where}; nobody would stop."
     if victims:
         names = _names(victim.job_id for victim in victims)
-        within_s = (found.start_within_us or 0) / _US
+        handover_s = max(victim.handover_s for victim in victims)
         return (
-            f"{names} would stop for it; it would start{where} within {within_s:g} s "
-            "and the time that it takes to prove the GPUs free."
+            f"{names} would stop for it; it would start{where} within {_seconds(start_within_s)}, "
+            f"of which about {_seconds(handover_s)} are to prove the GPUs free."
         )
+    if found.reason is Reason.WAITING_FOR_HANDOVER:
+        return f"{_WAITS[found.reason]}, within about {_seconds(start_within_s)}."
     return f"{_WAITS.get(found.reason, 'It would wait')}." if found.reason else f"It would start{where}."
 
 
-def _wait_summary(job: Job, found: Explanation, now_s: float) -> str:
+def _wait_summary(control: Controller, job: Job, found: Explanation) -> str:
     if found.reason is None:
         return "It starts with the next plan."
+    now_s = control.effects.clock.now_s()
     words = _WAITS.get(found.reason, found.reason.value)
+    if found.reason is Reason.WAITING_FOR_HANDOVER:
+        free_in_s = control.occupancy.forecast.until_free_s(found.gpus, (), now_s)
+        words += f", within about {_seconds(free_in_s)}"
     if found.reason is Reason.BACKING_OFF and found.eligible_us is not None:
         cause = job.eligible_reason.value.lower().replace("_", " ")
         words += f" for {max(0.0, found.eligible_us / _US - now_s):.1f} s more, after it was {cause}"
@@ -159,12 +193,28 @@ def _request(spec: JobSpec) -> str:
     return ", ".join(parts)
 
 
-def _obstacle(obstacle: Obstacle) -> job_service_pb2.Obstacle:
+def _obstacle(control: Controller, obstacle: Obstacle) -> job_service_pb2.Obstacle:
     reason, words = _OBSTACLES[obstacle.rule]
     detail = f"{obstacle.lacking} {words}" if obstacle.lacking else words
+    if obstacle.rule is Rule.CLOSED:
+        detail = _closed(control, frozenset(obstacle.gpus))
     if obstacle.jobs:
         detail += f": {_names(job_id(number) for number in obstacle.jobs)}"
-    return job_service_pb2.Obstacle(reason=convert.reason(reason), gpus=len(obstacle.gpus), detail=detail)
+    return job_service_pb2.Obstacle(
+        reason=convert.reason(reason), gpus=len(obstacle.gpus), nodes=obstacle.nodes, detail=detail
+    )
+
+
+def _closed(control: Controller, uuids: frozenset[str]) -> str:
+    """Each closed GPU with its state and the facts behind it: who holds it, what it reported."""
+    views = [v for v in control.board.views(control.effects.clock.now_s()) if v.identity.uuid in uuids]
+    return _names(
+        (
+            f"GPU {view.identity.index} is {view.state.value}" + (f" ({view.detail})" if view.detail else "")
+            for view in views
+        ),
+        "; ",
+    )
 
 
 def _remedy(remedy: Remedy, spec: JobSpec) -> str:
@@ -202,14 +252,18 @@ def _remedy(remedy: Remedy, spec: JobSpec) -> str:
             assert_never(remedy.kind)
 
 
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < _WHOLE_SECONDS_FROM else f"{seconds:.0f} s"
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _names(ids: Iterable[str]) -> str:
+def _names(ids: Iterable[str], between: str = ", ") -> str:
     named = list(ids)
     more = len(named) - _NAMED_MAX
-    return ", ".join(named[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+    return between.join(named[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def _moment(at_us: int | None) -> Timestamp | None:

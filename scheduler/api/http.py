@@ -7,8 +7,7 @@ import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-
+from scheduler.api.exposition import CONTENT_TYPE
 from scheduler.errors import NodeError
 
 REQUEST_BYTES_MAX = 16 * 1024
@@ -20,12 +19,12 @@ _TEXT = "text/plain; charset=utf-8"
 class MetricsServer:
     """Serves the pages; one request a connection."""
 
-    def __init__(self, registry: CollectorRegistry, problem: Callable[[], str]) -> None:
-        """Serve `registry`; `problem` says why the node is not ready, or nothing."""
-        self._registry = registry
+    def __init__(self, page: Callable[[], bytes], problem: Callable[[], str]) -> None:
+        """Serve `page` as metrics; `problem` says why the node is not ready, or nothing."""
+        self._page = page
         self._problem = problem
         self._server: asyncio.Server | None = None
-        self._open = 0
+        self.open = 0  # connections
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         """Listen; returns the address in use (port 0 takes any).
@@ -33,8 +32,9 @@ class MetricsServer:
         Raises:
             NodeError: The address can't be had.
         """
+        loop = asyncio.get_running_loop()
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=REQUEST_BYTES_MAX)
+            self._server = await loop.create_server(lambda: _Connection(self), host, port)
         except OSError as error:
             raise NodeError(
                 f"server.metrics_listen {host}:{port} can't be had: {error.strerror}; choose another port"
@@ -47,26 +47,10 @@ class MetricsServer:
         if self._server is not None:
             self._server.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
-        try:
-            async with asyncio.timeout(REQUEST_S_MAX):
-                if self._open > CONNECTIONS_MAX:
-                    status, kind, body = HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many connections\n"
-                else:
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    status, kind, body = self._answer(head)
-                writer.write(
-                    f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\n"
-                    f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
-                )
-                writer.write(body)
-                await writer.drain()
-        except (TimeoutError, ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # whoever asked is gone, too slow or not speaking HTTP
-        finally:
-            self._open -= 1
-            writer.close()
+    def answer(self, head: bytes) -> bytes:
+        """Return the answer to a request; only its first line matters."""
+        status, kind, body = self._answer(head)
+        return _written(status, kind, body)
 
     def _answer(self, head: bytes) -> tuple[HTTPStatus, str, bytes]:
         words = head.split(b"\r\n", 1)[0].split(b" ")
@@ -74,8 +58,8 @@ class MetricsServer:
             return HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET\n"
         path = words[1].split(b"?", 1)[0]
         if path == b"/metrics":
-            body = generate_latest(self._registry)
-            return HTTPStatus.OK, CONTENT_TYPE_LATEST, b"" if words[0] == b"HEAD" else body
+            body = self._page()
+            return HTTPStatus.OK, CONTENT_TYPE, b"" if words[0] == b"HEAD" else body
         if path == b"/healthz":
             return HTTPStatus.OK, _TEXT, b"ok\n"
         if path == b"/readyz":
@@ -84,3 +68,49 @@ class MetricsServer:
                 return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"{problem}\n".encode()
             return HTTPStatus.OK, _TEXT, b"ready\n"
         return HTTPStatus.NOT_FOUND, _TEXT, b"/metrics, /healthz, /readyz\n"
+
+
+def _written(status: HTTPStatus, kind: str, body: bytes) -> bytes:
+    return (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+    ) + body
+
+
+_TOO_MANY = _written(HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"too many connections\n")
+
+
+class _Connection(asyncio.Protocol):
+    """One connection. No stream and no task: those cost as much as the page."""
+
+    def __init__(self, server: MetricsServer) -> None:
+        self._server = server
+        self._head = b""
+        self._is_answered = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._server.open += 1
+        # Whoever is too slow, to ask or to take the answer, is cut off.
+        self._timer = asyncio.get_running_loop().call_later(REQUEST_S_MAX, transport.abort)
+        if self._server.open > CONNECTIONS_MAX:
+            self._end(_TOO_MANY)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_answered:
+            return
+        self._head += data
+        if b"\r\n\r\n" in self._head:
+            self._end(self._server.answer(self._head))
+        elif len(self._head) > REQUEST_BYTES_MAX:
+            self._transport.abort()
+
+    def _end(self, answer: bytes) -> None:
+        self._is_answered = True
+        self._transport.write(answer)
+        self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._server.open -= 1
+        self._timer.cancel()

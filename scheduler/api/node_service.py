@@ -101,5 +101,6 @@ class NodeService(node_service_pb2_grpc.NodeServiceServicer):
             pending_jobs=control.ledger.pending,
             live_jobs=len(control.ledger.live),
             problems=[control.problems[kind] for kind in sorted(control.problems)],
+            limitations=control.abilities.limitations,
             revision=control.effects.journal.head,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # A GPU is read every second or so; an older reading is marked.
 SAMPLE_AGE_S_MAX = 10.0
-TITLES = ("GPU", "UUID", "MODEL", "STATE", "JOB", "MEM GiB", "UTIL", "POWER W", "TEMP", "REASON")
+TITLES = ("GPU", "UUID", "MODEL", "PART OF", "STATE", "JOB", "MEM GiB", "UTIL", "POWER W", "TEMP", "REASON")
+SHOWN_IF_ANY = ("PART OF", "REASON")
 NUMBERS = ("GPU", "MEM GiB", "UTIL", "POWER W", "TEMP")
 VENDOR = "NVIDIA "  # all are; the model tells more
 # States that need no explanation.
@@ -49,21 +50,22 @@ def gpus(session: Session) -> None:
 def gpus_table(shown: Iterable[node_pb2.Gpu]) -> output.Table:
     """Return GPUs as a table, by index."""
     ordered = sorted(shown, key=lambda gpu: (gpu.index, gpu.uuid))
-    names = words.gpu_names(gpu.uuid for gpu in ordered)
-    rows = [gpu_row(gpu, names[gpu.uuid]) for gpu in ordered]
-    width = len(TITLES) if any(row[-1] for row in rows) else len(TITLES) - 1
-    return output.table(TITLES[:width], (row[:width] for row in rows), right=NUMBERS)
+    names = words.gpu_names(uuid for gpu in ordered for uuid in (gpu.uuid, gpu.parent_uuid) if uuid)
+    rows = [gpu_row(gpu, names) for gpu in ordered]
+    shown_titles = [title for title in TITLES if title not in SHOWN_IF_ANY or any(row[title] for row in rows)]
+    return output.table(shown_titles, ([row[title] for title in shown_titles] for row in rows), right=NUMBERS)
 
 
-def gpu_row(gpu: node_pb2.Gpu, name: str) -> tuple[str, ...]:
-    """Return a GPU as a row under TITLES; what it does not report is a dash."""
+def gpu_row(gpu: node_pb2.Gpu, names: Mapping[str, str]) -> dict[str, str]:
+    """Return a GPU as a row by TITLES, given what GPUs are called; what it does not report is a dash."""
     memory = words.gib(gpu.memory_used_mib) if gpu.HasField("memory_used_mib") else words.NONE
     power = f"{gpu.power_w:.0f}" if gpu.HasField("power_w") else words.NONE
     limit = f"{gpu.power_limit_w:.0f}" if gpu.HasField("power_limit_w") else words.NONE
-    return (
+    cells = (
         str(gpu.index),
-        name,
+        names[gpu.uuid],
         gpu.model.removeprefix(VENDOR),
+        f"{words.count(gpu.slices, 'slice')} of {names[gpu.parent_uuid]}" if gpu.parent_uuid else "",
         words.word(gpu, "state"),
         ",".join(gpu.job_ids) or words.NONE,
         f"{memory}/{words.gib(gpu.memory_total_mib)}",
@@ -72,6 +74,7 @@ def gpu_row(gpu: node_pb2.Gpu, name: str) -> tuple[str, ...]:
         f"{gpu.temperature_celsius:.0f} °C" if gpu.HasField("temperature_celsius") else words.NONE,
         gpu_remark(gpu),
     )
+    return dict(zip(TITLES, cells, strict=True))
 
 
 def gpu_remark(gpu: node_pb2.Gpu) -> str:
@@ -84,6 +87,7 @@ def gpu_remark(gpu: node_pb2.Gpu) -> str:
         if str(process.pid) not in gpu.detail
     ]
     parts += [", ".join(processes)] if processes else []
+    parts += [words.clean(problem) for problem in gpu.telemetry_problems]
     if gpu.HasField("sampled_at") and time.time() - words.epoch_s(gpu.sampled_at) > SAMPLE_AGE_S_MAX:
         parts.append(f"last read {words.since(gpu.sampled_at)} ago")
     return "; ".join(part for part in parts if part)
@@ -98,6 +102,7 @@ def node_remarks(node: node_pb2.Node) -> Iterator[str]:
     if node.released:
         yield "the node is released: no GPU is held; `wattshift undrain` takes them back"
     yield from node.problems
+    yield from node.limitations
 
 
 @click.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,7 @@ def _job_facts(job: job_pb2.Job) -> Iterator[tuple[str, str]]:
         yield "not before", words.moment(job.eligible_at)
     if job.preemptions:
         yield "gave way", words.count(job.preemptions, "time")
+    yield "energy", words.energy(job.energy_j) if job.energy_j and job.attempt > 1 else ""
 
 
 def _submitted(job: job_pb2.Job) -> str:
@@ -158,6 +159,7 @@ def _attempt_facts(attempt: job_pb2.Attempt, names: dict[str, str]) -> Iterator[
         )
     yield "gave way to", attempt.preempted_by
     yield "stages", stages(attempt)
+    yield "energy", words.energy(attempt.energy_j) if attempt.energy_j else ""
     yield "ended", _attempt_end(attempt)
 
 
@@ -228,10 +230,18 @@ def explanation(answer: job_service_pb2.ExplainJobResponse) -> Iterator[str]:
         yield f"expected start: {words.moment(answer.expected_start)}"
     if answer.obstacles:
         yield ""
-        rows = [(str(o.gpus), words.reason(o), o.detail) for o in answer.obstacles]
-        yield from output.plain_lines(output.table(("GPUS", "KEPT FROM IT BY", ""), rows, right=("GPUS",)))
+        yield from output.plain_lines(_obstacles(answer.obstacles))
     if answer.remedies:
         yield ""
         yield "what would help:"
         for remedy in answer.remedies:
             yield words.clean(f"  - {remedy}")
+
+
+def _obstacles(obstacles: Collection[job_service_pb2.Obstacle]) -> output.Table:
+    """What each rule keeps from the job; how many nodes that is only where it may be more than one."""
+    rows = [(str(o.gpus), str(o.nodes), words.reason(o), o.detail) for o in obstacles]
+    if all(o.nodes < 2 for o in obstacles):
+        one = [(gpus, *rest) for gpus, _, *rest in rows]
+        return output.table(("GPUS", "KEPT FROM IT BY", ""), one, right=("GPUS",))
+    return output.table(("GPUS", "NODES", "KEPT FROM IT BY", ""), rows, right=("GPUS", "NODES"))

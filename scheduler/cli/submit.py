@@ -171,10 +171,11 @@ def _victims(answer: job_service_pb2.PreviewJobResponse) -> output.Table:
             words.word(victim, "class"),
             str(len(victim.gpus)),
             words.span(victim.grace_s),
+            words.span(victim.handover_s),
             f"{victim.lost_gpu_seconds:.0f}",
             words.usd(victim.loss_usd),
         )
         for victim in answer.victims
     ]
-    numbers = ("GPUS", "GRACE", "LOST GPU-S", "LOSS USD")
+    numbers = ("GPUS", "GRACE", "HAND-OVER", "LOST GPU-S", "LOSS USD")
     return output.table(("WOULD STOP", "NAME", "CLASS", *numbers), rows, right=numbers)

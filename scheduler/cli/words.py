@@ -20,6 +20,8 @@ DAY_S = 86400
 SPAN_S_WITH_TENTHS = 10  # a shorter span shows tenths of a second
 STAGE_MS_WITH_TENTHS = 10
 MIB_PER_GIB = 1024
+J_PER_WH = 3600
+WH_PER_KWH = 1000
 SHARE_MILLI_WHOLE = 1000
 # Characters of a UUID's random part that a table shows, unless two GPUs of the node share them.
 UUID_DIGITS_MIN = 8
@@ -130,6 +132,14 @@ def gib(mib: float) -> str:
 def size(mib: int) -> str:
     """Return a size with its unit: 512 MiB, 40 GiB."""
     return f"{mib} MiB" if mib < MIB_PER_GIB else f"{gib(mib)} GiB"
+
+
+def energy(joules: float) -> str:
+    """Return energy in the largest unit of which there is one: 812 J, 35.2 Wh, 4.56 kWh."""
+    if joules < J_PER_WH:
+        return f"{joules:.0f} J"
+    wh = joules / J_PER_WH
+    return f"{wh:.1f} Wh" if wh < WH_PER_KWH else f"{wh / WH_PER_KWH:.2f} kWh"
 
 
 def usd(amount: float) -> str:

@@ -1,27 +1,102 @@
 """Who used what: GPU time by share, energy from the counters, value; idle is booked as idle.
 
-A GPU's energy between two readings is split over those who held it at the later one by share; what
-nobody held is idle's. Where a GPU has no counter its power reading is integrated.
+A job holds its GPUs from the decision to start it until its last process is gone. What a GPU used between two
+readings is split by the time within that interval for which each job held it, and its share; the rest is
+idle's. A MIG instance has of its GPU's energy what it has of the compute slices. All is whole millijoules and
+adds up to the counter. `docs/operating/energy.md` has the rules for operators.
+
+What was used since the last booking is in memory, and up to where each GPU is booked in the journal: a daemon
+that starts, whatever became of the one before, goes on from there.
 """
 
-from collections import defaultdict
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field
 
 from scheduler.control.board import GpuBoard
+from scheduler.control.energy import EnergyMeter, Used
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.journal import UsageBooking
 from scheduler.model.events import UsageBooked, UsageEntry
-from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
+from scheduler.model.gpus import GpuBooked, GpuSample
+from scheduler.model.jobs import SHARE_MILLI_WHOLE, Attempt, Job
+from scheduler.model.reasons import Reason
 
 IDLE = "IDLE"
+# Of attempts that ended when nobody looked: the launcher was gone, too.
+UNKNOWN = "UNKNOWN"
 BOOKING_PERIOD_S = 60.0
+# A GPU that was taken out of the node is remembered for so long.
+FORGOTTEN_S = 7 * 86_400.0
 _MS_PER_HOUR = 3_600_000
 # Utilisation below this on a held GPU counts as nothing running on it.
 _IDLE_UTILIZATION = 0.005
 
+_Part = tuple[str, int]  # a GPU or a MIG instance, and its compute slices
 
-_Key = tuple[str, int]  # a GPU's UUID and a job's number, 0 = idle
+
+@dataclass(frozen=True, slots=True)
+class _User:
+    """Whoever used a GPU or an instance: an attempt of a job, idle, or one that is not known."""
+
+    uuid: str
+    number: int = 0  # of the job
+    attempt: int = 0
+    label: str = IDLE
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What one user used since the last booking."""
+
+    gpu_ms: float = 0.0
+    energy_mj: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """That an attempt has, or had, its GPUs."""
+
+    job: Job
+    attempt: Attempt
+    until_s: float = math.inf
+    is_known: bool = True  # else nobody knows when it ended
+
+    def share_ms(self, since_s: float, until_s: float) -> float:
+        """For how long it held within the interval, times its share."""
+        held_s = min(self.until_s, until_s) - max(self.attempt.decided_s, since_s)
+        return max(0.0, held_s) * self.attempt.gpu_share_milli
+
+    def weight(self, used: Used) -> float:
+        """Its mean share over the interval; where the clock was set back, its share if it holds it now."""
+        if used.until_s > used.since_s:
+            return self.share_ms(used.since_s, used.until_s) / (used.until_s - used.since_s)
+        return self.attempt.gpu_share_milli if self.until_s == math.inf else 0.0
+
+    def user(self, uuid: str) -> _User:
+        """Who it is, on this GPU or instance."""
+        if not self.is_known:
+            return _User(uuid, label=UNKNOWN)
+        return _User(uuid, self.job.number, self.attempt.number, self.job.spec.job_class.name)
+
+
+@dataclass(slots=True)
+class _Gpu:
+    """A whole GPU: what it used is split over its parts, which are its MIG instances, or itself."""
+
+    uuid: str
+    meter: EnergyMeter
+    parts: tuple[_Part, ...]  # at the last reading: whoever is newer can't have been held before
+    timed_s: float
+    used: dict[_User, _Sums] = field(default_factory=dict)
+
+    def add(self, user: _User, gpu_ms: float = 0.0, energy_mj: int = 0) -> None:
+        if gpu_ms or energy_mj:
+            sums = self.used.setdefault(user, _Sums())
+            sums.gpu_ms += gpu_ms
+            sums.energy_mj += energy_mj
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,106 +105,93 @@ class _Booking:
 
     seq: int
     entries: tuple[UsageEntry, ...]
-    sums: list[tuple[_Key, float, float]]  # GPU-ms and mJ, to be taken back if it is not
+    used: tuple[tuple[_Gpu, dict[_User, _Sums]], ...]  # to be taken back if it is not
 
 
 class Accounts:
-    """Usage since the last booking, in memory; `book` puts it into the ledger's transaction."""
+    """Usage since the last booking; `book` puts it into the ledger's transaction."""
 
-    def __init__(self, ledger: Ledger, board: GpuBoard, meters: Meters) -> None:
+    def __init__(self, ledger: Ledger, board: GpuBoard, meters: Meters, telemetry: Telemetry) -> None:
         self._ledger = ledger
         self._board = board
         self._meters = meters
-        self._at_s = 0.0
-        self._gpu_ms: defaultdict[tuple[str, int], float] = defaultdict(float)
-        self._energy_mj: defaultdict[tuple[str, int], float] = defaultdict(float)
-        self._counters: dict[str, tuple[float, int | None]] = {}
-        self._jobs: dict[int, Job] = {}  # that the sums name
-        self._ended: set[int] = set()
+        self._telemetry = telemetry
+        self._gpus: dict[str, _Gpu] = {}
+        self._ended: dict[tuple[int, int], _Hold] = {}  # attempts whose last energy is not counted yet
+        self._ended_on: set[str] = set()  # GPUs and instances that attempts have left since they were booked
+        self._booked_s = -math.inf
         self._unsettled: list[_Booking] = []
 
-    def resume(self, now_s: float) -> None:
-        """Start counting; what ran while no daemon looked is booked on those who still hold."""
-        self._at_s = now_s
-        booked_s = self._ledger.booked_s
-        for job in self._ledger.live_jobs():
-            last = job.attempts[-1]
-            if last.started_s is not None:
-                self._add(job, max(0.0, now_s - max(last.started_s, booked_s)))
-
-    def advance(self, now_s: float) -> None:
-        """Count the time since the last call for those who hold GPUs now; call before that changes."""
-        if self._unsettled:
-            self._settle()
-        elapsed_s = max(0.0, now_s - self._at_s)
-        self._at_s = now_s
-        if not elapsed_s:
+    def resume(self, *, rebooted: bool) -> None:
+        """Go on from where the daemon before has booked."""
+        ledger = self._ledger
+        for uuid, booked in ledger.booked.items():
+            meter = EnergyMeter(booked.at_s, booked.energy_mj, booked.power_w)
+            if rebooted:
+                meter.driver_is_new()
+            self._gpus[uuid] = _Gpu(uuid, meter, booked.parts, booked.timed_s)
+        if not self._gpus:
             return
-        free = {gpu.uuid: SHARE_MILLI_WHOLE for gpu in self._board.identities}
-        for job in self._ledger.live_jobs():
-            self._add(job, elapsed_s)
-            for uuid in job.attempts[-1].gpus:
-                free[uuid] = free.get(uuid, SHARE_MILLI_WHOLE) - job.spec.gpu_share_milli
-        for uuid, share in free.items():
-            self._gpu_ms[uuid, 0] += elapsed_s * share
+        pending = {number: ledger.job(number) for gpu in ledger.booked.values() for number, _ in gpu.pending}
+        finished = ledger.journal.finished_since(ledger.booked_seq)
+        for job in (*filter(None, pending.values()), *finished, *ledger.jobs.values()):
+            for attempt in job.attempts:
+                if attempt.exited_s is not None:
+                    self._end(job, attempt, attempt.exited_s, attempt.end_reason, lost=attempt.lost)
+        self._forget_ended()
 
-    def read(self) -> None:
-        """Split the energy since the last readings."""
-        for uuid, sample in self._board.samples.items():
-            before = self._counters.get(uuid)
-            if before is not None and before[0] == sample.at_s:
+    def ended(self, job: Job, at_s: float, reason: Reason, *, lost: bool) -> None:
+        """The job's attempt ended; `lost`: before then, and nobody knows when."""
+        self._end(job, job.attempts[-1], at_s, reason, lost=lost)
+        self._ended_on.update(job.attempts[-1].gpus)
+
+    def read(self, now_s: float) -> None:
+        """Split the time up to now and the energy up to the newest readings; call when the ends are known."""
+        holds = self._holds()
+        for uuid, parts in self._wholes().items():
+            samples = [self._board.samples[part] for part, _ in parts if part in self._board.samples]
+            if not samples:
                 continue
-            self._counters[uuid] = (sample.at_s, sample.energy_mj)
-            if before is None:
+            newest = max(samples, key=lambda sample: sample.at_s)
+            power_w = _sum(sample.power_w for sample in samples)
+            gpu = self._gpus.get(uuid)
+            if gpu is None:
+                meter = EnergyMeter(newest.at_s, newest.energy_mj, power_w)
+                self._gpus[uuid] = _Gpu(uuid, meter, parts, now_s)
                 continue
-            elapsed_s = sample.at_s - before[0]
-            if sample.energy_mj is not None and before[1] is not None:
-                used_mj = float(max(0, sample.energy_mj - before[1]))  # a reset counter books nothing
-            else:
-                used_mj = (sample.power_w or 0.0) * elapsed_s * 1000.0
-            jobs = self._board.holders(uuid)
-            left = SHARE_MILLI_WHOLE
-            for job in jobs:
-                self._jobs[job.number] = job
-                self._energy_mj[uuid, job.number] += used_mj * job.spec.gpu_share_milli / SHARE_MILLI_WHOLE
-                left -= job.spec.gpu_share_milli
-            self._energy_mj[uuid, 0] += used_mj * left / SHARE_MILLI_WHOLE
-            if jobs and sample.utilization_ratio is not None and sample.utilization_ratio < _IDLE_UTILIZATION:
-                self._meters.allocated_idle_s[(uuid,)] += elapsed_s
+            self._time(gpu, parts, holds, now_s)
+            if newest.at_s == gpu.meter.seen_s:
+                continue
+            left_s = [hold.until_s for part, _ in gpu.parts for hold in holds.get(part, ())]
+            used = gpu.meter.read(newest.at_s, newest.energy_mj, power_w, max(left_s, default=0.0))
+            self._telemetry.note(gpu.uuid, "energy_mj", gpu.meter.fault, now_s)
+            for interval in used:
+                self._split(gpu, holds, interval)
+                self._note_idle(holds, samples, interval)
+            if used:
+                gpu.parts = parts
 
-    def due(self, now_s: float) -> bool:
-        """Whether a booking is due."""
-        return now_s - self._ledger.booked_s >= BOOKING_PERIOD_S
+    def book(self, now_s: float, *, has_readings: bool) -> None:
+        """Put into the ledger's transaction what is due: all each minute, GPUs that were left at readings."""
+        if abs(now_s - self._booked_s) >= BOOKING_PERIOD_S:
+            self.book_all(now_s)
+        elif has_readings and self._ended_on:
+            self._book(now_s, [gpu for gpu in self._gpus.values() if self._was_left(gpu)])
 
-    def ended(self, job: Job) -> None:
-        """The job's attempt ended: what it used is booked with this tick."""
-        self._ended.add(job.number)
+    def book_all(self, now_s: float) -> None:
+        """Put everything into the ledger's transaction."""
+        self._book(now_s, list(self._gpus.values()), whole=True)
+        self._booked_s = now_s
+        here = self._wholes()
+        for uuid, gpu in list(self._gpus.items()):
+            if uuid not in here and now_s - gpu.meter.at_s > FORGOTTEN_S:
+                del self._gpus[uuid]
 
-    def book_ended(self, now_s: float) -> None:
-        """Book those that ended, so that no crash can lose what they used."""
-        self._settle()
-        if self._ended:
-            self._book(now_s, {key for key in self._used() if key[1] in self._ended}, whole=False)
-        self._ended.clear()
+    def settle(self) -> None:
+        """Count what was booked, or take back what could not be kept: a full disk must not lose it.
 
-    def book(self, now_s: float) -> None:
-        """Put all that was used into the ledger's transaction."""
-        self._settle()
-        self._book(now_s, self._used(), whole=True)
-
-    def _used(self) -> set[_Key]:
-        return {key for key, value in (*self._gpu_ms.items(), *self._energy_mj.items()) if value}
-
-    def _book(self, now_s: float, keys: set[_Key], *, whole: bool) -> None:
-        if not keys:
-            return
-        entries = tuple(self._entry(uuid, number) for uuid, number in sorted(keys))
-        self._ledger.apply(UsageBooked(now_s, entries, whole))
-        sums = [(key, self._gpu_ms.pop(key, 0.0), self._energy_mj.pop(key, 0.0)) for key in keys]
-        self._unsettled.append(_Booking(self._ledger.journal.head, entries, sums))
-
-    def _settle(self) -> None:
-        """Count what was booked, or take back what could not be kept: a full disk must not lose it."""
+        To be called before anything is staged in a tick.
+        """
         unsettled, self._unsettled = self._unsettled, []
         head = self._ledger.journal.head
         for booking in unsettled:
@@ -139,10 +201,12 @@ class Accounts:
                     self._meters.class_gpu_s[label] += entry.gpu_ms / 1000.0
                     self._meters.class_energy_j[label] += entry.energy_mj / 1000.0
                     self._meters.class_value_usd[label] += entry.value_microusd / 1e6
-            else:
-                for key, gpu_ms, energy_mj in booking.sums:
-                    self._gpu_ms[key] += gpu_ms
-                    self._energy_mj[key] += energy_mj
+                continue
+            self._booked_s = -math.inf
+            for gpu, used in booking.used:
+                for user, sums in used.items():
+                    gpu.add(user, sums.gpu_ms, sums.energy_mj)
+        self._forget_ended()
 
     def count_preemption(self, job: Job, at_s: float) -> None:
         """Book that a job gave way to another."""
@@ -158,23 +222,147 @@ class Accounts:
         )
         self._ledger.book(UsageBooking(at_s, entry, preemptions=1))
 
-    def _add(self, job: Job, elapsed_s: float) -> None:
-        self._jobs[job.number] = job
-        for uuid in job.attempts[-1].gpus:
-            self._gpu_ms[uuid, job.number] += elapsed_s * job.spec.gpu_share_milli
+    # Who held what ----------------------------------------------------------------------------
 
-    def _entry(self, uuid: str, number: int) -> UsageEntry:
-        gpu_ms = round(self._gpu_ms[uuid, number])
-        energy_mj = round(self._energy_mj[uuid, number])
-        job = self._jobs.get(number)
-        label = job.spec.job_class.name if job else IDLE
-        value = gpu_ms * job.spec.value_microusd_per_gpu_hour // _MS_PER_HOUR if job else 0
+    def _end(self, job: Job, attempt: Attempt, at_s: float, reason: Reason | None, *, lost: bool) -> None:
+        # What a reboot ended was gone when the GPU's new driver began to count.
+        until_s = -math.inf if reason is Reason.NODE_REBOOTED else at_s
+        if attempt.gpus:
+            self._ended[job.number, attempt.number] = _Hold(job, attempt, until_s, is_known=not lost)
+
+    def _holds(self) -> dict[str, list[_Hold]]:
+        """By GPU or instance who holds it, or held it since the energy was last counted."""
+        found: dict[str, list[_Hold]] = {}
+        live = (_Hold(job, job.attempts[-1]) for job in self._ledger.live_jobs())
+        # An end that could not be journalled yet is an end all the same.
+        present = (hold for hold in live if (hold.job.number, hold.attempt.number) not in self._ended)
+        for hold in (*self._ended.values(), *present):
+            for uuid in hold.attempt.gpus:
+                found.setdefault(uuid, []).append(hold)
+        return found
+
+    def _forget_ended(self) -> None:
+        """Forget attempts that ended before all that is still to be counted, once their end is durable."""
+        if not self._ended:
+            return
+        counted_s = {part: gpu.meter.at_s for gpu in self._gpus.values() for part, _ in gpu.parts}
+        self._ended = {
+            key: hold
+            for key, hold in self._ended.items()
+            if any(hold.until_s > counted_s.get(uuid, math.inf) for uuid in hold.attempt.gpus)
+            or self._is_live(*key)
+        }
+
+    def _is_live(self, number: int, attempt: int) -> bool:
+        job = self._ledger.live.get(number)
+        return job is not None and job.attempt == attempt
+
+    def _wholes(self) -> dict[str, tuple[_Part, ...]]:
+        """The GPUs that are there, whole ones and those that are cut, and their parts."""
+        found: dict[str, tuple[_Part, ...]] = {}
+        for gpu in self._board.identities:
+            if self._board.is_present(gpu.uuid):
+                whole = gpu.parent_uuid or gpu.uuid
+                found[whole] = (*found.get(whole, ()), (gpu.uuid, gpu.slices or 1))
+        return found
+
+    def _was_left(self, gpu: _Gpu) -> bool:
+        return any(part in self._ended_on for part, _ in gpu.parts)
+
+    # Who used what ----------------------------------------------------------------------------
+
+    def _time(self, gpu: _Gpu, parts: tuple[_Part, ...], holds: dict[str, list[_Hold]], now_s: float) -> None:
+        """Count the time of a GPU up to now."""
+        since_s, gpu.timed_s = gpu.timed_s, now_s
+        for uuid, _ in parts:
+            left_ms = max(0.0, now_s - since_s) * SHARE_MILLI_WHOLE
+            for hold in holds.get(uuid, ()):
+                held_ms = hold.share_ms(since_s, now_s)
+                gpu.add(hold.user(uuid), gpu_ms=held_ms)
+                left_ms -= held_ms
+            if uuid in self._board.row:  # else it was taken out of the node
+                gpu.add(_User(uuid), gpu_ms=max(0.0, left_ms))
+
+    def _split(self, gpu: _Gpu, holds: dict[str, list[_Hold]], used: Used) -> None:
+        """Split what a GPU used in an interval over those who held it then; the sum is exact."""
+        weights: list[tuple[_User, float]] = []
+        for uuid, slices in gpu.parts:
+            held = [(hold.user(uuid), hold.weight(used)) for hold in holds.get(uuid, ())]
+            left = SHARE_MILLI_WHOLE - sum(share for _, share in held)
+            weights.append((_User(uuid), max(0.0, left) * slices))
+            weights += [(user, share * slices) for user, share in held]
+        for user, energy_mj in _divided(used.energy_mj, weights):
+            gpu.add(user, energy_mj=energy_mj)
+            self._meters.gpu_energy_j[(user.uuid,)] += energy_mj / 1000.0
+
+    def _note_idle(self, holds: dict[str, list[_Hold]], samples: list[GpuSample], used: Used) -> None:
+        """Note time for which a GPU was held with nothing running on it."""
+        for sample in samples:
+            is_held = any(hold.until_s == math.inf for hold in holds.get(sample.uuid, ()))
+            if (
+                is_held
+                and sample.utilization_ratio is not None
+                and sample.utilization_ratio < _IDLE_UTILIZATION
+            ):
+                self._meters.allocated_idle_s[(sample.uuid,)] += max(0.0, used.until_s - used.since_s)
+
+    # Bookings ---------------------------------------------------------------------------------
+
+    def _book(self, now_s: float, gpus: list[_Gpu], *, whole: bool = False) -> None:
+        if not gpus:
+            return
+        holds, wholes = self._holds(), self._wholes()
+        for gpu in gpus:
+            self._time(gpu, wholes.get(gpu.uuid, gpu.parts), holds, now_s)
+            self._ended_on.difference_update(part for part, _ in gpu.parts)
+        entries = tuple(
+            self._entry(user, gpu.used[user]) for gpu in gpus for user in sorted(gpu.used, key=astuple)
+        )
+        self._ledger.apply(UsageBooked(now_s, entries, whole, tuple(map(self._booked, gpus))))
+        used = tuple((gpu, gpu.used) for gpu in gpus)
+        for gpu in gpus:
+            gpu.used = {}
+        self._unsettled.append(_Booking(self._ledger.journal.head, entries, used))
+
+    def _booked(self, gpu: _Gpu) -> GpuBooked:
+        meter = gpu.meter
+        parts = {part for part, _ in gpu.parts}
+        pending = sorted(
+            key
+            for key, hold in self._ended.items()
+            if hold.until_s > meter.at_s and not parts.isdisjoint(hold.attempt.gpus)
+        )
+        return GpuBooked(
+            gpu.uuid, gpu.timed_s, meter.at_s, meter.counter_mj, meter.power_w, gpu.parts, tuple(pending)
+        )
+
+    def _entry(self, user: _User, sums: _Sums) -> UsageEntry:
+        gpu_ms = round(sums.gpu_ms)
+        job = self._ledger.job(user.number) if user.number else None
         return UsageEntry(
             job_id=job.id if job else "",
-            uuid=uuid,
+            uuid=user.uuid,
             tenant=job.spec.tenant if job else "",
-            job_class=label,
+            job_class=user.label,
             gpu_ms=gpu_ms,
-            energy_mj=energy_mj,
-            value_microusd=value,
+            energy_mj=sums.energy_mj,
+            value_microusd=gpu_ms * job.spec.value_microusd_per_gpu_hour // _MS_PER_HOUR if job else 0,
+            attempt=user.attempt,
         )
+
+
+def _divided(total: int, weights: list[tuple[_User, float]]) -> Iterable[tuple[_User, int]]:
+    """Divide whole millijoules by weight: each part is within one of its due, and their sum is the total."""
+    heavy = [(user, weight) for user, weight in weights if weight > 0]
+    whole = sum(weight for _, weight in heavy)
+    seen, given = 0.0, 0
+    for place, (user, weight) in enumerate(heavy, start=1):
+        seen += weight
+        upto = total if place == len(heavy) else int(total * (seen / whole))
+        yield user, upto - given
+        given = upto
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

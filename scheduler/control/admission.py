@@ -30,6 +30,8 @@ def check_feasible(spec: JobSpec, board: GpuBoard, prefix: str) -> None:
             g for g in gpus if not spec.gpu_models or any(model_matches(m, g.model) for m in spec.gpu_models)
         ]
         roomy = [g for g in fitting if board.bookable_mib(g) >= spec.gpu_memory_mib]
+        # A CUDA program sees one MIG instance and nothing beside it.
+        counted = [g for g in roomy if spec.gpus == 1 or not g.parent_uuid]
         models = ", ".join(sorted({g.model for g in gpus})) or "none"
         if spec.gpu_models and not fitting:
             wanted = ", ".join(spec.gpu_models)
@@ -46,11 +48,14 @@ def check_feasible(spec: JobSpec, board: GpuBoard, prefix: str) -> None:
                     f"is {spec.gpu_memory_mib}; the largest fitting GPU has {most} MiB for jobs",
                 )
             )
-        elif spec.gpus > len(roomy):
-            found.append(
-                FieldViolation(
-                    prefix + "gpus", f"is {spec.gpus}; this node has {len(roomy)} GPUs that fit ({models})"
+        elif spec.gpus > len(counted):
+            if len(counted) < len(roomy):
+                text = (
+                    f"is {spec.gpus}; this node has {len(counted)} whole GPUs that fit, and a job of several "
+                    "gets no MIG instances: ask for one, or submit a job for each"
                 )
-            )
+            else:
+                text = f"is {spec.gpus}; this node has {len(roomy)} GPUs that fit ({models})"
+            found.append(FieldViolation(prefix + "gpus", text))
     if found:
         raise Infeasible(*found)

@@ -12,8 +12,10 @@ import numpy as np
 
 from scheduler.control.ledger import Ledger
 from scheduler.control.table import Leaver, gave_way
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
-from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuSample, GpuState
+from scheduler.model.events import BaselineLearned
+from scheduler.model.gpus import PID_LIMIT, GpuIdentity, GpuProcess, GpuSample, GpuState
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Job
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import (
@@ -31,6 +33,8 @@ from scheduler.model.snapshot import (
 
 # What NVML answers for a GPU that is not there any more.
 _LOST_CODES = frozenset({"ERROR_GPU_IS_LOST", "ERROR_RESET_REQUIRED"})
+# An empty GPU shows its driver's reserve and what ECC takes, hundreds of MiB; a process at work has more.
+EMPTY_MIB_MAX = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +69,16 @@ class GpuView:
     job_ids: tuple[str, ...]
     free_share_milli: int
     foreign: tuple[GpuProcess, ...]
+    telemetry_problems: tuple[str, ...] = ()
 
 
 class GpuBoard:
     """Every GPU that this daemon has seen, by index."""
 
-    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...]) -> None:
+    def __init__(self, ledger: Ledger, sizes: tuple[NodeSize, ...], telemetry: Telemetry) -> None:
         """Take the ledger and the size of each node, in the order in which GPUs name them."""
         self._ledger = ledger
+        self._telemetry = telemetry
         self.sizes = sizes
         self.identities: tuple[GpuIdentity, ...] = ()
         self.row: dict[str, int] = {}
@@ -82,12 +88,10 @@ class GpuBoard:
         self._unproved: set[str] = set()
         self._proved: set[tuple[str, int, str]] = set()
         self.foreign: dict[str, tuple[GpuProcess, ...]] = {}
-        self.baseline_mib: dict[str, int] = {}
         self.released = False
         self._present: frozenset[str] = frozenset()
         self._read: tuple[GpuIdentity, ...] = ()
         self._absent: frozenset[str] = frozenset()  # known, and not in the last round
-        self._baselines = 0  # how often one changed
         self._gpus: tuple[object, GpuColumns] | None = None
         self._nodes: tuple[object, NodeColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
@@ -117,6 +121,7 @@ class GpuBoard:
                 del known[uuid]
                 self.samples.pop(uuid, None)
                 self._unproved.discard(uuid)
+                self.foreign.pop(uuid, None)
             self.identities = tuple(sorted(known.values(), key=lambda gpu: (gpu.node, gpu.index, gpu.uuid)))
             self.row = {gpu.uuid: row for row, gpu in enumerate(self.identities)}
             self._present, self._read = present, readings.identities
@@ -140,11 +145,26 @@ class GpuBoard:
         """Whether the last round of readings saw the GPU."""
         return uuid in self._present
 
-    def learn_baseline(self, uuid: str, used_mib: int) -> None:
-        """Note what the empty GPU shows as used. Only ever less: a leak must not become normal bit by bit."""
-        if used_mib < self.baseline_mib.get(uuid, used_mib + 1):
-            self.baseline_mib[uuid] = used_mib
-            self._baselines += 1
+    def learn_baseline(self, uuid: str, used_mib: int, now_s: float) -> None:
+        """Note what the empty GPU shows as used. Only ever less: a leak must not become normal bit by bit.
+
+        Another driver has another reserve: with it everything is learnt anew.
+        """
+        known = self._baseline(uuid)
+        if known is None or used_mib < known:
+            self._ledger.apply(BaselineLearned(now_s, uuid, max(0, used_mib), self.driver_version))
+
+    def _baseline(self, uuid: str) -> int | None:
+        known = self._ledger.baselines.get(uuid)
+        return known.used_mib if known and known.driver_version == self.driver_version else None
+
+    def empty_mib(self, uuid: str) -> int | None:
+        """The most that the GPU may show as used when nobody is on it; None where that proves nothing."""
+        # Where its memory is a NUMA node the system keeps pages after their process [nvml.h].
+        if uuid in self.row and self.identities[self.row[uuid]].is_numa_node:
+            return None
+        known = self._baseline(uuid)
+        return EMPTY_MIB_MAX if known is None else known
 
     def occupants(self) -> dict[str, list[Occupant]]:
         """By GPU, what ended there and is not proved gone; or that nobody has looked yet."""
@@ -179,6 +199,11 @@ class GpuBoard:
         """Forget the proofs of attempts that the ledger has as verified."""
         self._proved = {key for key in self._proved if key[:2] in self._ledger.leaving}
 
+    def held_unseen(self) -> dict[str, list[Job]]:
+        """The GPUs that jobs hold and nobody has seen since the start, with those jobs."""
+        by_gpu = self._ledger.table.holdings.by_gpu
+        return {uuid: list(jobs.values()) for uuid, jobs in by_gpu.items() if uuid not in self.row}
+
     def holders(self, uuid: str) -> list[Job]:
         """Live jobs that hold a GPU."""
         return self._ledger.table.holdings.jobs(uuid)
@@ -191,7 +216,8 @@ class GpuBoard:
         """The GPU's state, its reason and the facts behind it."""
         mark = self._ledger.marks.get(uuid)
         if not self.is_present(uuid):
-            return GpuState.LOST, Reason.GPU_NOT_SEEN, self.errors.get(uuid, "not in the driver's list")
+            code = self.errors.get(uuid) or self.errors.get("driver")
+            return GpuState.LOST, Reason.GPU_NOT_SEEN, code or "not in the driver's list"
         if mark is not None:
             return mark.state, Reason(mark.reason), mark.detail
         if held:
@@ -225,13 +251,14 @@ class GpuBoard:
                     job_ids=tuple(sorted(job.id for job in jobs)),
                     free_share_milli=max(0, SHARE_MILLI_WHOLE - held - occupied),
                     foreign=self.foreign.get(gpu.uuid, ()),
+                    telemetry_problems=self._telemetry.of(gpu.uuid),
                 )
             )
         return views
 
     def bookable_mib(self, gpu: GpuIdentity) -> int:
         """GPU memory that jobs may book: the total less what the empty GPU shows as used."""
-        return gpu.memory_total_mib - self.baseline_mib.get(gpu.uuid, 0)
+        return max(0, gpu.memory_total_mib - (self._baseline(gpu.uuid) or 0))
 
     def basis(self) -> tuple[object, ...]:
         """What snapshots are made of, but for the time; equal where nothing that the planner sees changed."""
@@ -252,7 +279,8 @@ class GpuBoard:
             self.identities,
             self.released,
             frozenset(closed | self._absent),
-            self._baselines,
+            self._ledger.baselines,
+            self.driver_version,
         )
         if self._gpus is None or self._gpus[0] != key:
             self._gpus = (key, self._made_gpu_columns(key[2]))
@@ -272,6 +300,7 @@ class GpuBoard:
             switch=_known(gpu.switch for gpu in gpus),
             numa=_known(gpu.numa for gpu in gpus),
             model=np.array([models.index(gpu.model) for gpu in gpus], dtype=np.int64),
+            instance=np.array([bool(gpu.parent_uuid) for gpu in gpus], dtype=bool),
         )
 
     def _node_columns(self) -> NodeColumns:
@@ -305,8 +334,11 @@ def describe(processes: tuple[GpuProcess, ...]) -> str:
 
 
 def _describe(process: GpuProcess) -> str:
-    if not process.pid:
-        return "a process that can't be named"
-    memory = f"{process.memory_mib} MiB" if process.memory_mib else ""
+    memory = "" if process.memory_mib is None else f"{process.memory_mib} MiB"
     facts = ", ".join(filter(None, (process.user, process.command, memory)))
-    return f"pid {process.pid} ({facts})" if facts else f"pid {process.pid}"
+    told = f" ({facts})" if facts else ""
+    if process.pid:
+        return f"pid {process.pid}{told}"
+    if process.listed_pid is None or not 0 < process.listed_pid < PID_LIMIT:
+        return f"a process that can't be named{told}"
+    return f"pid {process.listed_pid}, which has ended or is another process by now{told}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.events import GpuMarked, GpuUnmarked
-from scheduler.model.gpus import GpuEvent, GpuIdentity, GpuSample, GpuState
+from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent, GpuIdentity, GpuSample, GpuState
 from scheduler.model.health import (
     OWN_KILLS,
     TABLE_VERSION,
@@ -94,7 +94,10 @@ class Health:
                 found[uuid] = (outcome, what)
 
         for event in readings.events:
-            find(event.uuid, *self._heard(event, now_s))
+            if event.kind == EVENTS_BEGIN:
+                self._missed(event.uuid, now_s)
+            else:
+                find(event.uuid, *self._heard(event, now_s))
         for uuid, code in readings.errors.items():
             if code in _LOST:
                 find(uuid, _LOST[code], code.removeprefix("ERROR_").replace("_", " ").lower())
@@ -121,6 +124,19 @@ class Health:
             log.warning("GPU %s reported %s: %s", event.uuid, what, outcome.name.lower())
         return outcome, what.replace("_", " ")
 
+    def _missed(self, uuid: str, now_s: float) -> None:
+        """Note that a GPU that was read before is heard anew: what it told in between is lost.
+
+        The samples before and after tell of memory errors, and of what the driver says that it needs.
+        """
+        if uuid not in self._before:
+            return
+        self._control.meters.gpu_errors[uuid, "events_missed"] += 1
+        log.warning("GPU %s was not heard for a moment: XIDs may be missing; journalctl -k -g Xid", uuid)
+        last = self._errors.get(uuid)
+        if last is None or now_s - last.at_s > ERROR_TOLD_S:
+            self._errors[uuid] = _Error(now_s, "nothing for a moment, in which XIDs may have been missed")
+
     def _is_near_our_kill(self, uuid: str, now_s: float) -> bool:
         board = self._control.board
         stopping = any(job.attempts[-1].notice for job in board.holders(uuid))
@@ -133,6 +149,9 @@ class Health:
         self._before[uuid] = sample
         uncorrected = _growth(before.ecc_uncorrected if before else None, sample.ecc_uncorrected)
         corrected = _growth(before.ecc_corrected if before else None, sample.ecc_corrected)
+        remapped = _growth(
+            before.rows_remapped_uncorrected if before else None, sample.rows_remapped_uncorrected
+        )
         for kind, count in (("ecc_uncorrected", uncorrected), ("ecc_corrected", corrected)):
             if count:
                 self._control.meters.gpu_errors[uuid, kind] += count
@@ -145,7 +164,7 @@ class Health:
         if sample.recovery_action:
             action = outcome_of_recovery_action(sample.recovery_action)
             found.append((action, f"recovery action {sample.recovery_action}"))
-        elif uncorrected and sample.recovery_action is None and not has_told:
+        elif (uncorrected or remapped) and sample.recovery_action is None and not has_told:
             # A board that neither tells events nor gives a verdict: nobody else will say it.
             found.append((Outcome.RESET, "an uncorrectable error of its memory"))
         return found
@@ -195,8 +214,7 @@ class Health:
         self._was_reset.discard(uuid)
         self._returns_s[uuid].append(now_s)
         control.ledger.apply(GpuUnmarked(now_s, uuid, Reason.GPU_RECOVERED))
-        control.board.doubt(uuid)
-        control.orders.watch(uuid)
+        control.occupancy.prove_again(uuid)
         log.warning("GPU %s is well again: %s", uuid, mark.detail)
 
     def _may_return(self, reason: Reason, sample: GpuSample) -> bool:

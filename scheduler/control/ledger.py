@@ -11,6 +11,7 @@ from scheduler.control.table import JobTable
 from scheduler.effects.journal import Derived, Journal, NodeState, UsageBooking
 from scheduler.errors import JournalError
 from scheduler.model.events import (
+    BaselineLearned,
     DaemonStarted,
     Event,
     GpuMarked,
@@ -21,10 +22,12 @@ from scheduler.model.events import (
     PlanDecided,
     PolicyChanged,
     UsageBooked,
+    energy_of_jobs,
     fold,
     submitted,
+    with_energy,
 )
-from scheduler.model.gpus import GpuMark, GpuState
+from scheduler.model.gpus import GpuBaseline, GpuMark, GpuState
 from scheduler.model.jobs import FINAL_STATES, Job, JobState, Notice, job_number
 from scheduler.model.policy import Policy
 from scheduler.model.power import PowerState
@@ -39,6 +42,9 @@ from scheduler.model.power_events import (
     PricesSet,
     folded,
 )
+
+# A GPU that is cut anew and anew has new instances each time; those learnt first are forgotten.
+BASELINES_MAX = 256
 
 Change = tuple[Job | None, Job]  # before, after
 
@@ -77,13 +83,17 @@ class Ledger:
             self._index(None, job)
         node = journal.node_state()
         self.marks: dict[str, GpuMark] = node.marks
+        self.baselines: dict[str, GpuBaseline] = node.baselines
         self.drain: NodeDrainChanged | None = node.drain
         self.power: PowerState = node.power
         self.next_number = node.next_number
         self._undo: dict[int, Job | None] = {}
         self._steps: list[Change] = []
-        self.booked_s = node.booked_s
         self.boot_id = node.boot_id  # of the last daemon; empty before the first
+        self.booked = (
+            node.booked
+        )  # by whole GPU; replaced, never changed, so that a tick compares it at no cost
+        self.booked_seq = node.booked_seq
         self._node_before = self._node()
         self._environments: dict[int, dict[str, str]] = {}
         self._usage: list[UsageBooking] = []
@@ -134,14 +144,19 @@ class Ledger:
                 )
             case GpuUnmarked():
                 self.marks.pop(event.uuid, None)
+            case BaselineLearned():
+                known = {uuid: one for uuid, one in self.baselines.items() if uuid != event.uuid}
+                while len(known) >= BASELINES_MAX:
+                    del known[next(iter(known))]
+                # Another value each time: whoever looks sees that something changed.
+                self.baselines = {**known, event.uuid: GpuBaseline(event.used_mib, event.driver_version)}
             case DaemonStarted():
                 self.boot_id = event.boot_id
             case NodeDrainChanged():
                 self.drain = event if event.draining else None
             case UsageBooked():
-                if event.whole:
-                    self.booked_s = event.at_s
-                self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
+                self._book(event)
+                return None
             case PlanDecided() | PolicyChanged() | LauncherConnected():
                 pass
             case (
@@ -166,6 +181,19 @@ class Ledger:
                 return job
         self.journal.stage(event)
         return None
+
+    def _book(self, event: UsageBooked) -> None:
+        seq = self.journal.stage(event)
+        gpus = {gpu.uuid: gpu for gpu in event.gpus}
+        if event.whole:
+            self.booked_seq, self.booked = seq, gpus
+        else:
+            self.booked = self.booked | gpus
+        self._usage += [UsageBooking(event.at_s, entry) for entry in event.entries]
+        for job_id, energy_mj in energy_of_jobs(event).items():
+            before = self.by_id(job_id)
+            if before is not None:  # else it has aged out
+                self._put(before, with_energy(before, energy_mj, seq))
 
     def keep_environment(self, number: int, environment: dict[str, str]) -> None:
         """Store a job's environment with the transaction."""
@@ -277,12 +305,21 @@ class Ledger:
                     self.jobs[number] = earlier
         before = self._node_before
         self.marks, self.drain, self.power = dict(before.marks), before.drain, before.power
-        self.next_number, self.booked_s, self.boot_id = before.next_number, before.booked_s, before.boot_id
+        self.baselines = dict(before.baselines)
+        self.next_number, self.boot_id = before.next_number, before.boot_id
+        self.booked, self.booked_seq = before.booked, before.booked_seq
         self._begin()
 
     def _node(self) -> NodeState:
         return NodeState(
-            dict(self.marks), self.drain, self.next_number, self.booked_s, self.boot_id, self.power
+            marks=dict(self.marks),
+            drain=self.drain,
+            next_number=self.next_number,
+            boot_id=self.boot_id,
+            booked=self.booked,
+            booked_seq=self.booked_seq,
+            baselines=dict(self.baselines),
+            power=self.power,
         )
 
     def _begin(self) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scheduler.control.abilities import Abilities
 from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
 from scheduler.control.handover import HandoverVerifier, Look
 from scheduler.control.health import Health
+from scheduler.control.housekeeping import Housekeeper
 from scheduler.control.inbox import (
     Asked,
     Command,
@@ -38,6 +40,7 @@ from scheduler.control.inbox import (
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
+from scheduler.control.occupancy import Occupancy
 from scheduler.control.openadr import OpenAdr
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
@@ -45,7 +48,9 @@ from scheduler.control.power import PowerControl
 from scheduler.control.prices import Prices
 from scheduler.control.reports import ReportHandler
 from scheduler.control.standing import StandingJobs
+from scheduler.control.telemetry import Telemetry
 from scheduler.control.watch import Watchers
+from scheduler.control.witness import Witness
 from scheduler.effects.clock import Clock
 from scheduler.effects.gpus import GpuReadings, Gpus
 from scheduler.effects.journal import Journal
@@ -65,7 +70,6 @@ log = logging.getLogger("wattshift.loop")
 
 # A journal that could not be written is tried again this soon.
 JOURNAL_RETRY_S = 1.0
-EXPIRE_PERIOD_S = 60.0
 # A launcher that can't be reached is tried again: at once, then ever later.
 RECONNECT_S = 0.1
 RECONNECT_S_MAX = 5.0
@@ -105,16 +109,17 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
-        self.board = GpuBoard(self.ledger, site.sizes)
-        self.accounts = Accounts(self.ledger, self.board, self.meters)
+        self.telemetry = Telemetry(self.meters)
+        self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
+        self.witness = Witness(effects.gpus)
+        self.occupancy = Occupancy(self)
         self.verifier = HandoverVerifier(
-            effects.gpus,
-            foreign=lambda: self.config.foreign,
-            baseline_mib=self.board.baseline_mib.get,
-            is_held=self.is_held,
+            self.witness,
+            self.occupancy.facts(),
             on_result=self._handover_ended,
             timeout_s=lambda: self.config.policy.handover_timeout_s,
         )
@@ -130,6 +135,7 @@ class Controller:
         self.openadr = OpenAdr(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
+        self.abilities = Abilities(self.problems)
         self.last_plan: Plan | None = None
         self._memo = Memo()
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
@@ -142,7 +148,7 @@ class Controller:
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
-        self._expired_s = 0.0
+        self._housekeeper = Housekeeper(self)
 
     # Life -------------------------------------------------------------------------------------
 
@@ -156,7 +162,7 @@ class Controller:
             JournalError: The journal can't be written.
         """
         now_s = self.effects.clock.now_s()
-        self.accounts.resume(now_s)
+        self.accounts.resume(rebooted=self.rebooted)
         self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
         self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         self.health.start()
@@ -220,8 +226,8 @@ class Controller:
 
     def _book_last(self) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
-        self.accounts.book(now_s)
+        self.accounts.settle()
+        self.accounts.book_all(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -263,22 +269,20 @@ class Controller:
         snapshot = self.board.snapshot(self.effects.clock.now_s())
         return explain(snapshot, self.config.policy, job.number)
 
-    def preview(self, spec: JobSpec) -> Preview:
-        """What would happen to such a job; it is in the table for as long as the planner looks."""
+    def preview(self, spec: JobSpec) -> tuple[Preview, float]:
+        """What would happen to such a job, and the seconds until its GPUs are proved free, as forecast.
+
+        It is in the table for as long as the planner looks.
+        """
         now_s = self.effects.clock.now_s()
         number = self.ledger.next_number
         self.ledger.table.put(submitted(JobSubmitted(now_s, "", number, spec), 0))
         try:
-            return preview(self.board.snapshot(now_s), self.config.policy, number)
+            found = preview(self.board.snapshot(now_s), self.config.policy, number)
         finally:
             self.ledger.table.drop(number)
-
-    def is_held(self, uuid: str, pid: int) -> bool:
-        """Whether the process belongs to a live job that holds the GPU."""
-        return any(
-            job.attempts[-1].pid is not None and self.effects.processes.belongs_to(pid, job.attempts[-1].pid)
-            for job in self.board.holders(uuid)
-        )
+        told = [victim.number for victim in found.victims]
+        return found, self.occupancy.forecast.until_free_s(found.gpus, told, now_s)
 
     # A tick -----------------------------------------------------------------------------------
 
@@ -341,17 +345,18 @@ class Controller:
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
-        self.accounts.advance(now_s)
+        self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        has_readings = any(isinstance(item, GpuReadings) for item in items)
+        if has_readings:
+            self.accounts.read(now_s)  # not before it is known who has ended meanwhile
         self.prices.advance(now_s)
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
-        self.accounts.book_ended(now_s)
-        if self.accounts.due(now_s):
-            self.accounts.book(now_s)
+        self.accounts.book(now_s, has_readings=has_readings)
         try:
             self._commit()
         except JournalError as error:
@@ -370,9 +375,9 @@ class Controller:
             case GpuReadings():
                 self._read(item, now_s)
             case HandoverResult():
-                self.reports.handover(item, now_s)
+                self.occupancy.handover(item, now_s)
             case HoldersSeen():
-                self.reports.holders(item.holders)
+                self.occupancy.seen(item.holders, now_s)
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
@@ -386,7 +391,7 @@ class Controller:
             case Elapsed():
                 pass
             case _:
-                self.reports.report(item, now_s)
+                self.reports.report(item)
         return None
 
     def _answer(self, item: Asked, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
@@ -408,8 +413,7 @@ class Controller:
             self._release_or_acquire()
         elif isinstance(command, Uncordon):
             assert isinstance(result, str)
-            self.board.doubt(result)
-            self.orders.watch(result)
+            self.occupancy.prove_again(result)
         return item.answer, result
 
     def _plan(self, now_s: float) -> float | None:
@@ -528,24 +532,26 @@ class Controller:
     # Readings ---------------------------------------------------------------------------------
 
     def _read(self, readings: GpuReadings, now_s: float) -> None:
-        for code in readings.errors.values():
-            self.meters.telemetry_errors[(code,)] += 1
-        if "driver" in readings.errors:
-            self.problems["driver"] = f"no GPU can be read: {readings.errors['driver']}"
-        else:
-            self.problems.pop("driver", None)
+        self.telemetry.read(readings, now_s)
         fresh = self.board.read(readings)
-        self.accounts.read()
-        self.reports.fresh_gpus(fresh)
+        if unused := self.telemetry.nameless(self.board.row):
+            self.problems["telemetry"] = unused
+        else:
+            self.problems.pop("telemetry", None)
+        self.abilities.read(readings, self.board)
+        self.occupancy.fresh(fresh)
+        self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
         if now_s - self._looked_s >= self.config.sampling.processes_period_s:
             self._looked_s = now_s
-            occupied = self.board.occupants()
+            known = frozenset(self.board.row)
+            self.witness.forget(known)
+            self.occupancy.forget(known)
             for gpu in self.board.identities:
-                if self.board.is_present(gpu.uuid) and gpu.uuid not in occupied:
+                if self.board.is_present(gpu.uuid):
                     self.spawn(self._look_once(gpu.uuid))
-        self._housekeep(now_s)
+        self._housekeeper.read(now_s)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run this beside the loop, until the loop ends."""
@@ -555,40 +561,12 @@ class Controller:
 
     async def _look_once(self, uuid: str) -> None:
         try:
-            self.inbox.put(HoldersSeen(await self.effects.gpus.holders(uuid)))
+            self.inbox.put(HoldersSeen(await self.witness.holders(uuid)))
         except GpuReadError as error:
             self.meters.telemetry_errors[(error.code,)] += 1
 
     def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
         self.inbox.put(HandoverResult(uuid, look, error))
-
-    def _housekeep(self, now_s: float) -> None:
-        journal, state = self.effects.journal, self.config.state
-        self.commands.free_mib = journal.free_mib()
-        self.commands.free_mib_min = state.free_mib_min
-        if len(self.inbox) or self.ledger.touched:
-            return
-        journal.checkpoint()
-        if now_s - self._expired_s < EXPIRE_PERIOD_S:
-            return
-        try:
-            expired = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)
-        except JournalError as error:
-            log.warning("old jobs could not be dropped: %s", error)
-            self._expired_s = now_s
-            return
-        if not expired.more:  # else the rest goes in the next quiet moment
-            self._expired_s = now_s
-        if expired.job_ids:
-            self.spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
-
-    def _remove_files(self, gone: list[str]) -> None:
-        """Remove what jobs left on disk; in a thread of its own, for a job may have left a lot."""
-        for job_id in gone:
-            try:
-                self.site.remove_job(job_id)
-            except OSError as error:
-                log.warning("the files of job %s could not be removed: %s", job_id, error)
 
 
 def _as_text(columns: GpuColumns) -> dict[str, str]:

@@ -46,6 +46,7 @@ class Meters:
     preemption_lost_gpu_s: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     preemption_stage_s: defaultdict[Labels, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
     class_gpu_s: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
+    gpu_energy_j: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     class_energy_j: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     class_value_usd: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     allocated_idle_s: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))

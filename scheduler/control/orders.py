@@ -36,7 +36,7 @@ class Orders:
         self._kills: list[AttemptKey] = []
         self._stops: list[StopOrder] = []
         self._forgets: list[AttemptKey] = []
-        self._watches: dict[str, bool] = {}
+        self._watches: dict[str, bool] = {}  # by GPU: whether no job left it
         self._starts: list[Job] = []
         self._prepared: dict[int, StartOrder] = {}  # by job number; not started yet
         self._unkept: list[int] = []  # of these, those of a tick that is not durable yet
@@ -117,9 +117,9 @@ class Orders:
         """The attempt's end is in the journal."""
         self._forgets.append(key)
 
-    def watch(self, uuid: str, *, once: bool = False) -> None:
-        """Prove that a GPU is free."""
-        self._watches[uuid] = once
+    def watch(self, uuid: str, *, nobody_left: bool = False) -> None:
+        """Prove that a GPU is free; `nobody_left`: no job of ours left it."""
+        self._watches[uuid] = nobody_left
 
     def clear(self) -> None:
         """The tick was not kept: nothing follows from it."""
@@ -140,8 +140,8 @@ class Orders:
             self._launcher.stop(stop)
         for key in self._forgets:
             self._launcher.forget(key)
-        for uuid, once in self._watches.items():
-            self._verifier.watch(uuid, once=once)
+        for uuid, nobody_left in self._watches.items():
+            self._verifier.watch(uuid, nobody_left=nobody_left)
         for job in self._starts:
             last = job.attempts[-1]
             key = AttemptKey(job.id, last.number)

@@ -4,9 +4,6 @@ import errno
 import signal as signals
 from typing import TYPE_CHECKING
 
-from scheduler.control.board import describe
-from scheduler.control.handover import is_ignored
-from scheduler.control.inbox import HandoverResult
 from scheduler.effects.launcher import (
     Acknowledged,
     AttemptKey,
@@ -26,20 +23,16 @@ from scheduler.model.events import (
     AttemptAcknowledged,
     AttemptSignalled,
     AttemptStarted,
-    AttemptVerified,
     CheckpointReported,
     Event,
-    GpuMarked,
     LauncherConnected,
     PendingEnded,
     StartDecided,
     StopDecided,
     SuccessorStarted,
 )
-from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuState
 from scheduler.model.jobs import Job, JobState, Notice, job_id, job_number
 from scheduler.model.reasons import Reason
-from scheduler.model.settings import ForeignAction
 from scheduler.planning.outcome import Ending, ended
 
 if TYPE_CHECKING:
@@ -58,11 +51,10 @@ class ReportHandler:
         self._control = controller
         # Victims by the job for which they stop: id and attempt.
         self._victims: dict[int, list[tuple[str, int]]] = {}
-        self._evicted: set[int] = set()
 
     # The launcher -----------------------------------------------------------------------------
 
-    def report(self, report: Report, now_s: float) -> None:
+    def report(self, report: Report) -> None:
         """Take one report of the launcher."""
         match report:
             case Started():
@@ -81,7 +73,7 @@ class ReportHandler:
             case Exited():
                 self._exited(report)
             case TreeStuck():
-                self._stuck(report, now_s)
+                self._control.occupancy.stuck(report)
             case LauncherGone():
                 raise AssertionError("the loop takes this one itself")
 
@@ -97,7 +89,7 @@ class ReportHandler:
         for job in list(control.ledger.live_jobs()):
             mine = held.pop((job.id, job.attempt), None)
             if mine is not None:
-                self._adopt(job, mine, now_s)
+                self._adopt(job, mine)
             elif job.attempts[-1].launcher_id == hello.launcher_id and job.attempts[-1].started_s is None:
                 self._say_again(job)
             else:
@@ -125,9 +117,9 @@ class ReportHandler:
         """The job is final: nobody stops for it any more."""
         self._victims.pop(number, None)
 
-    def _adopt(self, job: Job, held: HeldAttempt, now_s: float) -> None:
+    def _adopt(self, job: Job, held: HeldAttempt) -> None:
         for report in held.reports:
-            self.report(report, now_s)
+            self.report(report)
         current = self._control.ledger.jobs.get(job.number)
         signalled = any(isinstance(report, Signalled) for report in held.reports)
         if current is not None and current.holds and current.attempts[-1].notice and not signalled:
@@ -196,7 +188,7 @@ class ReportHandler:
         self._end(job, Ending(report.at_s, code, reason, detail))
 
     def _end(self, job: Job, ending: Ending) -> None:
-        self._control.accounts.ended(job)
+        self._control.accounts.ended(job, ending.at_s, ending.reason, lost=ending.lost)
         self._control.health.ended(job, ending.at_s)
         event = ended(job, ending, self._control.config.policy)
         self._apply(event)
@@ -204,85 +196,6 @@ class ReportHandler:
             self._control.accounts.count_preemption(job, event.at_s)
         if job.standing:
             self._control.standing.reload()
-
-    def _stuck(self, report: TreeStuck, now_s: float) -> None:
-        job = self._live(report.key)
-        if job is None:
-            return
-        pids = ", ".join(str(pid) for pid in report.pids)
-        for uuid in job.attempts[-1].gpus:
-            if uuid not in self._control.ledger.marks:
-                self._apply(
-                    GpuMarked(
-                        now_s,
-                        uuid,
-                        GpuState.QUARANTINED.value,
-                        Reason.PROCESS_TREE_STUCK,
-                        f"SIGKILL did not end pids {pids} of job {job.id}",
-                    )
-                )
-
-    # GPUs -------------------------------------------------------------------------------------
-
-    def fresh_gpus(self, fresh: tuple[GpuIdentity, ...]) -> None:
-        """GPUs that are new, or back: nobody knows who is on them."""
-        for gpu in fresh:
-            self._control.board.doubt(gpu.uuid)
-            self._control.orders.watch(gpu.uuid, once=True)
-        if fresh:
-            self._control.standing.reload()
-
-    def handover(self, result: HandoverResult, now_s: float) -> None:
-        """A GPU is proved free, or could not be in time."""
-        control, uuid, look = self._control, result.uuid, result.look
-        if look is not None and look.free:
-            control.board.foreign.pop(uuid, None)
-            if not control.board.is_held(uuid) and look.memory_used_mib is not None:
-                control.board.learn_baseline(uuid, look.memory_used_mib - look.ignored_mib)
-            for victim_id, attempt in control.board.prove(uuid):
-                self._apply(AttemptVerified(now_s, victim_id, attempt))
-            return
-        occupants = control.board.occupants().get(uuid, [])
-        if look is not None and look.strangers and not any(o.job_id for o in occupants):
-            control.board.prove(uuid)  # none of ours ended there: whoever is there is foreign
-            control.board.foreign[uuid] = look.strangers
-            return
-        if look is not None:
-            found = describe(look.strangers) or f"{look.memory_used_mib} MiB in use and no process to name"
-        else:
-            found = f"it can't be read: {result.error}"
-        if uuid not in control.ledger.marks:
-            self._apply(
-                GpuMarked(
-                    now_s,
-                    uuid,
-                    GpuState.QUARANTINED.value,
-                    Reason.HANDOVER_TIMED_OUT,
-                    f"still held by {found}",
-                )
-            )
-
-    def holders(self, holders: GpuHolders) -> None:
-        """A routine look: who is there that Wattshift did not start."""
-        control, uuid = self._control, holders.uuid
-        if uuid in control.board.occupants():
-            return  # a hand-over runs; its own looks decide
-        rules = control.config.foreign
-        strangers = tuple(
-            p
-            for p in holders.processes
-            if not is_ignored(rules, p) and not (p.pid and control.is_held(uuid, p.pid))
-        )
-        if not strangers:
-            control.board.foreign.pop(uuid, None)
-            self._evicted.clear()
-            return
-        control.board.foreign[uuid] = strangers
-        for process in strangers:
-            if process.pid and rules.action(process.user, process.command) is ForeignAction.EVICT:
-                if not control.effects.processes.end(process.pid, at_once=process.pid in self._evicted):
-                    control.problems["evict"] = f"no permission to end {describe((process,))}"
-                self._evicted.add(process.pid)
 
     # Plans ------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
-from scheduler.model.gpus import GpuMark
+from scheduler.model.gpus import GpuBaseline, GpuBooked, GpuMark
 from scheduler.model.jobs import Job
 from scheduler.model.power import PowerState
 
@@ -55,9 +55,11 @@ class NodeState:
     marks: dict[str, GpuMark]  # by UUID
     drain: NodeDrainChanged | None
     next_number: int  # of the next job; never used before
-    booked_s: float  # usage is booked up to here
     boot_id: str  # under which the last daemon started
+    booked: dict[str, GpuBooked]  # by UUID of the whole GPU
+    booked_seq: int  # of the last booking of all GPUs
     power: PowerState = field(default_factory=PowerState)
+    baselines: dict[str, GpuBaseline] = field(default_factory=dict)  # by UUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,9 @@ class Journal(Protocol):
 
     def jobs_since(self, revision: int) -> Iterator[Job]:
         """Jobs that changed after the revision, oldest change first."""
+
+    def finished_since(self, revision: int) -> list[Job]:
+        """Final jobs that changed after the revision."""
 
     def request(self, request_id: str) -> tuple[int, str] | None:
         """Number of the job that a request_id made, and the digest of that request."""

@@ -16,7 +16,7 @@ from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLoc
 from scheduler.model.events import Event
 from scheduler.model.jobs import Job
 
-FORMAT = 1
+FORMAT = 2
 DATABASE_NAME = "journal.sqlite"
 LOCK_NAME = "daemon.lock"
 # Events checked at start: enough to see a torn or meddled tail, cheap at any length of journal.
@@ -116,7 +116,7 @@ def open_database(path: Path, now_s: float, first_number: int = 1) -> sqlite3.Co
                     ("format", FORMAT),
                     ("created_s", now_s),
                     ("salt", secrets.token_bytes(16)),
-                    ("node", encode(NodeState({}, None, first_number, 0.0, ""))),
+                    ("node", encode(NodeState({}, None, first_number, "", {}, 0))),
                     ("watch_floor", 0),
                     ("head", encode_head(0, GENESIS)),
                     ("anchor", encode_head(0, GENESIS)),

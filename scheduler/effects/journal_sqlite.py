@@ -206,6 +206,10 @@ class SqliteJournal:
         rows = self._db.execute("SELECT body FROM jobs WHERE revision > ? ORDER BY revision", (revision,))
         return (decode_job(body) for (body,) in rows)
 
+    def finished_since(self, revision: int) -> list[Job]:
+        rows = self._db.execute("SELECT body FROM jobs WHERE revision > ? AND final = 1", (revision,))
+        return [decode_job(body) for (body,) in rows]
+
     def request(self, request_id: str) -> tuple[int, str] | None:
         row = self._db.execute(
             "SELECT number, digest FROM requests WHERE request_id = ?", (request_id,)

@@ -18,7 +18,15 @@ from scheduler.effects.journal_file import (
     head,
 )
 from scheduler.errors import JournalCorrupt, JournalError, TransitionError
-from scheduler.model.events import JobEvent, JobSubmitted, fold, submitted
+from scheduler.model.events import (
+    JobEvent,
+    JobSubmitted,
+    UsageBooked,
+    energy_of_jobs,
+    fold,
+    submitted,
+    with_energy,
+)
 from scheduler.model.jobs import Job
 
 
@@ -92,6 +100,10 @@ def _refold(jobs: dict[str, Job], seq: int, kind: str, body: bytes) -> str:
             jobs[event.job_id] = submitted(event, seq)
         elif isinstance(event, JobEvent) and event.job_id in jobs:  # else its submission has aged out
             jobs[event.job_id] = fold(jobs[event.job_id], event, seq)
+        elif isinstance(event, UsageBooked):
+            for job_id, energy_mj in energy_of_jobs(event).items():
+                if job_id in jobs:
+                    jobs[job_id] = with_energy(jobs[job_id], energy_mj, seq)
     except (KeyError, msgspec.MsgspecError, TransitionError) as error:
         return f"event {seq} ({kind}) can't be read: {error}"
     return ""

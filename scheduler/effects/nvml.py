@@ -9,10 +9,19 @@ them once one is lost; everything above this file names them by UUID, because in
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scheduler.effects import nvml_fields as fields
+from scheduler.effects.nvml_plausible import (
+    IDENTITY_RANGES,
+    SAMPLE_RANGES,
+    doubtful,
+    doubtful_memory,
+    in_words,
+    is_uuid,
+)
 from scheduler.effects.nvml_processes import BYTES_PER_MIB, merge_processes, printable, read_text
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
@@ -36,24 +45,6 @@ IMPLAUSIBLE = "IMPLAUSIBLE"
 # Ours: a limit was set without an error, and is another one when it is read back.
 NOT_KEPT = "NOT_KEPT"
 
-# Fields of NVML's field-value call; most of a sample comes with one call.
-FIELD_ECC_CORRECTED = 3
-FIELD_ECC_UNCORRECTED = 4
-FIELD_POWER_CAPPED_NS = 74
-FIELD_MEMORY_TEMPERATURE = 82
-FIELD_NVLINKS = 91
-FIELD_REMAPPED_CORRECTED = 142
-FIELD_REMAPPED_UNCORRECTED = 143
-FIELD_REMAP_PENDING = 144
-FIELD_REMAP_FAILURE = 145
-FIELD_POWER_AVERAGE = 185
-FIELD_POWER_INSTANT = 186  # GetPowerUsage is a 1 s average on Ampere and newer, this one is not
-FIELD_RECOVERY_ACTION = 230
-FIELD_SMOOTHING_ENABLED = 251
-FIELD_SMOOTHING_RAMP_DOWN = 262  # its scope is the number of a preset profile
-FIELD_SMOOTHING_PROFILE = 264
-FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE = 267
-NOT_OVERRIDDEN = 2**32 - 1
 # Grace superchips refuse the GPU's own scope and report the whole module's power.
 POWER_SCOPES = (("gpu", 0), ("module", 1))
 TEMPERATURE_SENSOR_GPU = 0
@@ -65,6 +56,7 @@ TOPOLOGY_ONE_SWITCH = 10  # the farthest that two GPUs below one switch are from
 MW_PER_W = 1000
 NS_PER_S = 1_000_000_000
 PERCENT = 100
+BYTES_PER_KIB = 1024
 CUDA_MAJOR, CUDA_MINOR = 1000, 10  # 12080 is 12.8
 # pynvml sizes a process list at twice what the driver says plus 5; three misses in a row are a fork bomb.
 LIST_TRIES_MAX = 3
@@ -86,9 +78,6 @@ PROCESS_LISTS = (
         ("nvmlDeviceGetGraphicsRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v2"),
     ),
 )
-# Which member of the value's union is valid, by its valueType.
-VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
-
 SYSFS_PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
@@ -111,11 +100,21 @@ def open_library() -> Library:
         GpuReadError: There is no library, no driver, or they do not fit each other.
     """
     call("nvmlInit")
-    count: int = call("nvmlDeviceGetCount")
+    count = gpu_count()
     driver: str = unless_dead("nvmlSystemGetDriverVersion") or ""
     cuda: int = unless_dead("nvmlSystemGetCudaDriverVersion") or 0
     version = f"{cuda // CUDA_MAJOR}.{cuda % CUDA_MAJOR // CUDA_MINOR}" if cuda else ""
     return Library(count, printable(driver, NAME_LENGTH_MAX), version)
+
+
+def gpu_count() -> int:
+    """Return how many GPUs the driver has, those included that we may not open.
+
+    Raises:
+        GpuReadError: It does not say.
+    """
+    count: int = call("nvmlDeviceGetCount")
+    return count
 
 
 def close_library() -> None:
@@ -136,7 +135,7 @@ class OpenGpu:
     def __init__(self, index: int, library: Library) -> None:
         self.handle = call("nvmlDeviceGetHandleByIndex", index)
         self._scope_name, self._scope = _power_scope(self.handle)
-        self.identity = _identity(self.handle, index, library, self._scope_name)
+        self.identity, self._doubts = _identity(self.handle, index, library, self._scope_name)
         self.linked_to = _linked_to(self.handle)
         self._utilization_since_us = 0
 
@@ -149,15 +148,17 @@ class OpenGpu:
         at_s = time.time()
         failures: list[str] = []
         values = {name: self._read(reader, failures) for name, reader in SAMPLE_CALLS.items()}
+        values |= self._read(_utilization_ratios, failures) or {}
         values |= _from_fields(_fields(self.handle, _sample_fields(self._scope)))
         if values["power_w"] is None:
             values["power_w"] = self._read(_power_usage_w, failures)
         if values["is_power_smoothed"]:
             values["ramp_down_w_per_s"] = _ramp_down_w_per_s(self.handle)
-        if 0 < self.identity.memory_total_mib < (values["memory_used_mib"] or 0):
-            values["memory_used_mib"] = None
-            failures.append(IMPLAUSIBLE)
-        sample = GpuSample(uuid=self.identity.uuid, at_s=at_s, **values)
+        doubts = doubtful(values.get, SAMPLE_RANGES)
+        doubts |= doubtful_memory(values["memory_used_mib"], self.identity.memory_total_mib)
+        values |= dict.fromkeys(doubts)
+        words = in_words(self._doubts | doubts)
+        sample = GpuSample(uuid=self.identity.uuid, at_s=at_s, doubts=words, **values)
         return sample, failures[0] if failures else ""
 
     def holders(self) -> GpuHolders:
@@ -167,7 +168,8 @@ class OpenGpu:
             GpuReadError: A list can't be read. A GPU without a list of compute processes raises too, for
                 an empty answer would read as "free".
         """
-        return holders_of(self.handle, self.identity.uuid, self._utilization)
+        total_mib = self.identity.memory_total_mib
+        return holders_of(self.handle, self.identity.uuid, total_mib, self._utilization)
 
     def set_power_limit(self, power_limit_w: float) -> GpuLimit:
         """Set the limit; return what the GPU says of it now.
@@ -212,9 +214,14 @@ class OpenGpu:
 
 
 def holders_of(
-    handle: Any, uuid: str, utilization: Callable[[], dict[int, float]] = dict[int, float]
+    handle: Any,
+    uuid: str,
+    memory_total_mib: int,
+    utilization: Callable[[], dict[int, float]] = dict[int, float],
 ) -> GpuHolders:
     """Return who is on the GPU or the instance; `utilization` tells of PIDs how busy they keep it.
+
+    More memory used than there is counts as a figure that there is not.
 
     Raises:
         GpuReadError: A list can't be read. A GPU without a list of compute processes raises too, for an
@@ -228,11 +235,12 @@ def holders_of(
         except GpuReadError as error:
             if place == 0 or error.code not in ABSENT:
                 raise
+    used_mib = or_none(memory_used_mib, handle)
     return GpuHolders(
         uuid=uuid,
         at_s=at_s,
         processes=merge_processes(entries, utilization() if entries else {}),
-        memory_used_mib=or_none(memory_used_mib, handle),
+        memory_used_mib=None if doubtful_memory(used_mib, memory_total_mib) else used_mib,
     )
 
 
@@ -247,23 +255,39 @@ def _listed(handle: Any, functions: tuple[str, ...]) -> list[Any]:
     raise AssertionError("the last try returns or raises")
 
 
-def _identity(handle: Any, index: int, library: Library, power_scope: str) -> GpuIdentity:
+def _identity(
+    handle: Any, index: int, library: Library, power_scope: str
+) -> tuple[GpuIdentity, dict[str, Any]]:
+    """Return who it is, and what it says of that which can't be.
+
+    Raises:
+        GpuReadError: It can't be named, or is gone.
+    """
+    uuid = printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX)
+    if not is_uuid(uuid):
+        raise GpuReadError(
+            IMPLAUSIBLE, f"GPU {index} calls itself {uuid!r}: no program could be told to use it"
+        )
     size = or_none(memory, handle)
     limits_mw = unless_dead("nvmlDeviceGetPowerManagementLimitConstraints", handle)
     pci = unless_dead("nvmlDeviceGetPciInfo", handle)
     pci_bus_id = pci.busId if pci else ""
     capability = unless_dead("nvmlDeviceGetCudaComputeCapability", handle)
-    return GpuIdentity(
-        uuid=printable(call("nvmlDeviceGetUUID", handle), NAME_LENGTH_MAX),
+    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
+    identity = GpuIdentity(
+        uuid=uuid,
         index=index,
-        model=printable(call("nvmlDeviceGetName", handle), NAME_LENGTH_MAX),
+        model=printable(unless_dead("nvmlDeviceGetName", handle) or "", NAME_LENGTH_MAX),
         memory_total_mib=size.total // BYTES_PER_MIB if size else 0,
         pci_bus_id=pci_bus_id,
-        numa=_numa(handle, pci_bus_id),
+        # Where the GPU is no node itself, that of its PCI slot.
+        numa=_numa_of_slot(pci_bus_id) if node is None else node,
+        is_numa_node=node is not None,
         minor_number=unless_dead("nvmlDeviceGetMinorNumber", handle),
         power_limit_w_min=_watts(limits_mw[0]) if limits_mw else None,
         power_limit_w_max=_watts(limits_mw[1]) if limits_mw else None,
         power_limit_w_default=_watts(unless_dead("nvmlDeviceGetPowerManagementDefaultLimit", handle)),
+        power_limit_refusal=_limit_refusal(handle),
         power_scope=power_scope,
         sm_clock_mhz_max=unless_dead("nvmlDeviceGetMaxClockInfo", handle, CLOCK_SM),
         temperature_celsius_slowdown=unless_dead(
@@ -276,12 +300,35 @@ def _identity(handle: Any, index: int, library: Library, power_scope: str) -> Gp
         driver_version=library.driver_version,
         cuda_version=library.cuda_version,
     )
+    doubts = doubtful(functools.partial(getattr, identity), IDENTITY_RANGES)
+    unknown: dict[str, Any] = {name: 0 if name == "memory_total_mib" else None for name in doubts}
+    believed = replace(identity, **unknown)
+    # Without a name it is a GPU all the same; it fits whoever asks for no model.
+    return believed, doubts if identity.model else doubts | {"model": ""}
+
+
+def _limit_refusal(handle: Any) -> str:
+    """Return what keeps the limit from being set, "" where it can be or there is none.
+
+    The limit that it has is set again. Nothing else tells: rights are checked in the kernel, where root in a
+    container may be nobody. Known now, and not when watts must go.
+    """
+    limit_mw = unless_dead("nvmlDeviceGetPowerManagementLimit", handle)
+    if limit_mw is None:
+        return ""
+    try:
+        call("nvmlDeviceSetPowerManagementLimit", handle, limit_mw)
+    except GpuReadError as error:
+        if error.code in DEAD:
+            raise
+        return error.code
+    return ""
 
 
 def _power_scope(handle: Any) -> tuple[str, int]:
     """Return the scope in which the GPU reports power; "" where no field of it does."""
     for name, scope in POWER_SCOPES:
-        ids = [(FIELD_POWER_INSTANT, scope), (FIELD_POWER_AVERAGE, scope)]
+        ids = [(fields.POWER_INSTANT, scope), (fields.POWER_AVERAGE, scope)]
         if _fields(handle, ids):
             return name, scope
     return "", POWER_SCOPES[0][1]
@@ -290,7 +337,7 @@ def _power_scope(handle: Any) -> tuple[str, int]:
 def _linked_to(handle: Any) -> tuple[str, ...]:
     """Return the PCI bus ids at the other ends of its NVLinks: GPUs or switches."""
     found = set()
-    for link in range(_fields(handle, [FIELD_NVLINKS]).get(FIELD_NVLINKS, 0)):
+    for link in range(_fields(handle, [fields.NVLINKS]).get(fields.NVLINKS, 0)):
         if unless_dead("nvmlDeviceGetNvLinkState", handle, link):
             remote = unless_dead("nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
             if remote:
@@ -298,11 +345,7 @@ def _linked_to(handle: Any) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _numa(handle: Any, pci_bus_id: str) -> int | None:
-    """Return NVML's node where the GPU is one itself (Grace), else that of its PCI slot."""
-    node: int | None = unless_dead("nvmlDeviceGetNumaNodeId", handle)
-    if node is not None:
-        return node
+def _numa_of_slot(pci_bus_id: str) -> int | None:
     # NVML writes 00000000:3B:00.0, sysfs 0000:3b:00.0.
     text = read_text(SYSFS_PCI_DEVICES / pci_bus_id.lower()[4:] / "numa_node").strip() if pci_bus_id else ""
     return int(text) if text.isdigit() else None  # -1 = unknown
@@ -330,8 +373,22 @@ def memory_used_mib(handle: Any) -> int:
     return used // BYTES_PER_MIB
 
 
-def _utilization_ratio(handle: Any) -> float:
-    percent: int = call("nvmlDeviceGetUtilizationRates", handle).gpu
+def _utilization_ratios(handle: Any) -> dict[str, float]:
+    """Return two fields of a sample: one call has both."""
+    rates = call("nvmlDeviceGetUtilizationRates", handle)
+    return {
+        "utilization_ratio": rates.gpu / PERCENT,
+        "memory_utilization_ratio": rates.memory / PERCENT,
+    }
+
+
+def _engine_ratio(function: str, handle: Any) -> float:
+    percent, _ = call(function, handle)
+    return float(percent / PERCENT)
+
+
+def _fan_speed_ratio(handle: Any) -> float:
+    percent: int = call("nvmlDeviceGetFanSpeed", handle)
     return percent / PERCENT
 
 
@@ -377,13 +434,15 @@ def _clock_reasons(handle: Any) -> int:
 
 SAMPLE_CALLS: dict[str, Callable[[Any], Any]] = {
     "memory_used_mib": memory_used_mib,
-    "utilization_ratio": _utilization_ratio,
+    "encoder_utilization_ratio": functools.partial(_engine_ratio, "nvmlDeviceGetEncoderUtilization"),
+    "decoder_utilization_ratio": functools.partial(_engine_ratio, "nvmlDeviceGetDecoderUtilization"),
     "power_limit_w": _power_limit_w,
     "power_limit_w_enforced": _power_limit_w_enforced,
     "energy_mj": _energy_mj,
     "temperature_celsius": _temperature_celsius,
     "sm_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_SM),
     "memory_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_MEMORY),
+    "fan_speed_ratio": _fan_speed_ratio,
     "clock_reasons": _clock_reasons,
 }
 
@@ -395,29 +454,34 @@ def _milli(value: int) -> float:
     return value / MW_PER_W
 
 
+def _kib(value: int) -> int:
+    return value * BYTES_PER_KIB
+
+
 SAMPLE_FIELDS: tuple[tuple[str, int, Callable[[int], Any]], ...] = (
-    ("power_w", FIELD_POWER_INSTANT, _milli),
-    ("power_w_average", FIELD_POWER_AVERAGE, _milli),
-    ("power_capped_s", FIELD_POWER_CAPPED_NS, lambda ns: ns / NS_PER_S),
-    ("memory_temperature_celsius", FIELD_MEMORY_TEMPERATURE, float),
-    ("ecc_corrected", FIELD_ECC_CORRECTED, int),
-    ("ecc_uncorrected", FIELD_ECC_UNCORRECTED, int),
-    ("rows_remapped_corrected", FIELD_REMAPPED_CORRECTED, int),
-    ("rows_remapped_uncorrected", FIELD_REMAPPED_UNCORRECTED, int),
-    ("is_remap_pending", FIELD_REMAP_PENDING, bool),
-    ("has_remap_failed", FIELD_REMAP_FAILURE, bool),
-    ("recovery_action", FIELD_RECOVERY_ACTION, int),
-    ("is_power_smoothed", FIELD_SMOOTHING_ENABLED, bool),
+    ("power_w", fields.POWER_INSTANT, _milli),
+    ("power_w_average", fields.POWER_AVERAGE, _milli),
+    ("power_capped_s", fields.POWER_CAPPED_NS, lambda ns: ns / NS_PER_S),
+    ("memory_temperature_celsius", fields.MEMORY_TEMPERATURE, float),
+    ("ecc_corrected", fields.ECC_CORRECTED, int),
+    ("ecc_uncorrected", fields.ECC_UNCORRECTED, int),
+    ("rows_remapped_corrected", fields.REMAPPED_CORRECTED, int),
+    ("rows_remapped_uncorrected", fields.REMAPPED_UNCORRECTED, int),
+    ("is_remap_pending", fields.REMAP_PENDING, bool),
+    ("has_remap_failed", fields.REMAP_FAILURE, bool),
+    ("recovery_action", fields.RECOVERY_ACTION, int),
+    ("is_power_smoothed", fields.SMOOTHING_ENABLED, bool),
+    ("nvlink_tx_bytes", fields.NVLINK_TX_KIB, _kib),
+    ("nvlink_rx_bytes", fields.NVLINK_RX_KIB, _kib),
 )
-POWER_FIELDS = frozenset({FIELD_POWER_INSTANT, FIELD_POWER_AVERAGE})
-# Which member of the value's union is valid, by its valueType.
-VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+POWER_FIELDS = frozenset({fields.POWER_INSTANT, fields.POWER_AVERAGE})
+NVLINK_FIELDS = frozenset({fields.NVLINK_TX_KIB, fields.NVLINK_RX_KIB})
 
 
 @functools.cache
 def _sample_fields(power_scope: int) -> list[Any]:
-    ids = [field for _, field, _ in SAMPLE_FIELDS]
-    return [(field, power_scope) if field in POWER_FIELDS else field for field in ids]
+    scopes = dict.fromkeys(POWER_FIELDS, power_scope) | dict.fromkeys(NVLINK_FIELDS, fields.EVERY_NVLINK)
+    return [(field, scopes[field]) if field in scopes else field for _, field, _ in SAMPLE_FIELDS]
 
 
 def _from_fields(values: dict[int, int]) -> dict[str, Any]:
@@ -428,12 +492,12 @@ def _from_fields(values: dict[int, int]) -> dict[str, Any]:
 
 def _ramp_down_w_per_s(handle: Any) -> float | None:
     """Return how fast a smoothed GPU's draw may fall: as an admin overrode it, else by its profile."""
-    values = _fields(handle, [FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE, FIELD_SMOOTHING_PROFILE])
-    mw_per_s = values.get(FIELD_SMOOTHING_RAMP_DOWN_OVERRIDE, NOT_OVERRIDDEN)
-    if mw_per_s == NOT_OVERRIDDEN and FIELD_SMOOTHING_PROFILE in values:
-        profile = (FIELD_SMOOTHING_RAMP_DOWN, values[FIELD_SMOOTHING_PROFILE])
-        mw_per_s = _fields(handle, [profile]).get(FIELD_SMOOTHING_RAMP_DOWN, NOT_OVERRIDDEN)
-    return None if mw_per_s == NOT_OVERRIDDEN else mw_per_s / MW_PER_W
+    values = _fields(handle, [fields.SMOOTHING_RAMP_DOWN_OVERRIDE, fields.SMOOTHING_PROFILE])
+    mw_per_s = values.get(fields.SMOOTHING_RAMP_DOWN_OVERRIDE, fields.NOT_OVERRIDDEN)
+    if mw_per_s == fields.NOT_OVERRIDDEN and fields.SMOOTHING_PROFILE in values:
+        profile = (fields.SMOOTHING_RAMP_DOWN, values[fields.SMOOTHING_PROFILE])
+        mw_per_s = _fields(handle, [profile]).get(fields.SMOOTHING_RAMP_DOWN, fields.NOT_OVERRIDDEN)
+    return None if mw_per_s == fields.NOT_OVERRIDDEN else mw_per_s / MW_PER_W
 
 
 def _fields(handle: Any, ids: list[Any]) -> dict[int, int]:
@@ -450,8 +514,8 @@ def _fields(handle: Any, ids: list[Any]) -> dict[int, int]:
         code = value.nvmlReturn
         if code and (name := _error_name(code)) in DEAD:
             raise GpuReadError(name, f"field {value.fieldId}: {name}")
-        if not code and 0 <= value.valueType < len(VALUE_MEMBERS):
-            found[value.fieldId] = int(getattr(value.value, VALUE_MEMBERS[value.valueType]))
+        if not code and 0 <= value.valueType < len(fields.VALUE_MEMBERS):
+            found[value.fieldId] = int(getattr(value.value, fields.VALUE_MEMBERS[value.valueType]))
     return found
 
 

@@ -19,12 +19,13 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from scheduler.effects import nvml
-from scheduler.effects.nvml_events import EventWatch
-from scheduler.effects.nvml_mig import EVERY_INSTANCE, Instance, Instances
+from scheduler.effects.nvml_events import EVERY_INSTANCE, EventLog, EventWatch
+from scheduler.effects.nvml_mig import Instance, Instances
 from scheduler.effects.nvml_protocol import (
     LINE_BYTES_MAX,
     PROTOCOL_VERSION,
@@ -43,6 +44,8 @@ from scheduler.model.gpus import GpuEvent, GpuIdentity, GpuSample
 LANE_WAITING_MAX = 8
 NO_GPU = "ERROR_GPU_NOT_FOUND"  # the driver is there and counts none
 TWICE = "UUID_TWICE"  # ours: a second GPU says that it is the first
+COUNT_CHANGED = "GPU_COUNT_CHANGED"  # ours: the driver has more GPUs, or fewer, than when it was opened
+COUNTS_AGREED = 3  # so many times in a row; a count that comes and goes costs nothing
 GPUS_MAX = 64  # a lane each; the largest boards hold 16
 # Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
 ORDERLY_END_S = 0.5
@@ -167,10 +170,10 @@ class Lane:
 class Driver:
     """The open library, and what its GPUs share."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, log: EventLog) -> None:
         self.library = nvml.open_library()
         self.neighbours = Neighbours()
-        self.events = EventWatch(tell)
+        self.events = EventWatch(log)
 
 
 class GpuLane:
@@ -244,12 +247,9 @@ class GpuLane:
                 self._instances = Instances(gpu)
                 self.gpu = gpu
             assert self._instances is not None
-            if self._registered != self._driver.events.generation:
-                generation = self._driver.events.generation
-                self._driver.events.register(self.gpu)
-                self._registered = generation
+            unheard = self._register(self.gpu)
             whole, failure = self.gpu.sample()
-            result = (self._instances.samples(whole), failure)
+            result = (self._instances.samples(whole), failure or unheard)
         except GpuReadError as error:
             result = ((), error.code)
         finally:
@@ -258,19 +258,31 @@ class GpuLane:
                 self._result = result
                 self._changed.notify_all()
 
+    def _register(self, gpu: nvml.OpenGpu) -> str:
+        """Have its events heard; return the failure that keeps them from it until the next try, or ""."""
+        generation = self._driver.events.generation
+        if self._registered == generation:
+            return ""
+        failure = self._driver.events.register(gpu)
+        if not failure:
+            self._registered = generation
+        return failure
+
 
 class GpuLanes:
     """All GPUs. Opens the library when it is asked for readings, and again after the driver went away."""
 
     def __init__(self, tell: Callable[[], None]) -> None:
         """Read GPUs; `tell` is called when the driver told something that the next round will carry."""
-        self._tell = tell
+        self._log = EventLog(tell)
         self._changed = threading.Condition()  # guards what lanes hand over
         self._opening = Lane("driver")
         self._is_opening = False
         self._failure = ""  # why the library isn't open
         self._driver: Driver | None = None
         self._gpus: tuple[GpuLane, ...] = ()
+        self._counts: deque[int] = deque(maxlen=COUNTS_AGREED)  # the last, newest last
+        self._is_counting = False
 
     def readings(self, within_s: float, stuck_s: float) -> Message:
         """Return one round after at most `within_s`: what has not answered by then has timed out.
@@ -322,13 +334,10 @@ class GpuLanes:
 
     def events_after(self, number: int) -> list[tuple[int, Message]]:
         """Return what the driver told after the event of that number."""
-        driver = self._driver
-        if driver is None:
-            return []
         lanes = {lane.name: lane for lane in self._gpus}
         return [
             (number, value_to_json(each))
-            for number, event, instance in driver.events.after(number)
+            for number, event, instance in self._log.after(number)
             for each in (lanes[event.uuid].events(event, instance) if event.uuid in lanes else [event])
         ]
 
@@ -342,9 +351,38 @@ class GpuLanes:
             self._wait(lambda: not self._is_opening, until_s)
             if not self._gpus:
                 return self._without_driver(TIMEOUT if self._is_opening else self._failure, stuck_s)
+        if self._has_other_count:
+            return self._lose_driver(COUNT_CHANGED, stuck_s)
+        self._count()
         begun = [gpu for gpu in self._gpus if gpu.begin_sample()]
         self._wait(lambda: not any(gpu.is_sampling for gpu in begun), until_s)
         return self._collect(stuck_s)
+
+    @property
+    def _has_other_count(self) -> bool:
+        """Whether the driver has another number of GPUs than were opened: then indices mean others, too."""
+        driver = self._driver
+        assert driver is not None, "open lanes have their driver"
+        counts = set(self._counts)
+        return (
+            len(self._counts) == COUNTS_AGREED and len(counts) == 1 and driver.library.gpu_count not in counts
+        )
+
+    def _count(self) -> None:
+        """Let the GPUs be counted for the next round; nothing is stacked on a count that hangs."""
+
+        def count() -> None:
+            try:
+                found = nvml.gpu_count()
+            except GpuReadError:  # the GPUs' own samples tell what that means
+                found = None
+            with self._changed:
+                self._is_counting = False
+                if found is not None:
+                    self._counts.append(found)
+
+        if not self._is_counting:
+            self._is_counting = self._opening.submit(count)
 
     def _open(self) -> None:
         gpus: tuple[GpuLane, ...] = ()
@@ -353,7 +391,7 @@ class GpuLanes:
             if self._driver is not None:
                 self._driver.events.close(ORDERLY_END_S)
             nvml.close_library()
-            driver = self._driver = Driver(self._tell)
+            driver = self._driver = Driver(self._log)
             count = driver.library.gpu_count
             gpus = tuple(GpuLane(index, driver, self._changed) for index in range(min(count, GPUS_MAX)))
             failure = "" if count else NO_GPU
@@ -362,6 +400,7 @@ class GpuLanes:
         finally:
             with self._changed:
                 self._gpus, self._failure = gpus, failure
+                self._counts.clear()
                 self._is_opening = False
                 self._changed.notify_all()
 
@@ -372,7 +411,10 @@ class GpuLanes:
         if answers and answers <= nvml.DRIVER_GONE:
             return self._lose_driver(min(answers), stuck_s)
         identities, twice = self._identities()
-        errors = {name: failure for gpu, _, failure in results if failure for name in gpu.names}
+        errors = {
+            sample.uuid: nvml.IMPLAUSIBLE for _, samples, _ in results for sample in samples if sample.doubts
+        }
+        errors |= {name: failure for gpu, _, failure in results if failure for name in gpu.names}
         return {
             "identities": [value_to_json(identity) for identity in identities],
             "samples": [

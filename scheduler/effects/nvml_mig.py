@@ -1,20 +1,21 @@
 """MIG: the instances of a GPU, each a GPU of its own with a share of its parent's power.
 
-A GPU in MIG mode can't be used whole, so it is not listed beside its instances. Power and energy are the
-whole GPU's: they are split over the instances that there are by their compute slices, so that the sum is the
-GPU's. What happens to the GPU happens to all of them: heat, clocks, errors and verdicts are the parent's.
+A GPU in MIG mode can't be used whole, so it is not listed beside its instances. Power is the whole GPU's: it
+is split over the instances that there are by their compute slices, so that the sum is the GPU's. The energy
+counter is passed on as it is, for whoever books it must see it whole. What happens to the GPU happens to all
+of them: heat, clocks, errors and verdicts are the parent's.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler.effects import nvml
+from scheduler.effects.nvml_plausible import doubtful_memory, in_words
 from scheduler.effects.nvml_processes import BYTES_PER_MIB, printable
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 EMPTY_SLOT = "ERROR_NOT_FOUND"
-EVERY_INSTANCE = 2**32 - 1  # what an event says that concerns the whole GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Instance:
         """
         if nvml.call("nvmlDeviceGetUUID", self.handle) != self.uuid:
             raise GpuReadError(EMPTY_SLOT, f"instance {self.uuid} is gone")
-        return nvml.holders_of(self.handle, self.uuid)
+        return nvml.holders_of(self.handle, self.uuid, self.memory_total_mib)
 
     def set_power_limit(self, power_limit_w: float) -> GpuLimit:
         """Refuse: the limit is the whole GPU's.
@@ -69,8 +70,6 @@ class Instances:
 
     def __init__(self, gpu: nvml.OpenGpu) -> None:
         self._gpu = gpu
-        self._energy_mj: dict[str, float] = {}
-        self._parent_energy_mj: int | None = None
         self.is_on = False
         self.present: tuple[Instance, ...] = ()
 
@@ -86,9 +85,7 @@ class Instances:
         self.present = self._found() if is_on else ()
         self.is_on = is_on
         if not is_on:
-            self._energy_mj, self._parent_energy_mj = {}, None
             return (parent,)
-        self._book(parent.energy_mj)
         return tuple(self._sample(one, parent) for one in self.present)
 
     def _found(self) -> tuple[Instance, ...]:
@@ -103,31 +100,28 @@ class Instances:
                     raise
         return tuple(found)
 
-    def _book(self, parent_energy_mj: int | None) -> None:
-        """Share out what the GPU used since the last sample; a counter that began anew counts from zero."""
-        before, self._parent_energy_mj = self._parent_energy_mj, parent_energy_mj
-        used_mj = 0
-        if before is not None and parent_energy_mj is not None:
-            used_mj = parent_energy_mj - before if parent_energy_mj >= before else parent_energy_mj
-        self._energy_mj = {
-            one.uuid: self._energy_mj.get(one.uuid, 0.0) + used_mj * self._share(one) for one in self.present
-        }
-
     def _share(self, one: Instance) -> float:
         return one.slices / sum(each.slices for each in self.present)
 
     def _sample(self, one: Instance, parent: GpuSample) -> GpuSample:
         share = self._share(one)
+        used_mib = nvml.or_none(nvml.memory_used_mib, one.handle)
+        doubts = in_words(doubtful_memory(used_mib, one.memory_total_mib))
         return replace(
             parent,
             uuid=one.uuid,
-            memory_used_mib=nvml.or_none(nvml.memory_used_mib, one.handle),
+            memory_used_mib=None if doubts else used_mib,
+            doubts=", ".join(filter(None, (parent.doubts, doubts))),
             utilization_ratio=None,
+            memory_utilization_ratio=None,
+            encoder_utilization_ratio=None,
+            decoder_utilization_ratio=None,
+            nvlink_tx_bytes=None,
+            nvlink_rx_bytes=None,
             power_w=None if parent.power_w is None else parent.power_w * share,
             power_w_average=None if parent.power_w_average is None else parent.power_w_average * share,
             power_limit_w=None,
             power_limit_w_enforced=None,
-            energy_mj=None if parent.energy_mj is None else round(self._energy_mj[one.uuid]),
         )
 
 

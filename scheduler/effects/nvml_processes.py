@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from scheduler.model.gpus import GpuProcess
+from scheduler.effects.job_signals import start_ticks
+from scheduler.model.gpus import PID_LIMIT, GpuProcess
 
-PID_LIMIT = 2**32 - 1  # drivers 535.43 to 535.86 fill in 0 and this one
 # Any node has fewer users on its GPUs; a lookup may ask a directory server.
 USERS_CACHED_MAX = 256
 COMM_LENGTH_MAX = 15  # the kernel cuts /proc/<pid>/comm here
@@ -20,9 +20,12 @@ PROC = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
-class _Owner:
+class Owner:
+    """Whose process it is, what it runs, and since when."""
+
     user: str
     command: str
+    start_ticks: int
 
 
 def merge_processes(
@@ -40,7 +43,7 @@ def merge_processes(
     for kind, pid, memory_bytes in entries:
         memory_mib = None if memory_bytes is None else memory_bytes // BYTES_PER_MIB
         if not 0 < pid < PID_LIMIT:
-            unknown.append(GpuProcess(pid=0, memory_mib=memory_mib, kind=kind))
+            unknown.append(GpuProcess(pid=0, memory_mib=memory_mib, kind=kind, listed_pid=pid))
             continue
         first_kind, first_mib = merged.get(pid, (kind, None))
         known = [mib for mib in (first_mib, memory_mib) if mib is not None]
@@ -48,21 +51,22 @@ def merge_processes(
     living: list[GpuProcess] = []
     busy = utilization or {}
     for pid, (kind, mib) in sorted(merged.items())[:PROCESSES_MAX]:
-        owner = _owner(pid)
+        owner = owner_of(pid)
         if owner is None:
-            unknown.append(GpuProcess(pid=0, memory_mib=mib, kind=kind))
+            unknown.append(GpuProcess(pid=0, memory_mib=mib, kind=kind, listed_pid=pid))
         else:
-            living.append(GpuProcess(pid, mib, kind, owner.user, owner.command, busy.get(pid)))
+            named = (owner.user, owner.command, busy.get(pid), owner.start_ticks)
+            living.append(GpuProcess(pid, mib, kind, *named))
     return (*unknown, *living)[:PROCESSES_MAX]
 
 
-def _owner(pid: int) -> _Owner | None:
+def owner_of(pid: int) -> Owner | None:
     """Return whose process it is and what it runs, or None if there is no such process."""
     status = read_text(PROC / str(pid) / "status")
     uid = next((line.split()[1] for line in status.splitlines() if line.startswith("Uid:")), "")
     if not uid:
         return None
-    return _Owner(_user_name(int(uid)), _command(pid))
+    return Owner(_user_name(int(uid)), _command(pid), start_ticks(pid))
 
 
 @functools.lru_cache(maxsize=USERS_CACHED_MAX)

@@ -1,6 +1,6 @@
 """What the daemon and its NVML child say to each other: one JSON object a line, over a socket pair.
 
-    child:   {"protocol": 2}                                                     once, first
+    child:   {"protocol": 3}                                                     once, first
     daemon:  {"id": 1, "do": "sample", "within_s": 1.0, "stuck_s": 60.0, "events_after": 0}
     child:   {"id": 1, "identities": [...], "samples": [...], "errors": {...}, "driver_version": "...",
               "replace_me": false, "events": [[1, {...}]]}
@@ -21,7 +21,7 @@ from typing import Any
 
 from scheduler.model.gpus import GpuEvent, GpuHolders, GpuIdentity, GpuLimit, GpuProcess, GpuSample
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 # 16 GPUs take 10 KiB; 512 processes with the longest names, every letter escaped, 850 KiB.
 LINE_BYTES_MAX = 2**20
 TIMEOUT = "ERROR_TIMEOUT"  # a call that hangs: NVML's own word for it

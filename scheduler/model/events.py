@@ -7,6 +7,7 @@ is drawn from it. `fold` is the only code that changes a job's state.
 from dataclasses import dataclass, replace
 
 from scheduler.errors import TransitionError
+from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import (
     ATTEMPTS_KEPT,
     FINAL_STATES,
@@ -258,6 +259,16 @@ class GpuUnmarked:
 
 
 @dataclass(frozen=True, slots=True)
+class BaselineLearned:
+    """What a GPU showed as used when it was proved that nobody is on it."""
+
+    at_s: float
+    uuid: str
+    used_mib: int
+    driver_version: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDrainChanged:
     """An operator drained the node (nothing starts; `stop_jobs`: what runs gives way) or undid it.
 
@@ -277,19 +288,21 @@ class UsageEntry:
     job_id: str
     uuid: str
     tenant: str
-    job_class: str  # JobClass's name, or "IDLE"
+    job_class: str  # JobClass's name, or "IDLE", or "UNKNOWN"
     gpu_ms: int  # milliseconds times share
     energy_mj: int
     value_microusd: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class UsageBooked:
-    """Usage since the last booking, integers only. `whole`: of everybody, not just of some."""
+    """Usage of some GPUs since their last bookings, integers only. `whole`: of all GPUs that there are."""
 
     at_s: float
     entries: tuple[UsageEntry, ...]
     whole: bool = True
+    gpus: tuple[GpuBooked, ...] = ()  # up to where each of them is booked now
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +323,7 @@ NodeEvent = (
     | PolicyChanged
     | GpuMarked
     | GpuUnmarked
+    | BaselineLearned
     | NodeDrainChanged
     | UsageBooked
     | PlanDecided
@@ -389,6 +403,25 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
         case SuccessorStarted():
             attempt = replace(_numbered(job, event.attempt), successor_started_s=event.at_s)
             return _with_attempt(job, attempt, revision)
+
+
+def energy_of_jobs(event: UsageBooked) -> dict[str, dict[int, int]]:
+    """The energy in millijoules that a booking adds, by job id and attempt."""
+    found: dict[str, dict[int, int]] = {}
+    for entry in event.entries:
+        if entry.job_id and entry.energy_mj:
+            attempts = found.setdefault(entry.job_id, {})
+            attempts[entry.attempt] = attempts.get(entry.attempt, 0) + entry.energy_mj
+    return found
+
+
+def with_energy(job: Job, energy_mj: dict[int, int], revision: int) -> Job:
+    """The job after a booking, by attempt; of an attempt that is not kept any more only the job tells."""
+    attempts = tuple(
+        replace(one, energy_mj=one.energy_mj + energy_mj.get(one.number, 0)) for one in job.attempts
+    )
+    total_mj = job.energy_mj + sum(energy_mj.values())
+    return replace(job, attempts=attempts, energy_mj=total_mj, revision=revision)
 
 
 def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:

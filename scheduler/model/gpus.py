@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+# No process has this PID or a larger one; drivers 535.43 to 535.86 list it, and 0.
+PID_LIMIT = 2**32 - 1
+# No board or module draws more (a GB300 module 2.9 kW); what says so can't be believed.
+POWER_W_MAX = 5000.0
+
 
 class GpuState(StrEnum):
     """Where a GPU stands; exactly one at a time, and a metric label each."""
@@ -29,10 +34,12 @@ class GpuIdentity:
     island: int | None = None  # GPUs that NVLinks join, directly or through switches
     numa: int | None = None
     switch: int | None = None  # GPUs below one PCIe switch
+    is_numa_node: bool = False  # its memory is the system's, too (Grace): pages stay after a process
     minor_number: int | None = None
     power_limit_w_min: float | None = None
     power_limit_w_max: float | None = None
     power_limit_w_default: float | None = None
+    power_limit_refusal: str = ""  # what the driver answers who sets its limit; "" = it does so
     power_scope: str = ""  # what power means here: "gpu", or "module" with the CPU beside it
     sm_clock_mhz_max: int | None = None
     temperature_celsius_slowdown: float | None = None
@@ -53,16 +60,20 @@ class GpuSample:
     at_s: float  # Unix seconds, when it was read
     memory_used_mib: int | None = None
     utilization_ratio: float | None = None
+    memory_utilization_ratio: float | None = None  # of the last period, in which memory was read or written
+    encoder_utilization_ratio: float | None = None
+    decoder_utilization_ratio: float | None = None
     power_w: float | None = None  # instant where the GPU gives it, else the average
     power_w_average: float | None = None  # over about a second
     power_limit_w: float | None = None  # what was asked for
     power_limit_w_enforced: float | None = None  # lower where somebody else caps too
     power_capped_s: float | None = None  # for how long the limit has bound, since the driver was loaded
-    energy_mj: int | None = None  # since the driver was loaded
+    energy_mj: int | None = None  # since the driver was loaded; of a MIG instance: its whole GPU's counter
     temperature_celsius: float | None = None
     memory_temperature_celsius: float | None = None
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
+    fan_speed_ratio: float | None = None  # that its fans are told to turn at, of their most
     clock_reasons: int | None = None  # what holds the clock back: NVML's bits
     ecc_corrected: int | None = None  # since the driver was loaded
     ecc_uncorrected: int | None = None
@@ -73,6 +84,14 @@ class GpuSample:
     recovery_action: int | None = None  # the driver's own verdict, 0 = none needed
     is_power_smoothed: bool | None = None  # it may not shed at once
     ramp_down_w_per_s: float | None = None
+    nvlink_tx_bytes: int | None = None  # over all links, since the driver was loaded
+    nvlink_rx_bytes: int | None = None
+    # What it said that can't be, and is None for that: "temperature_celsius=4294967295, ..."
+    doubts: str = ""
+
+
+# The driver's events of a GPU are heard from here on; what it told before is not known.
+EVENTS_BEGIN = "events_begin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +100,7 @@ class GpuEvent:
 
     uuid: str
     at_s: float  # Unix seconds, when it was heard
-    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable" or "recovery_action"
+    kind: str  # "xid", "ecc_double_bit", "mig_changed", "unavailable", "recovery_action", EVENTS_BEGIN
     code: int  # the XID; else what the driver adds
 
 
@@ -103,6 +122,8 @@ class GpuProcess:
     user: str = ""
     command: str = ""  # base name of the executable
     utilization_ratio: float | None = None
+    start_ticks: int = 0  # when it started: tells it from a later one of that PID; 0 = not known
+    listed_pid: int | None = None  # of an unknown holder: what the list says, nobody's or another's by now
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +145,27 @@ class GpuMark:
     reason: str  # Reason's name
     detail: str
     since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBaseline:
+    """What a GPU shows as used when nobody is on it, under one driver."""
+
+    used_mib: int
+    driver_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuBooked:
+    """Up to where the usage of a whole GPU is booked, so that another daemon goes on from there."""
+
+    uuid: str
+    timed_s: float  # its time, and that of its parts
+    at_s: float  # its energy: the last reading that counted,
+    energy_mj: int | None  # what its counter showed then,
+    power_w: float | None  # and what it drew
+    parts: tuple[tuple[str, int], ...]  # UUIDs and slices of its MIG instances then; out of MIG mode itself
+    pending: tuple[tuple[int, int], ...] = ()  # numbers of jobs and attempts that ended since `at_s`
 
 
 def model_matches(wanted: str, model: str) -> bool:

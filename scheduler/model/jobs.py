@@ -128,6 +128,7 @@ class Attempt:
     end_reason: Reason | None = None
     verified_s: float | None = None  # all its GPUs are proved free
     successor_started_s: float | None = None
+    energy_mj: int = 0  # of its GPUs, as far as it is booked
     node: int = 0  # where, of the nodes that are planned together
 
     @property
@@ -161,6 +162,7 @@ class Job:
     finished_s: float | None = None
     worked_s: float = 0.0  # work of ended attempts that is saved, without what restarts lost
     detail: str = ""  # facts for a person behind the reason: an errno, a signal, a name
+    energy_mj: int = 0  # of all attempts, as far as it is booked
 
     @property
     def last(self) -> Attempt | None:

@@ -80,11 +80,16 @@ class GpuColumns:
     numa: Any = None
     # Equal numbers are of one model. Left out they are UNKNOWN, and so equal, for every row.
     model: Any = None
+    # Bool: a MIG instance. CUDA shows one to a process and nothing else beside it, so that a job of several
+    # GPUs gets none. Left out: no row is one.
+    instance: Any = None
 
     def __post_init__(self) -> None:
         for name in ("island", "switch", "numa", "model"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.full(len(self.uuid), UNKNOWN, dtype=np.int64))
+        if self.instance is None:
+            object.__setattr__(self, "instance", np.zeros(len(self.uuid), dtype=bool))
         # Here and not in the snapshot: they outlive many.
         _check_gpus(_Table("gpus", self, lambda row: self.uuid[row]), self)
 

@@ -5,7 +5,7 @@ to placement (`fragmentation.py`) is what is free on each of its GPUs, whom and 
 between which amounts that are asked for its free CPUs and host memory lie. A *state* numbers that.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from scheduler.model.snapshot import MixColumns
@@ -28,7 +28,7 @@ _CHUNK_BITS = 32
 class States:
     """The state of each node of a pool, renewed by whoever changes it, and what is known of the states."""
 
-    def __init__(self, pool: Pool, mix: MixColumns, nearness: list[Any]) -> None:
+    def __init__(self, pool: Pool, mix: MixColumns, nearness: Sequence[Any]) -> None:
         self._pool = pool
         self._cpus = xp.unique(mix.cpus)
         self._memory_mib = xp.unique(mix.memory_mib)
@@ -105,13 +105,14 @@ class States:
         self._answers = 0
 
 
-def _sorts(pool: Pool, nearness: list[Any]) -> list[tuple[int, ...]]:
+def _sorts(pool: Pool, nearness: Sequence[Any]) -> list[tuple[int, ...]]:
     """Of each node what never changes: whom each GPU serves, and which GPUs are near each other."""
     nodes = len(pool.cpus)
     if not nodes:
         return []
     served = [pool.fits[models] for models in range(len(pool.fits))]
-    parts = [part.reshape(nodes, -1) for part in (pool.is_open, *served, *nearness)]
+    whole = [] if pool.whole is None else [pool.whole]
+    parts = [part.reshape(nodes, -1) for part in (pool.is_open, *whole, *served, *nearness)]
     bits = xp.concatenate(parts, axis=1).astype(xp.int64)
     words = [
         (chunk << xp.arange(chunk.shape[1], dtype=xp.int64)).sum(axis=1).tolist()

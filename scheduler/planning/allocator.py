@@ -11,7 +11,7 @@ Placement: whole GPUs that the fewest model sets accept, then the smallest, then
 fit), so that whole GPUs stay whole.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from scheduler.planning.topology import Near, best_connected
 NOT_SERVED = 1 << 62
 # When a hold's turn is: not its own victim, when its stop was decided, how its preemptor ranks, its number.
 Turn = tuple[bool, int, int, int]
+# The turn of what fits without any stop.
+NO_STOP: Turn = (False, -NOT_SERVED, 0, 0)
 
 # GPU position -> how much placement would rather not use it; 0 where it is not named.
 Penalty = Mapping[int, int]
@@ -51,6 +53,11 @@ class Request(NamedTuple):
     def is_share(self) -> bool:
         """Whether it wants a part of one GPU."""
         return self.share_milli < WHOLE_MILLI
+
+    @property
+    def gpu_part(self) -> tuple[int, int, int, int]:
+        """What it wants of GPUs: requests that want the same have this in common."""
+        return (self.gpus, self.share_milli, self.gpu_memory_mib, self.models)
 
 
 @dataclass(slots=True)
@@ -150,6 +157,7 @@ class Gpu:
     is_open: bool
     serves: tuple[bool, ...]  # by model set
     near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
+    is_instance: bool = False  # of MIG: for requests of one GPU only
 
 
 class Part(NamedTuple):
@@ -173,18 +181,33 @@ class Claim:
 
 @dataclass(slots=True)
 class Node:
-    """A node while a plan is made; `free` and `leaving` change as jobs are served."""
+    """A node while a plan is made. `free` and `leaving` change as jobs are served; then call `changed`."""
 
     row: int
     gpus: tuple[Gpu, ...]
     free: Spare
     drains: bool
     leaving: list[Hold] = field(default_factory=list)
-    _suitable: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    _suitable: dict[tuple[int, int, bool], tuple[int, ...]] = field(default_factory=dict)
+    # Until it changes: what `preemption.choose_victims` found, by what it was asked; and `soon`.
+    choices: dict[tuple[object, ...], tuple[int, list[Live]] | None] = field(default_factory=dict)
+    _soon: Spare | None = None
+
+    @property
+    def soon(self) -> Spare:
+        """What is free, and what leaves. Not to be changed."""
+        if self._soon is None:
+            self._soon = self.spare_with(self.leaving)
+        return self._soon
+
+    def changed(self) -> None:
+        """Forget what held of the node before something was given away, or told to leave."""
+        self._soon = None
+        self.choices.clear()
 
     def suitable(self, request: Request) -> tuple[int, ...]:
         """Positions of the open GPUs that serve the request at all, the best to give away first."""
-        key = (request.models, request.gpu_memory_mib)
+        key = (request.models, request.gpu_memory_mib, request.gpus > 1)
         known = self._suitable.get(key)
         if known is None:
             fit = [
@@ -193,6 +216,7 @@ class Node:
                 if gpu.is_open
                 and (request.models == UNKNOWN or gpu.serves[request.models])
                 and (request.gpu_memory_mib == 0 or gpu.memory_mib >= request.gpu_memory_mib)
+                and not (request.gpus > 1 and gpu.is_instance)
             ]
             known = self._suitable[key] = tuple(entry[-1] for entry in sorted(fit))
         return known
@@ -305,7 +329,7 @@ def _best_connected(request: Request, node: Node, whole: list[int], penalty: Pen
 
 
 def find_leaving_on(
-    request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Iterable[Hold] = ()
+    request: Request, node: Node, penalty: Penalty = NO_PENALTY, victims: Sequence[Hold] = ()
 ) -> tuple[Turn, Found] | None:
     """Room in what is free and what leaves, as few stops in turn as will do, and the turn of the last.
 
@@ -313,7 +337,7 @@ def find_leaving_on(
     those come first that fit after fewer stops, as they look at that moment: so later stops change nothing.
     """
     holds = [*node.leaving, *victims]
-    if not fits(request, node, node.spare_with(holds)):
+    if not fits(request, node, node.spare_with(holds) if victims else node.soon):
         return None
     spare, ready_us = node.free.copy(), 0
     order = {position: place for place, position in enumerate(node.suitable(request) if request.gpus else ())}
@@ -327,23 +351,27 @@ def find_leaving_on(
             best_fit = (spare.milli[position], spare.mib[position]) if request.is_share else (0, 0)
             ready.append((penalty.get(position, 0), stops, *best_fit, order.pop(position), position))
         if len(ready) >= request.gpus and host_fits(request, spare):
-            assert stops, "what fits without a stop was found before"
             positions = tuple(entry[-1] for entry in sorted(ready)[: request.gpus])
             part = Part(request, node.row, positions)
-            return _turn(in_turn[stops - 1], request.number), Found((part,), ready_us=ready_us)
+            turn = _turn(in_turn[stops - 1], request.number) if stops else NO_STOP
+            return turn, Found((part,), ready_us=ready_us)
     raise AssertionError("what fits after all stops fits after some")
 
 
-def claim(request: Request, parts: tuple[tuple[Part, Node], ...]) -> Claim:
+def first_turn(request: Request, node: Node) -> Turn:
+    """When at the earliest something that leaves the node is the request's; something does."""
+    return min(_turn(hold, request.number) for hold in node.leaving)
+
+
+def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], Node]) -> Claim:
     """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
-    drawn = [hold for part, node in parts for hold in _taken(part.request, node, part.positions)]
-    return Claim(
-        request,
-        tuple(part for part, _ in parts),
-        is_free=not drawn,
-        awaited=tuple(sorted({hold.number for hold in drawn} - {UNKNOWN})),
-        ready_us=max((hold.ready_us for hold in drawn), default=0),
-    )
+    drawn: list[Hold] = []
+    for part in parts:
+        drawn += _taken(part.request, node_of(part.row), part.positions)
+    if not drawn:
+        return Claim(request, parts, is_free=True, awaited=(), ready_us=0)
+    awaited = tuple(sorted({hold.number for hold in drawn} - {UNKNOWN}))
+    return Claim(request, parts, False, awaited, max(hold.ready_us for hold in drawn))
 
 
 def _taken(request: Request, node: Node, positions: tuple[int, ...]) -> list[Hold]:

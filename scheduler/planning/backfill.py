@@ -11,7 +11,7 @@ A job of lower rank may pass if at the promised moment it (a) gives way to the b
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
@@ -31,6 +31,7 @@ from scheduler.planning.allocator import (
     host_fits,
 )
 from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.gangs import soonest
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import Queue
 from scheduler.planning.search import NODES_TRIED_MAX, Limits
@@ -75,6 +76,29 @@ def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim
     return best
 
 
+def blocked_over(request: Request, world: World, order: Order, claims: Iterable[Claim]) -> Blocked:
+    """The same for a gang over several nodes: the earliest moment at which all its parts fit."""
+    best = Blocked(request, NEVER)
+    releases = _Releases(request, world, order, claims)
+    for way in world.kinds.divisions(request):
+        rows = _soonest_first(way.whole, world, order, releases.rows, way.nodes, way.wholes + NODES_TRIED_MAX)
+        moments = [
+            {row: room[0] for row in rows if (room := releases.room(part, row, NEVER)) is not None}
+            for part in (way.whole, way.least)
+        ]
+        chosen = soonest(way, *moments)
+        if chosen is None:
+            continue
+        whole, rest = chosen
+        start_us = max([moments[0][row] for row in whole] + [moments[1][row] for row in rest])
+        if start_us < best.start_us:
+            wanted = [(way.whole, row) for row in whole] + [(way.least, row) for row in rest]
+            by_row = sorted(wanted, key=lambda each: each[1])
+            rooms = tuple(releases.room_at(part, row, start_us) for part, row in by_row)
+            best = Blocked(request, start_us, rooms)
+    return best
+
+
 class _Releases:
     """What nodes get back, and when, as far as a blocked request can count on it."""
 
@@ -103,6 +127,13 @@ class _Releases:
             spare.add(hold)
         return (moment, Room(request, node, spare)) if fits(request, node, spare) else None
 
+    def room_at(self, request: Request, row: int, at_us: int) -> Room:
+        """What there is for the request at this moment."""
+        node = self._world.node(row)
+        return Room(
+            request, node, node.spare_with([*node.leaving, *(h for _, h in self._of(row, at_us + 1))])
+        )
+
     def _of(self, row: int, before_us: int) -> list[tuple[int, Hold]]:
         """The releases of a node before a moment, in turn."""
         now_us = self._world.now_us
@@ -114,11 +145,18 @@ class _Releases:
         return sorted((r for r in releases if r[0] < before_us), key=lambda release: release[0])
 
 
-def _soonest_first(request: Request, world: World, order: Order, claimed_rows: list[int]) -> list[int]:
+def _soonest_first(
+    request: Request,
+    world: World,
+    order: Order,
+    claimed_rows: list[int],
+    among: Any = True,
+    most: int = NODES_TRIED_MAX,
+) -> list[int]:
     """Rows of the nodes to look at, a bounded number: those first whose GPUs could be there soonest."""
     layout, jobs, now_us = world.layout, world.incumbents, world.now_us
-    open_rows = rows_where(~world.drains)
-    if len(open_rows) <= NODES_TRIED_MAX:
+    open_rows = rows_where(~world.drains & among)
+    if len(open_rows) <= most:
         return open_rows.tolist()  # type: ignore[no-any-return]
     yields_us = xp.where(jobs.outranked(request, order), xp.maximum(jobs.yields_us, now_us), NEVER)
     free_us = xp.minimum(jobs.ends_us, yields_us)
@@ -128,10 +166,20 @@ def _soonest_first(request: Request, world: World, order: Order, claimed_rows: l
     by_node = release_us.reshape(layout.row.shape)
     by_node[claimed] = now_us  # when claims end is looked at there
     suits = layout.is_open if request.models == UNKNOWN else layout.fits[request.models]
+    if request.gpus > 1 and layout.whole is not None:
+        suits = suits & layout.whole
     by_node = xp.where(suits, by_node, NEVER)[open_rows]
     wanted = min(max(request.gpus, 1), layout.width)
-    soonest = xp.sort(by_node, axis=1)[:, wanted - 1]
-    return open_rows[xp.lexsort(xp.stack([open_rows, soonest]))[:NODES_TRIED_MAX]].tolist()  # type: ignore[no-any-return]
+    free_us = xp.sort(by_node, axis=1)[:, wanted - 1]
+    return open_rows[xp.lexsort(xp.stack([open_rows, free_us]))[:most]].tolist()  # type: ignore[no-any-return]
+
+
+class _Started(NamedTuple):
+    """A request as an incumbent, once it has started."""
+
+    job_class: int
+    priority: int
+    value_bar: int
 
 
 def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> bool:
@@ -139,23 +187,11 @@ def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> b
 
     Without a promise its minimum runtime is no obstacle: it will be over.
     """
-    live = Live(
-        index=UNKNOWN,
-        rows=(),
-        hold=Hold(request.number, {}, 0, 0, 0, UNKNOWN, UNKNOWN, 0),
-        job_class=request.job_class,
-        priority=request.priority,
-        value_bar=value_bar(request.value, request.restart_loss_us, policy),
-        may_yield=True,
-        yields_us=start_us + request.min_runtime_us,
-        ends_us=NEVER,
-        started_us=start_us,
-        gpus=0,
-        lost_gpu_ms=0,
-        loss_microusd=0,
-    )
-    in_time = not to.is_promised or live.yields_us <= to.start_us
-    return request.preemptible and in_time and outranks(to.request, live, policy.order)
+    in_time = not to.is_promised or start_us + request.min_runtime_us <= to.start_us
+    if not (request.preemptible and in_time):
+        return False
+    bar = value_bar(request.value, request.restart_loss_us, policy)
+    return outranks(to.request, _Started(request.job_class, request.priority, bar), policy.order)
 
 
 def ends_in_time(request: Request, to: Blocked, start_us: int) -> bool:
@@ -178,10 +214,16 @@ def stays(queue: Queue, to: Blocked, policy: Policy, now_us: int, may_end: bool)
 def beside(to: Blocked, yielding: Callable[[Node], list[Hold]]) -> Limits:
     """What a request may use of the promised nodes; `yielding` are the holds there that it may displace."""
     rooms = {room.node.row: room for room in to.rooms}
-    return Limits(
-        tuple(sorted(rooms)),
-        lambda request, row: _beside(request, rooms[row], yielding(rooms[row].node)),
-    )
+    known: dict[tuple[int, int], tuple[Node | None, Penalty]] = {}
+
+    def on(request: Request, row: int) -> tuple[Node | None, Penalty]:
+        # Limits are made for one request, whose parts differ by their GPUs.
+        key = (row, request.gpus)
+        if key not in known:
+            known[key] = _beside(request, rooms[row], yielding(rooms[row].node))
+        return known[key]
+
+    return Limits(tuple(rooms), on)
 
 
 def _beside(request: Request, to: Room, yielding: list[Hold]) -> tuple[Node | None, Penalty]:

@@ -8,6 +8,7 @@ from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import PENDING, Snapshot
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.kinds import Division
 from scheduler.planning.planner import Planner
 from scheduler.planning.queue import WAIT_CODE, request_of
 from scheduler.planning.valuation import ranked_above
@@ -31,6 +32,10 @@ class Case:
         self.planner = Planner(self.snapshot, policy)
         self.plan: Plan = self.planner.run()
         self.request: Request = request_of(jobs, self.row)
+        # How it can be divided, if it is a gang over several nodes.
+        self.ways: list[Division] = []
+        if len(snapshot.nodes) > 1 and self.planner.world.kinds.spans(self.request):
+            self.ways = self.planner.world.kinds.divisions(self.request)
 
     @property
     def reason(self) -> Reason | None:

@@ -6,14 +6,16 @@ the smallest such change of its kind. Everything is facts as values; the api put
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from scheduler.model.actions import PreemptJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import Snapshot
-from scheduler.planning.allocator import Gpu, Live, Node, Spare, lack_of_host
+from scheduler.planning.allocator import Gpu, Live, Node, Request, Spare, lack_of_host
 from scheduler.planning.arrays import lists, rows_where
 from scheduler.planning.case import Case, row_of
+from scheduler.planning.kinds import Division
 from scheduler.planning.preemption import outranks
 from scheduler.planning.remedies import Remedy, RemedyKind, remedies
 from scheduler.planning.world import NEVER
@@ -37,10 +39,13 @@ class Rule(StrEnum):
     DRAINS = "DRAINS"  # its node takes nothing new
     CLOSED = "CLOSED"  # cordoned, quarantined, foreign or lost
     MODEL = "MODEL"  # not of a model that the job accepts
+    INSTANCE = "INSTANCE"  # a MIG instance, and the job wants several GPUs
     GPU_MEMORY_SIZE = "GPU_MEMORY_SIZE"  # has less memory than the job wants
     NOT_PREEMPTIBLE = "NOT_PREEMPTIBLE"  # held by a job that may not be preempted
     RANK = "RANK"  # held by a job that it doesn't outrank by enough
     MINIMUM_RUNTIME = "MINIMUM_RUNTIME"  # held by a job that is protected until a moment
+    # Free for a gang over several nodes, but on a node that it can't have whole, nor the rest of it there.
+    NODE_NOT_WHOLE = "NODE_NOT_WHOLE"
     CLAIMED = "CLAIMED"  # given in this plan to a job that goes before it, or promised to one
     CPUS = "CPUS"
     MEMORY = "MEMORY"
@@ -56,6 +61,7 @@ class Obstacle:
     jobs: tuple[int, ...] = ()  # numbers of the jobs that are in the way
     until_us: int | None = None  # MINIMUM_RUNTIME: when the first of them loses its protection
     lacking: int = 0  # CPUs, MiB or slots
+    nodes: int = 1  # on how many nodes the GPUs are, or on how many this is lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class Explanation:
     obstacles: tuple[Obstacle, ...]
     remedies: tuple[Remedy, ...]
     awaited: tuple[int, ...]  # numbers of the jobs whose stop it waits for
+    gpus: tuple[str, ...]  # those that come free for it
     expected_start_us: int | None  # from declared run times; None = not known
     ahead: int  # waiting jobs of higher rank
     behind_promise_of: int | None  # number of the job whose promised start it may not delay
@@ -104,12 +111,14 @@ def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:
     waits = reason is not None and reason is not Reason.WAITING_FOR_HANDOVER
     promise = case.plan.promise
     held_back = reason is Reason.WAITING_FOR_PROMISED_START and promise is not None
+    claim = case.planner.claims.get(number)
     return Explanation(
         number=number,
         reason=reason,
         obstacles=tuple(_obstacles(case)) if waits else (),
         remedies=tuple(remedies(case)) if waits else (),
         awaited=case.plan.awaited.get(number, ()),
+        gpus=() if claim is None else case.planner.world.uuids(claim.parts),
         expected_start_us=case.expected_start_us,
         ahead=case.ahead,
         behind_promise_of=promise.job if held_back and promise is not None else None,
@@ -147,29 +156,41 @@ def preview(snapshot: Snapshot, policy: Policy, number: int) -> Preview:
 
 def _obstacles(case: Case) -> list[Obstacle]:
     """What each rule keeps from the job; each GPU counts once, for the first rule that keeps it."""
-    gpus: dict[Rule, list[str]] = {}
+    gpus: dict[Rule, list[tuple[str, int]]] = {}
     holders: dict[Rule, set[int]] = {}
     until_us: int | None = None
     for node in case.planner.world.nodes():
+        usable: list[str] = []
         for position, gpu in enumerate(node.gpus if case.request.gpus else ()):
             rule, jobs = _rule_of(case, node, position, gpu)
             if rule is None:
+                usable.append(gpu.uuid)
                 continue
-            gpus.setdefault(rule, []).append(gpu.uuid)
+            gpus.setdefault(rule, []).append((gpu.uuid, node.row))
             holders.setdefault(rule, set()).update(live.number for live in jobs)
             if rule is Rule.MINIMUM_RUNTIME:
                 until_us = min([live.yields_us for live in jobs] + ([] if until_us is None else [until_us]))
+        if usable and case.ways and not any(_could_use(way, node.row, len(usable)) for way in case.ways):
+            gpus.setdefault(Rule.NODE_NOT_WHOLE, []).extend((uuid, node.row) for uuid in usable)
     found = [
         Obstacle(
             rule,
-            tuple(sorted(gpus[rule])),
-            tuple(sorted(holders[rule])),
+            tuple(sorted(uuid for uuid, _ in gpus[rule])),
+            tuple(sorted(holders.get(rule, ()))),
             until_us if rule is Rule.MINIMUM_RUNTIME else None,
+            nodes=len({row for _, row in gpus[rule]}),
         )
         for rule in Rule
         if rule in gpus
     ]
     return found + _host_obstacles(case)
+
+
+def _could_use(way: Division, row: int, gpus: int) -> bool:
+    """Whether a gang divided like this could take so many GPUs of the node: all of them, or its rest."""
+    return bool(way.nodes[row]) and (
+        gpus == way.whole.gpus or (way.rest is not None and gpus >= way.rest.gpus)
+    )
 
 
 def _rule_of(case: Case, node: Node, position: int, gpu: Gpu) -> tuple[Rule | None, list[Live]]:
@@ -181,6 +202,8 @@ def _rule_of(case: Case, node: Node, position: int, gpu: Gpu) -> tuple[Rule | No
         return Rule.CLOSED, []
     if not gpu.serves[request.models]:
         return Rule.MODEL, []
+    if gpu.is_instance and request.gpus > 1:
+        return Rule.INSTANCE, []
     if gpu.memory_mib < request.gpu_memory_mib:
         return Rule.GPU_MEMORY_SIZE, []
     milli = node.free.milli[position]
@@ -215,17 +238,26 @@ def _protection(case: Case, live: Live) -> Rule | None:
 
 
 def _host_obstacles(case: Case) -> list[Obstacle]:
-    """What the host of the node that is nearest to serving the job lacks."""
+    """What the host of the node that is nearest to serving the job lacks, of a gang's the last it needs."""
+    if not case.ways:
+        return _hosts_lack(case, case.request, True, 1)
+    way = case.ways[0]
+    whole = _hosts_lack(case, way.whole, way.nodes, way.wholes)
+    return whole or _hosts_lack(case, way.least, way.nodes, way.wholes + 1)
+
+
+def _hosts_lack(case: Case, part: Request, among: Any, wanted: int) -> list[Obstacle]:
+    """What so many of these nodes lack of their hosts, those taken that lack least."""
     world = case.planner.world
     reach = world.within_reach(case.request).pool
-    lacks = [
-        lack_of_host(case.request, Spare([], [], *amounts))
-        for amounts in zip(
-            *lists((reach.cpus, reach.memory_mib, reach.slots), rows_where(~world.drains)), strict=True
-        )
-    ]
-    if not lacks:
+    amounts = lists((reach.cpus, reach.memory_mib, reach.slots), rows_where(~world.drains & among))
+    lacks = [lack_of_host(part, Spare([], [], *each)) for each in zip(*amounts, strict=True)]
+    if len(lacks) < wanted:
         return []
-    least = min(lacks, key=lambda amounts: (sum(map(bool, amounts)), amounts))
+    least = sorted(lacks, key=lambda each: (sum(map(bool, each)), each))[wanted - 1]
     rules = (Rule.CPUS, Rule.MEMORY, Rule.START_SLOTS)
-    return [Obstacle(rule, lacking=amount) for rule, amount in zip(rules, least, strict=True) if amount]
+    return [
+        Obstacle(rule, lacking=least[place], nodes=sum(each[place] > 0 for each in lacks))
+        for place, rule in enumerate(rules)
+        if least[place]
+    ]

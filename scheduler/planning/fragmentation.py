@@ -140,13 +140,13 @@ class Fragmentation:
         self._milli_asked = (mix.weight * mix.gpus * mix.share_milli).sum().item()
         # Bool, shape (nodes, kinds, width): GPUs of a model that the kind accepts.
         accepted = [
-            xp.ones((nodes, width), dtype=bool) if models == UNKNOWN else pool.fits[models]
-            for models in mix.models.tolist()
+            _accepted(pool, models, gpus)
+            for models, gpus in zip(mix.models.tolist(), mix.gpus.tolist(), strict=True)
         ]
         self._accepted = xp.stack(accepted, axis=1) if accepted else xp.ones((nodes, 0, width), dtype=bool)
         self._pressure = _pressure(pool, mix)
-        # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and how
-        # many such GPUs; of each node the weighted thousandths that are no fragment.
+        # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and
+        # how many such GPUs; of each node the weighted thousandths that are no fragment.
         self._large_milli = xp.zeros((nodes, len(mix)), dtype=xp.int64)
         self._large_gpus = xp.zeros((nodes, len(mix)), dtype=xp.int64)
         self._usable = xp.zeros(nodes, dtype=xp.int64)
@@ -190,7 +190,7 @@ class Fragmentation:
         """Keys and positions of these nodes. Shape (2, rows)."""
         pool = self._pool
         rated = _nowhere(len(rows))
-        fits = pool.fit_host(request, rows)
+        fits = pool.fit(request, rows)
         if self._closed is not None:
             fits &= ~self._closed[rows]
         places = rows_where(fits)
@@ -211,28 +211,23 @@ class Fragmentation:
 
     def _heads_of(self, request: Shape, rows: Any) -> Any:
         pool = self._pool
-        heads = _nowhere(len(rows))
-        usable = self._usable_gpus(request, rows)
-        places = rows_where(usable.sum(axis=1) >= request.gpus)
-        if not len(places):
-            return heads
-        rows, usable = rows[places], usable[places]
         self._prepare(rows)
+        usable = self._usable_gpus(request, rows)
         after = _Host(
             pool.cpus[rows] - request.cpus, pool.memory_mib[rows] - request.memory_mib, pool.slots[rows] - 1
         )
+        position = xp.full(len(rows), NO_POSITION, dtype=xp.int64)
         if request.gpus == 0:
             cost = self._cost(request, rows, self._usable_with(rows, after), usable, after)
             pressure = xp.zeros(len(rows), dtype=xp.int64)
         elif request.share_milli < WHOLE_MILLI:
-            cost, pressure, heads[1, places] = self._rate_shares(request, rows, usable, after)
+            cost, pressure, position = self._rate_shares(request, rows, usable, after)
         else:
             cost, pressure = self._rate_whole(request, rows, usable, after)
         bound = 1 << (_COST_BITS - 1)
         cost = xp.clip(cost, -bound, bound - 1) + bound
         head = (self._far(request, rows, usable) << _COST_BITS) | cost
-        heads[0, places] = (head << _PRESSURE_BITS) | pressure
-        return heads
+        return xp.stack([(head << _PRESSURE_BITS) | pressure, position])
 
     def _far(self, request: Shape, rows: Any, usable: Any) -> Any:
         """How far the request's GPUs are from each other at best, 0 for the nearest. Shape (rows,)."""
@@ -242,7 +237,7 @@ class Fragmentation:
             for same in self._nearness:
                 together = (same[rows] & usable[:, None, :]).sum(axis=2)
                 is_near |= ((together >= request.gpus) & usable).any(axis=1)
-                far += ~is_near
+                far += xp.where(is_near, 0, 1)
         return far
 
     def _usable_gpus(self, request: Shape, rows: Any) -> Any:
@@ -305,7 +300,7 @@ class Fragmentation:
         return added * W_PER_QUANTUM + self._watts.added_w(rows, first_used, pool.cpus[rows], after.cpus)
 
     def _key(self, request: Shape, rows: Any, heads: Any) -> Any:
-        """The heads with best fit and tie rank. Shape (rows,)."""
+        """The heads with best fit and tie rank below them. Shape (rows,)."""
         pool = self._pool
         cpus = pool.cpus[rows] - request.cpus
         milli = pool.milli[rows].sum(axis=1) - request.gpus * request.share_milli
@@ -314,8 +309,7 @@ class Fragmentation:
             if asked:
                 fit += xp.maximum(free, 0) * (_FIT_PARTS * self._weight) // asked
         fit = xp.minimum(fit, (1 << _FIT_BITS) - 1)
-        key = (((heads << _FIT_BITS) | fit) << _RANK_BITS) | self._rank[rows]
-        return xp.where(heads == _NEVER, _NEVER, key)
+        return (((heads << _FIT_BITS) | fit) << _RANK_BITS) | self._rank[rows]
 
     def _prepare(self, rows: Any) -> None:
         """Bring what is known of each of these nodes and each kind up to date."""
@@ -367,6 +361,12 @@ class Fragmentation:
         fits &= (mix.cpus == 0) | (host.cpus[:, None] >= mix.cpus)
         fits &= (mix.memory_mib == 0) | (host.memory_mib[:, None] >= mix.memory_mib)
         return (xp.where(fits, large_milli, 0) * mix.weight).sum(axis=1)
+
+
+def _accepted(pool: Pool, models: int, gpus: int) -> Any:
+    """GPUs that serve requests with this set of models and for so many GPUs. Shape (nodes, width)."""
+    accepted = xp.ones(pool.milli.shape, dtype=bool) if models == UNKNOWN else pool.fits[models]
+    return accepted & pool.whole if gpus > 1 and pool.whole is not None else accepted
 
 
 def _nowhere(rows: int) -> Any:

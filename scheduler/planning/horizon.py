@@ -31,24 +31,23 @@ class Horizon:
         self._going = xp.bincount(hosts.node, minlength=nodes).tolist()
         cell, holder = jobs.cell[holds], jobs.holder[holds]
         self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
-        # Of each GPU. A job's loss counts in full where one GPU is wanted, and in equal parts on its GPUs where
-        # several are: whoever takes some of them pays for all.
-        gpus = xp.maximum(xp.bincount(jobs.holder, minlength=len(jobs.row)), 1)
-        loss = jobs.loss_microusd[holder]
-        parts = (jobs.loss_microusd // gpus)[holder]
+        loss, gpus = jobs.loss_microusd[holder], xp.bincount(jobs.holder, minlength=len(jobs.row))[holder]
         least = xp.full(nodes * width, NEVER, dtype=xp.int64)
         xp.minimum.at(least, cell, loss)
+        # Of each GPU: the least loss of a holder; and by how many GPUs are wanted what its holders lose. A
+        # job's loss counts in equal parts on as many of its GPUs: whoever takes some of them pays for all.
         self._least_loss = least.reshape(nodes, width)
-        self._loss = summed(cell, loss, nodes * width).reshape(nodes, width)
-        self._loss_parts = summed(cell, parts, nodes * width).reshape(nodes, width)
+        self._losses = {
+            wanted: summed(cell, loss // xp.minimum(gpus, wanted), nodes * width).reshape(nodes, width)
+            for wanted in sorted({*world.sizes_wanted, max(1, width)})
+        }
 
     def bounds(self, request: Request) -> Any:
         """Shape (nodes,): a loss that is not more than what the request takes there; NEVER: it can't be had.
 
         For its GPUs alone, so that it holds of all who want the same.
         """
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        return self._bounds.column(wants, lambda rows: self._bounds_of(request, rows))
+        return self._bounds.column(request.gpu_part, lambda rows: self._bounds_of(request, rows))
 
     def learn(self, request: Request, row: int, loss: int, candidates: int) -> None:
         """Take over the loss that the request takes on a node, the least with so many candidates.
@@ -69,28 +68,27 @@ class Horizon:
         ]
         self._going[row] = len(going)
         self._bounds.changed(row)
-        reach = node.spare_with(node.leaving)
-        losses, parts, least = [0] * width, [0] * width, [NEVER] * width
+        reach = node.soon.copy()
+        least = [NEVER] * width
+        losses = {wanted: [0] * width for wanted in self._losses}
         for each in going:
             reach.add(each.hold)
             loss = each.loss_microusd
             for position in each.hold.parts:
-                losses[position] += loss
-                parts[position] += loss // each.gpus
                 least[position] = min(least[position], loss)
+                for wanted, sums in losses.items():
+                    sums[position] += loss // min(wanted, each.gpus)
         self.pool.put(node, reach)
-        for column, values in ((self._loss, losses), (self._loss_parts, parts), (self._least_loss, least)):
-            column[row] = xp.asarray(values, dtype=xp.int64)
+        self._least_loss[row] = xp.asarray(least, dtype=xp.int64)
+        for wanted, sums in losses.items():
+            self._losses[wanted][row] = xp.asarray(sums, dtype=xp.int64)
 
     def _bounds_of(self, request: Request, rows: Any) -> Any:
         if request.gpus == 0:
             loss = xp.zeros(len(rows), dtype=xp.int64)
             return xp.where(self._world.drains[rows], NEVER, loss)
         usable = self.pool.usable(request, rows) & ~self._world.drains[rows][:, None]
-        if request.is_share:
-            losses = self._least_loss
-        else:
-            losses = self._loss if request.gpus == 1 else self._loss_parts
+        losses = self._least_loss if request.is_share else self._losses_of(request.gpus)
         losses = xp.where(self._world.soon.usable(request, rows), 0, losses[rows])
         if request.gpus == 1:
             return xp.where(usable, losses, NEVER).min(axis=1)
@@ -98,6 +96,11 @@ class Horizon:
         losses = xp.where(usable, losses, NEVER // losses.shape[1])
         loss = xp.sort(losses, axis=1)[:, : request.gpus].sum(axis=1)
         return xp.where(usable.sum(axis=1) >= request.gpus, loss, NEVER)
+
+    def _losses_of(self, gpus: int) -> Any:
+        """What is lost of each GPU if so many are wanted, or all of a node. Shape (nodes, width)."""
+        most = max(self._losses)
+        return self._losses[next((wanted for wanted in self._losses if wanted >= gpus), most)]
 
 
 class Horizons:

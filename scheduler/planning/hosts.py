@@ -17,7 +17,7 @@ class Hosts(NamedTuple):
     def of(self, jobs: Any) -> "Hosts":
         """Those of the jobs in the mask, which is by `job`."""
         chosen = jobs[self.job]
-        return Hosts(*(column[chosen] for column in self))
+        return Hosts(self.job[chosen], self.node[chosen], self.cpus[chosen], self.memory_mib[chosen])
 
     @property
     def amounts(self) -> tuple[Any, Any, Any]:

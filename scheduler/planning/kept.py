@@ -1,4 +1,4 @@
-"""Columns over the nodes that are kept from one request to the next, and renewed only where a node changed."""
+"""Columns over the nodes that are kept from request to request, and renewed only where a node changed."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -27,8 +27,8 @@ class Kept:
     def column(self, key: Hashable, made: Callable[[Any], Any]) -> Any:
         """Int64, shape (..., nodes): the column, or columns, of this key, up to date.
 
-        `made` computes the values of some rows, shape (..., rows). The caller may write values into the column: they stay
-        until the node changes.
+        `made` computes the values of some rows, shape (..., rows). The caller may write values into the
+        column: they stay until the node changes.
         """
         known = self._columns.pop(key, None)
         if known is None:

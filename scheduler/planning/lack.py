@@ -9,6 +9,7 @@ from typing import Any
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.allocator import Request
+from scheduler.planning.kinds import Kinds, fits_over
 from scheduler.planning.pool import Pool
 
 _Step = dict[str, Any]
@@ -26,6 +27,34 @@ def lack(request: Request, reach: Pool, nodes: Any) -> Reason:
     if (reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes).any():
         return Reason.WAITING_FOR_GPU_MEMORY
     return Reason.WAITING_FOR_GPUS
+
+
+def lack_over(request: Request, reach: Pool, nodes: Any, kinds: Kinds) -> Reason:
+    """Why a gang over several nodes waits."""
+    ways = kinds.divisions(request)
+    if not fits_over(ways, reach.fit_gpus, nodes):
+        of_any_size = kinds.divisions(request._replace(gpu_memory_mib=0))
+        if fits_over(of_any_size, reach.fit_gpus, nodes):
+            return Reason.WAITING_FOR_GPU_MEMORY
+        return Reason.WAITING_FOR_GPUS
+
+    def fit_cpus(part: Request) -> Any:
+        return reach.fit_gpus(part) & ((reach.cpus >= part.cpus) | (part.cpus == 0))
+
+    def fit_memory(part: Request) -> Any:
+        return fit_cpus(part) & ((reach.memory_mib >= part.memory_mib) | (part.memory_mib == 0))
+
+    if not fits_over(ways, fit_cpus, nodes):
+        return Reason.WAITING_FOR_CPUS
+    if not fits_over(ways, fit_memory, nodes):
+        return Reason.WAITING_FOR_MEMORY
+    return Reason.WAITING_FOR_START_SLOT
+
+
+def least_lacking_over(request: Request, reason: Reason) -> Request:
+    """A smaller gang over several nodes that fails for the same lack."""
+    of_gpus = reason in (Reason.WAITING_FOR_GPUS, Reason.WAITING_FOR_GPU_MEMORY)
+    return request._replace(cpus=0, memory_mib=0) if of_gpus else request
 
 
 def least_lacking(request: Request, reason: Reason, reach: Pool, nodes: Any) -> Request:

@@ -28,6 +28,9 @@ class Layout:
         self.row = self._spread(xp.arange(len(gpus), dtype=xp.int64), UNKNOWN, shape)
         self.memory_mib = self._spread(gpus.memory_mib, 0, shape)
         self.is_open = self._spread(gpus.state != CLOSED, False, shape)
+        # Where there are MIG instances: bool (nodes, width), the others.
+        instances = self._spread(gpus.instance, False, shape)
+        self.whole = ~instances if instances.any() else None
         serving = xp.zeros((len(fits), self.cells), dtype=bool)
         serving[:, self.cell] = fits & (gpus.state != CLOSED)
         self.fits = serving.reshape(len(fits), *shape)
@@ -39,10 +42,11 @@ class Layout:
             same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
             if same.any() and not (same | ~(there[:, :, None] & there[:, None, :])).all():
                 self.nearness.append(same)
+        self.model = self._spread(gpus.model, UNKNOWN, shape)
         self._snapshot = snapshot
         self._most: dict[bytes, tuple[Any, Any]] = {}
         self._gpus: dict[int, tuple[Gpu, ...]] = {}
-        self._suitable: dict[int, dict[tuple[int, int], tuple[int, ...]]] = {}
+        self._suitable: dict[int, dict[tuple[int, int, bool], tuple[int, ...]]] = {}
 
     def _spread(self, column: Any, missing: Any, shape: tuple[int, int]) -> Any:
         spread = xp.full(self.cells, missing, dtype=column.dtype)
@@ -57,18 +61,35 @@ class Layout:
         """By set of models and least memory, the most open GPUs that one of the nodes in the mask has.
 
         Returns the sizes, ascending, in MiB, and int64 of shape (model sets, sizes + 1): of at least that
-        size; the last column is of GPUs larger than all, of which there are none.
+        size; the last column is of GPUs larger than all, of which there are none. However many MIG instances
+        a node has, they count as one: nobody gets two.
         """
         key = nodes.tobytes()
         known = self._most.get(key)
         if known is None:
-            sizes = xp.unique(self.memory_mib[self.is_open & nodes[:, None]])
-            most = xp.zeros((len(self.fits), len(sizes) + 1), dtype=xp.int64)
-            for level in range(len(sizes)):
-                large = self.fits & (self.memory_mib >= sizes[level]) & nodes[:, None]
-                most[:, level] = large.sum(axis=2).max(axis=1) if len(nodes) else 0
-            known = self._most[key] = (sizes, most)
+            known = self._most[key] = self._most_of(self.fits & nodes[:, None], self.is_open & nodes[:, None])
         return known
+
+    def most_gpus_ever(self) -> tuple[Any, Any]:
+        """The same of all nodes and GPUs, open or not."""
+        known = self._most.get(b"")
+        if known is None:
+            serving = xp.zeros((len(self.fits), self.cells), dtype=bool)
+            serving[:, self.cell] = self._snapshot.model_fits
+            there = self.row != UNKNOWN
+            known = self._most[b""] = self._most_of(serving.reshape(self.fits.shape), there)
+        return known
+
+    def _most_of(self, fits: Any, gpus: Any) -> tuple[Any, Any]:
+        sizes = xp.unique(self.memory_mib[gpus])
+        most = xp.zeros((len(fits), len(sizes) + 1), dtype=xp.int64)
+        for level in range(len(sizes)):
+            large = fits & (self.memory_mib >= sizes[level])
+            counts = large.sum(axis=2)
+            if self.whole is not None:  # a job of several gets whole ones only
+                counts = xp.maximum((large & self.whole).sum(axis=2), large.any(axis=2).astype(xp.int64))
+            most[:, level] = counts.max(axis=1) if len(gpus) else 0
+        return sizes, most
 
     def gpus(self, node: int) -> tuple[Gpu, ...]:
         """The node's GPUs in the order of their positions."""
@@ -76,18 +97,19 @@ class Layout:
         if known is None:
             gpus = self._snapshot.gpus
             rows = self.row[node][self.row[node] != UNKNOWN]
-            sizes = zip(*lists((gpus.index, gpus.memory_mib, gpus.state != CLOSED), rows), strict=True)
+            columns = (gpus.index, gpus.memory_mib, gpus.state != CLOSED, gpus.instance)
+            sizes = zip(*lists(columns, rows), strict=True)
             serves = self._snapshot.model_fits[:, rows].T.tolist()
             nears = zip(*lists((gpus.island, gpus.switch, gpus.numa), rows), strict=True)
             known = self._gpus[node] = tuple(
-                Gpu(row, gpus.uuid[row], index, memory_mib, is_open, tuple(served), near)
-                for row, (index, memory_mib, is_open), served, near in zip(
+                Gpu(row, gpus.uuid[row], index, memory_mib, is_open, tuple(served), near, is_instance)
+                for row, (index, memory_mib, is_open, is_instance), served, near in zip(
                     rows.tolist(), sizes, serves, nears, strict=True
                 )
             )
         return known
 
-    def suitable(self, node: int) -> dict[tuple[int, int], tuple[int, ...]]:
+    def suitable(self, node: int) -> dict[tuple[int, int, bool], tuple[int, ...]]:
         """What `Node.suitable` has found out about the node."""
         return self._suitable.setdefault(node, {})
 
@@ -95,5 +117,9 @@ class Layout:
 def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
     gpus = snapshot.gpus
     places = (gpus.node, gpus.index, gpus.island, gpus.switch, gpus.numa)
-    columns = (*places, gpus.model, gpus.memory_mib, gpus.state, snapshot.model_fits)
+    columns = (
+        *places,
+        *(gpus.model, gpus.memory_mib, gpus.state, gpus.instance),
+        snapshot.model_fits,
+    )
     return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))

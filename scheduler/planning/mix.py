@@ -1,7 +1,10 @@
 """What a place is asked for, as far as its own jobs tell."""
 
+from dataclasses import replace
+
 from scheduler.model.snapshot import JobColumns, MixColumns
 from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.hosts import part_of
 
 # The kinds asked for most often. Of 457 kinds that name models, 64 cost the published experiment half a point
 # of allocation, 128 a tenth (docs/PLACEMENT.md); each costs time on every node.
@@ -28,3 +31,17 @@ def mix_of(jobs: JobColumns) -> MixColumns:
     kinds = starts[often]
     asked = {name: column[kinds] for name, column in zip(_SHAPE, columns, strict=True)}
     return MixColumns(**asked, weight=weight[often])
+
+
+def as_parts(mix: MixColumns, width: int) -> MixColumns:
+    """The mix with gangs that are larger than any node as what they ask of a whole one of so many GPUs."""
+    over = mix.gpus > width
+    if not over.any():
+        return mix
+    all_gpus = xp.maximum(mix.gpus, 1)
+    return replace(
+        mix,
+        gpus=xp.where(over, width, mix.gpus),
+        cpus=xp.where(over, part_of(mix.cpus, width, all_gpus), mix.cpus),
+        memory_mib=xp.where(over, part_of(mix.memory_mib, width, all_gpus), mix.memory_mib),
+    )

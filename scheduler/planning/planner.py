@@ -36,10 +36,20 @@ from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
 from scheduler.planning.allocator import Claim, Found, Live, Node, Request, claim
 from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
-from scheduler.planning.backfill import Blocked, beside, blocked, book, ends_in_time, gives_way, stays
+from scheduler.planning.backfill import (
+    Blocked,
+    beside,
+    blocked,
+    blocked_over,
+    book,
+    ends_in_time,
+    gives_way,
+    stays,
+)
 from scheduler.planning.economics import too_dear_to_go_on
+from scheduler.planning.gangs import find_free_over, find_leaving_over, find_over_by_displacing
 from scheduler.planning.horizon import Horizons
-from scheduler.planning.lack import lack, least_lacking
+from scheduler.planning.lack import lack, lack_over, least_lacking, least_lacking_over
 from scheduler.planning.layout import Layout
 from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import outranks
@@ -110,7 +120,7 @@ class Planner:
         """Serve everyone."""
         fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
         if self.queue.is_waiting:
-            self.queue.set_aside(self.world.layout)
+            self.queue.set_aside(self.world)
             for row, request in self.queue.requests():
                 self._serve(row, request)
         power = self.power
@@ -140,9 +150,17 @@ class Planner:
     def refuse(self, request: Request) -> None:
         """Let a request that can't be served wait, and with it all that would fail for the same lack."""
         reach, nodes = self.world.within_reach(request).pool, ~self.world.drains
-        reason = lack(request, reach, nodes)
         among = None if self._policy.backfill else self._kind(request)
+        if self.spans(request):
+            reason = lack_over(request, reach, nodes, self.world.kinds)
+            self.queue.refuse(least_lacking_over(request, reason), reason, among, spans=True)
+            return
+        reason = lack(request, reach, nodes)
         self.queue.refuse(least_lacking(request, reason, reach, nodes), reason, among)
+
+    def spans(self, request: Request) -> bool:
+        """Whether it is a gang over several nodes."""
+        return self.queue.spanning is not None and self.world.kinds.spans(request)
 
     def _stop_what_is_over(self) -> frozenset[int]:
         """Order the stops that are due; the numbers of the jobs that they stop."""
@@ -201,10 +219,13 @@ class Planner:
 
     def _find(self, request: Request, limits: Limits | None = None) -> Found | None:
         """Room for the request, the least disruptive there is."""
+        free, leaving, by_displacing = find_free, find_leaving, find_by_displacing
+        if self.spans(request):
+            free, leaving, by_displacing = find_free_over, find_leaving_over, find_over_by_displacing
         return (
-            find_free(request, self.world, limits)
-            or find_leaving(request, self.world, limits)
-            or find_by_displacing(
+            free(request, self.world, limits)
+            or leaving(request, self.world, limits)
+            or by_displacing(
                 request, self.world, self._horizons, lambda node: self.candidates(request, node), limits
             )
         )
@@ -234,28 +255,28 @@ class Planner:
         """Let a request that doesn't fit the budget wait, and all that are alike and worth no more."""
         assert self.power is not None
         self.queue.wait(row, Reason.WAITING_FOR_POWER)
-        self.queue.refuse(request, Reason.WAITING_FOR_POWER, self.power.no_better(self.queue.jobs, row))
+        among = self.power.no_better(self.queue.jobs, row)
+        self.queue.refuse(request, Reason.WAITING_FOR_POWER, among, spans=self.spans(request))
         if not self._policy.backfill:
             self._strict.setdefault(True, Blocked(request, NEVER))
 
     def _commit(self, row: int, request: Request, found: Found, admission: Admission) -> None:
         """Start the job, or let it wait for what it claims."""
-        parts = tuple((part, self.world.node(part.row)) for part in found.parts)
-        rows = {part.row for part in found.parts}
+        rows = [part.row for part in found.parts]
         for_power = [self._live_job(number) for number in admission.victims]
         for victim in (*found.victims, *for_power):
             self.world.leave(victim, request.number)
-            rows.update(victim.rows)
+            rows += victim.rows
             cause = (request.number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
-        given = self.claims[request.number] = claim(request, parts)
+        given = self.claims[request.number] = claim(request, found.parts, self.world.node)
         waits = Reason.WAITING_FOR_HANDOVER
         if given.is_free and not admission.starts_now:
             given.is_free, waits = False, Reason.WAITING_FOR_POWER
             given.awaited = tuple(sorted({*admission.victims, *self._leaving_for(request.number)}))
             given.ready_us = max((victim.hold.ready_us for victim in for_power), default=0)
         self.world.serve(request.number, len(self.claims))
-        for touched in sorted(rows):
+        for touched in rows if len(rows) == 1 else sorted(set(rows)):
             node = self.world.node(touched)
             self.world.changed(node)
             self._horizons.changed(node)
@@ -283,7 +304,8 @@ class Planner:
         """Remember the highest job that can't be served, and what it can count on."""
         order = self._policy.order
         if self._first_blocked is None:
-            self._first_blocked = blocked(request, self.world, order, self.claims.values())
+            promised = blocked_over if self.spans(request) else blocked
+            self._first_blocked = promised(request, self.world, order, self.claims.values())
             if self._first_blocked.is_promised:
                 self.promise = Promise(request.number, self._first_blocked.start_us)
             self._strict[request.gpus > 0] = self._first_blocked
@@ -310,7 +332,8 @@ class Planner:
             among &= self._kind(request)
             self._strict.setdefault(request.gpus > 0, Blocked(request, NEVER))
         if among[row]:
-            self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among)
+            spans = self.spans(request)
+            self.queue.refuse(request, Reason.WAITING_FOR_PROMISED_START, among, spans=spans)
         else:
             self.queue.wait(row, Reason.WAITING_FOR_PROMISED_START)
 

@@ -39,6 +39,8 @@ class Pool:
     slots: Any  # int64 (nodes,): jobs that may start
     fits: Any  # bool (model sets, nodes, width): open GPUs that serve jobs with this set of models
     is_open: Any  # bool (nodes, width)
+    # Bool (nodes, width): no MIG instances, which serve requests of one GPU only; None: nothing is one.
+    whole: Any = None
 
     def usable(self, request: Shape, rows: Any = ...) -> Any:
         """Bool, shape (rows, width): GPUs that have what the request wants of each."""
@@ -47,6 +49,8 @@ class Pool:
             # Of a GPU that is wholly free all memory is, so that this is its size.
             usable &= self.mib[rows] >= request.gpu_memory_mib
         usable &= (self.is_open if request.models == UNKNOWN else self.fits[request.models])[rows]
+        if request.gpus > 1 and self.whole is not None:
+            usable &= self.whole[rows]
         return usable
 
     def fit_gpus(self, request: Shape, rows: Any = ...) -> Any:
@@ -73,9 +77,8 @@ class Pool:
     def put(self, node: Node, spare: Spare) -> None:
         """Take over what a node has."""
         row, count = node.row, len(node.gpus)
-        is_open = [gpu.is_open for gpu in node.gpus]
         for column, amounts in ((self.milli, spare.milli), (self.mib, spare.mib)):
-            open_only = [amount * is_here for amount, is_here in zip(amounts, is_open, strict=True)]
+            open_only = [amount if gpu.is_open else 0 for amount, gpu in zip(amounts, node.gpus, strict=True)]
             column[row, :count] = xp.asarray(open_only, dtype=xp.int64)
         self.cpus[row] = spare.cpus
         self.memory_mib[row] = spare.memory_mib
@@ -95,6 +98,7 @@ class Pool:
             self.slots + slots,
             self.fits,
             self.is_open,
+            self.whole,
         )
 
 

@@ -14,6 +14,7 @@ would be cheaper and still fit.
 """
 
 from itertools import combinations
+from typing import Protocol
 
 from scheduler.model.policy import Order
 from scheduler.model.snapshot import WHOLE_MILLI
@@ -40,7 +41,18 @@ Gain = tuple[int, ...]  # how much of each lack is covered
 Option = tuple[Gain, int]  # gain, cost
 
 
-def outranks(request: Request, live: Live, order: Order) -> bool:
+class Incumbent(Protocol):
+    """What decides who may displace a job."""
+
+    @property
+    def job_class(self) -> int: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def value_bar(self) -> int: ...
+
+
+def outranks(request: Request, live: Incumbent, order: Order) -> bool:
     """Whether the request ranks above the live job by the hysteresis."""
     if order is Order.CLASS:
         if request.job_class != live.job_class:
@@ -55,36 +67,57 @@ def choose_victims(request: Request, node: Node, candidates: list[Live]) -> tupl
 
     Costs compare between nodes by loss, then GPUs, then jobs.
     """
-    spare = node.spare_with(node.leaving)
+    host_lack = lack_of_host(request, node.soon)
+    # All that the choice depends on, until the node changes: many requests want the same of it.
+    memory_mib = request.gpu_memory_mib if request.is_share else 0
+    wants = (request.gpus, request.share_milli, memory_mib, node.suitable(request))
+    asked = (*wants, host_lack, tuple([live.index for live in candidates]))
+    if asked in node.choices:
+        return node.choices[asked]
+    chosen = node.choices[asked] = _chosen(request, node, candidates)
+    return chosen
+
+
+def _chosen(request: Request, node: Node, candidates: list[Live]) -> tuple[int, list[Live]] | None:
+    table = Costs(candidates)
+    best = least_cost(request, node, node.soon, table.candidates, table)
+    return None if best is None else (best >> len(candidates), table.victims(best))
+
+
+def least_cost(
+    request: Request, node: Node, spare: Spare, candidates: list[Live], table: "Costs"
+) -> int | None:
+    """What the cheapest set of candidates costs with which the request fits; None: no set.
+
+    `spare` is what the node has without them; the table may know of more jobs.
+    """
     everything = spare.copy()
     for live in candidates:
         everything.add(live.hold)
     if not fits(request, node, everything):
         return None
-    table = _Costs(candidates)
     host_lack = lack_of_host(request, spare)
     problems: list[tuple[Gain, list[list[Option]]] | None]
     if request.gpus == 0:
-        problems = [_host_problem(table, host_lack)]
+        problems = [_host_problem(candidates, table, host_lack)]
     elif request.is_share:
         problems = [
-            _share_problem(request, table, spare, position, host_lack)
+            _share_problem(request, candidates, table, spare, position, host_lack)
             for position in node.suitable(request)
             if share_fits(request, everything, position)
         ]
     else:
-        problems = [_whole_problem(request, node, table, spare, everything, host_lack)]
+        problems = [_whole_problem(request, node, candidates, table, spare, everything, host_lack)]
     costs = []
     for problem in problems:
         cost = None if problem is None else cover(*problem)
         if cost is None:
-            cost = _greedy(request, node, table, everything)
+            cost = _greedy(request, node, candidates, table, everything)
         costs.append(cost)
-    best = min(costs)
-    return best >> len(candidates), table.victims(best)
+    return min(costs)
 
 
-class _Costs:
+class Costs:
     """Costs as one integer each that adds up and compares by loss, GPUs, jobs, then youth.
 
     The lowest bits hold, negated, a bit for each candidate, the youngest the highest: of equal sums the one
@@ -137,18 +170,18 @@ def _host_gain(live: Live) -> Gain:
     return (live.hold.cpus, live.hold.memory_mib, live.hold.slots)
 
 
-def _host_problem(table: _Costs, host_lack: Gain) -> tuple[Gain, list[list[Option]]]:
-    return host_lack, [[(_host_gain(live), table.cost[live.number])] for live in table.candidates]
+def _host_problem(candidates: list[Live], table: Costs, host_lack: Gain) -> tuple[Gain, list[list[Option]]]:
+    return host_lack, [[(_host_gain(live), table.cost[live.number])] for live in candidates]
 
 
 def _share_problem(
-    request: Request, table: _Costs, spare: Spare, position: int, host_lack: Gain
+    request: Request, candidates: list[Live], table: Costs, spare: Spare, position: int, host_lack: Gain
 ) -> tuple[Gain, list[list[Option]]]:
     """Cover one GPU's lack of thousandths and memory, and the host's."""
     lack_mib = request.gpu_memory_mib - spare.mib[position] if request.gpu_memory_mib else 0
     lack = (max(0, request.share_milli - spare.milli[position]), max(0, lack_mib), *host_lack)
     items: list[list[Option]] = []
-    for live in table.candidates:
+    for live in candidates:
         milli, mib = live.hold.parts.get(position, (0, 0))
         if milli or any(host_lack):
             items.append([((milli, mib, *_host_gain(live)), table.cost[live.number])])
@@ -156,7 +189,13 @@ def _share_problem(
 
 
 def _whole_problem(
-    request: Request, node: Node, table: _Costs, spare: Spare, everything: Spare, host_lack: Gain
+    request: Request,
+    node: Node,
+    candidates: list[Live],
+    table: Costs,
+    spare: Spare,
+    everything: Spare,
+    host_lack: Gain,
 ) -> tuple[Gain, list[list[Option]]] | None:
     """Cover a lack of whole GPUs, and the host's; None: a GPU has too many holders to try their subsets."""
     suitable = node.suitable(request)
@@ -169,7 +208,7 @@ def _whole_problem(
     lack = (max(0, request.gpus - ready), *host_lack)
     sharers: dict[int, list[Live]] = {}
     items: list[list[Option]] = []
-    for live in table.candidates:
+    for live in candidates:
         parts = live.hold.parts
         if (
             len(parts) == 1
@@ -195,16 +234,16 @@ def _whole_problem(
     return lack, items
 
 
-def _together(holders: tuple[Live, ...], table: _Costs, gpus: int) -> Option:
+def _together(holders: tuple[Live, ...], table: Costs, gpus: int) -> Option:
     host = [sum(amounts) for amounts in zip(*map(_host_gain, holders), strict=True)]
     return (gpus, *host), sum(table.cost[live.number] for live in holders)
 
 
-def _greedy(request: Request, node: Node, table: _Costs, everything: Spare) -> int:
+def _greedy(request: Request, node: Node, candidates: list[Live], table: Costs, everything: Spare) -> int:
     """Displace all, then take back the dearest first as long as the request still fits: none is needless."""
     spare = everything.copy()
     kept = 0
-    for live in sorted(table.candidates, key=lambda live: -table.cost[live.number]):
+    for live in sorted(candidates, key=lambda live: -table.cost[live.number]):
         spare.remove(live.hold)
         if host_fits(request, spare) and gpus_fit(request, node, spare):
             continue

@@ -18,8 +18,8 @@ from scheduler.model.snapshot import NOT_DRAINING, PENDING, UNKNOWN, JobColumns,
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, unknown_as_zero, xp
 from scheduler.planning.economics import too_dear_to_start
-from scheduler.planning.layout import Layout
 from scheduler.planning.valuation import first_ranked, packed_ranks
+from scheduler.planning.world import World
 
 WAIT_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(WAIT_REASONS)}
 # Codes below zero are of jobs that don't wait: not decided yet, starting or failing, not pending at all.
@@ -46,6 +46,8 @@ class Queue:
         self._order = order
         self.jobs = snapshot.jobs
         self.codes = xp.where(self.jobs.state == PENDING, UNDECIDED, LIVE)
+        # Bool, shape (jobs,): gangs that no node can hold; None: there are none that could start.
+        self.spanning: Any | None = None
 
     @property
     def is_waiting(self) -> bool:
@@ -62,7 +64,7 @@ class Queue:
         self.codes[late] = LEAVES
         return sorted(jobs.number[late].tolist())
 
-    def set_aside(self, layout: Layout) -> None:
+    def set_aside(self, world: World) -> None:
         """Decide the jobs that wait whatever is free: backing off, too dear, a drain, no GPU that suits."""
         self._decide(self.jobs.eligible_us > self._snapshot.now_us, Reason.BACKING_OFF)
         if self._snapshot.gross_value is not None:
@@ -71,11 +73,11 @@ class Queue:
         if drains.all():
             self._decide(self.codes == UNDECIDED, Reason.NODE_DRAINING)
             return
-        too_few = self._too_few(layout, ~drains)
+        too_few = self._too_few(world, ~drains)
         if too_few is None:
             return
         if drains.any():
-            elsewhere = self._too_few(layout, drains)
+            elsewhere = self._too_few(world, xp.ones(len(drains), dtype=bool))
             self._decide(too_few if elsewhere is None else too_few & ~elsewhere, Reason.NODE_DRAINING)
         self._decide(too_few, Reason.NO_SUITABLE_GPU)
 
@@ -105,12 +107,21 @@ class Queue:
         """This job alone waits."""
         self.codes[row] = WAIT_CODE[reason]
 
-    def refuse(self, least: Request, reason: Reason, among: Any | None = None) -> None:
-        """All undecided jobs that want at least as much wait; `among` restricts it to some rows."""
+    def refuse(
+        self, least: Request, reason: Reason, among: Any | None = None, *, spans: bool = False
+    ) -> None:
+        """All undecided jobs that want at least as much wait; `among` restricts it to some rows.
+
+        `spans`: it is a gang over several nodes. Those are told apart: where none of six GPUs finds a node,
+        one of sixteen may still find two, as those are others. Among them who wants more GPUs, and as much
+        of the host for each, finds room only where who wants fewer does.
+        """
         jobs = self.jobs
         more = self.codes == UNDECIDED
         if among is not None:
             more &= among
+        if self.spanning is not None:
+            more &= self.spanning if spans else ~self.spanning
         if least.gpus:
             more &= jobs.gpus >= least.gpus
             if least.models != UNKNOWN and len(self._snapshot.model_fits) > 1:
@@ -119,7 +130,9 @@ class Queue:
                 more &= jobs.share_milli >= least.share_milli
         for name in ("gpu_memory_mib", "cpus", "memory_mib"):
             amount = getattr(least, name)
-            if amount:
+            if amount and spans and name != "gpu_memory_mib":
+                more &= getattr(jobs, name) * least.gpus >= amount * jobs.gpus
+            elif amount:
                 more &= getattr(jobs, name) >= amount
         self.codes[more] = WAIT_CODE[reason]
 
@@ -127,10 +140,18 @@ class Queue:
         if where.any():
             self.codes[where & (self.codes == UNDECIDED)] = WAIT_CODE[reason]
 
-    def _too_few(self, layout: Layout, nodes: Any) -> Any | None:
-        """The jobs for which none of these nodes has enough open GPUs by model and memory; None: nobody."""
+    def _too_few(self, world: World, nodes: Any) -> Any | None:
+        """The jobs for which these nodes have too few open GPUs by model and memory; None: nobody."""
         jobs = self.jobs
-        sizes, most = layout.most_gpus(nodes)
+        sizes, most = world.layout.most_gpus(nodes)
         if len(sizes) and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
             return None
-        return most[jobs.models, xp.searchsorted(sizes, jobs.gpu_memory_mib)] < jobs.gpus
+        level = xp.searchsorted(sizes, jobs.gpu_memory_mib)
+        too_few = most[jobs.models, level] < jobs.gpus
+        if len(nodes) > 1:
+            spanning = world.kinds.spanning(jobs) & (self.codes == UNDECIDED)
+            if spanning.any():
+                self.spanning = spanning
+                of_several = world.kinds.most_gpus(sizes, nodes)[jobs.models, level] < jobs.gpus
+                too_few = xp.where(spanning, of_several, too_few)
+        return too_few

@@ -16,6 +16,9 @@ from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.case import Case
 from scheduler.planning.planner import Planner
 
+# Changes that are tried one by one, where a search by halves could miss one.
+TRIED_MAX = 32
+
 
 class RemedyKind(StrEnum):
     """What could be changed."""
@@ -60,7 +63,10 @@ def remedies(case: Case) -> list[Remedy]:
 def _open_gpus(case: Case) -> Remedy | None:
     gpus = case.snapshot.gpus
     closed = rows_where(gpus.state == CLOSED)
-    wanted = [row for row in closed.tolist() if case.snapshot.model_fits[case.request.models, row]]
+    suits = case.snapshot.model_fits[case.request.models]
+    if case.request.gpus > 1:
+        suits = suits & ~gpus.instance
+    wanted = [row for row in closed.tolist() if suits[row]]
 
     def opened(count: int) -> bool:
         state = gpus.state.copy()
@@ -71,8 +77,21 @@ def _open_gpus(case: Case) -> Remedy | None:
 
 
 def _fewer_gpus(case: Case) -> Remedy | None:
+    def serves(count: int) -> bool:
+        return _served(case, gpus=count)
+
     counts = range(case.request.gpus - 1, 0, -1)
-    return _smallest(RemedyKind.FEWER_GPUS, counts, lambda count: _served(case, gpus=count))
+    if not case.ways:
+        return _smallest(RemedyKind.FEWER_GPUS, counts, serves)
+    # On several nodes still, or on one: there it may not find what it finds on several.
+    on_one = case.planner.world.kinds.most_on_one(case.request)
+    several, one = counts[: max(0, len(counts) - on_one)], counts[-on_one:] if on_one else ()
+    if case.request.cpus or case.request.memory_mib:
+        # Fewer GPUs want more of the host for each.
+        found = _first(RemedyKind.FEWER_GPUS, several, serves)
+    else:
+        found = _smallest(RemedyKind.FEWER_GPUS, several, serves)
+    return found or _smallest(RemedyKind.FEWER_GPUS, one, serves)
 
 
 def _less_gpu_memory(case: Case) -> Remedy | None:
@@ -81,7 +100,9 @@ def _less_gpu_memory(case: Case) -> Remedy | None:
     reach = world.within_reach(case.request).pool
     levels = {*world.layout.memory_mib.flatten().tolist(), *reach.mib.flatten().tolist()}
     amounts = sorted((level for level in levels if 0 < level < wanted), reverse=True)
-    return _smallest(RemedyKind.LESS_GPU_MEMORY, amounts, lambda mib: _served(case, gpu_memory_mib=mib))
+    # Of a gang over several nodes less may make one that must find all on one.
+    look = _first if case.ways else _smallest
+    return look(RemedyKind.LESS_GPU_MEMORY, amounts, lambda mib: _served(case, gpu_memory_mib=mib))
 
 
 def _fewer_cpus(case: Case) -> Remedy | None:
@@ -180,6 +201,11 @@ def _smallest(kind: RemedyKind, amounts: Sequence[int], serves: Callable[[int], 
         else:
             low = middle + 1
     return Remedy(kind, amounts[low])
+
+
+def _first(kind: RemedyKind, amounts: Sequence[int], serves: Callable[[int], bool]) -> Remedy | None:
+    """The same where more of a change may serve less: one after the other, a bounded number."""
+    return next((Remedy(kind, amount) for amount in amounts[:TRIED_MAX] if serves(amount)), None)
 
 
 def _served(case: Case, **columns: int) -> bool:

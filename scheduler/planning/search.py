@@ -13,7 +13,8 @@ from scheduler.planning.allocator import (
     Request,
     Turn,
     find_leaving_on,
-    lack_of_host,
+    first_turn,
+    host_fits,
     place,
 )
 from scheduler.planning.arrays import rows_where, xp
@@ -49,27 +50,29 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     """
     if len(world.drains) == 1:
         node, penalty = as_limited(request, world, 0, limits)
-        return _placed(request, node, penalty)
+        return placed(request, node, penalty)
     found = world.best_free(request, () if limits is None else limits.rows)
     if found is None:
         return _on_limited(request, limits)
     row, position = found
     if position != NO_POSITION:
         return Found((Part(request, row, (position,)),))
-    placed = _placed(request, world.node(row), NO_PENALTY)
-    assert placed is not None, "the columns say that it fits"
-    return placed
+    found_there = placed(request, world.node(row))
+    assert found_there is not None, "the columns say that it fits"
+    return found_there
 
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
-    best: tuple[Turn, Found] | None = None
-    for row in _leaving(request, world):
+    best: tuple[Turn, int, Found] | None = None
+    for turn, row in sorted((first_turn(request, world.node(row)), row) for row in _leaving(request, world)):
+        if best is not None and best[0] < turn:
+            break
         node, penalty = as_limited(request, world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
-        if found is not None and (best is None or found[0] < best[0]):
-            best = found
-    return None if best is None else best[1]
+        if found is not None and (best is None or (found[0], row) < best[:2]):
+            best = (found[0], row, found[1])
+    return None if best is None else best[2]
 
 
 def _leaving(request: Request, world: World) -> list[int]:
@@ -82,13 +85,13 @@ def find_by_displacing(
     request: Request, world: World, horizons: Horizons, candidates: Candidates, limits: Limits | None = None
 ) -> Found | None:
     """Room that the cheapest victims leave, on the node where they are cheapest."""
-    best: tuple[int, int, Node, list[Live], Penalty] | None = None
+    best: tuple[int, int, list[Live]] | None = None
     best_loss = NEVER
     cheapest = _Cheapest(request, world, horizons)
     for row, bound in cheapest.first():
         if bound > best_loss:
             break
-        node, penalty = as_limited(request, world, row, limits)
+        node, _ = as_limited(request, world, row, limits)
         victims = [] if node is None else candidates(node)
         chosen = choose_victims(request, node, victims) if node is not None and victims else None
         if node is None or chosen is None:
@@ -97,15 +100,33 @@ def find_by_displacing(
         if limits is None or row not in limits.rows:
             cheapest.learn(node, loss, len(victims))
         if best is None or (chosen[0], row) < best[:2]:
-            best = (chosen[0], row, node, chosen[1], penalty)
+            best = (chosen[0], row, chosen[1])
             best_loss = loss
     if best is None:
         return None
-    _, _, node, victims, penalty = best
-    holds = [victim.hold.told(request.number, world.now_us) for victim in victims]
-    found = find_leaving_on(request, node, penalty, holds)
-    assert found is not None, "the victims were chosen so that the request fits"
-    return replace(found[1], victims=tuple(sorted(victims, key=lambda victim: victim.number)))
+    found = _where_they_leave(request, world, limits, best[1], best[2])
+    return replace(found, victims=tuple(sorted(best[2], key=lambda victim: victim.number)))
+
+
+def _where_they_leave(
+    request: Request, world: World, limits: Limits | None, row: int, victims: list[Live]
+) -> Found:
+    """The room that the victims leave: on this node, or where the next plan will find it.
+
+    A gang over several nodes leaves all of them, and on another the request may wait for fewer others.
+    """
+    numbers = {victim.number for victim in victims}
+    best: tuple[Turn, Found] | None = None
+    for each in sorted({row}.union(*(victim.rows for victim in victims))):
+        node, penalty = as_limited(request, world, each, limits)
+        if node is not None and not node.drains:
+            leaving = (live.hold for live in world.live(each) if live.number in numbers)
+            holds = [hold.told(request.number, world.now_us) for hold in leaving]
+            found = find_leaving_on(request, node, penalty, holds)
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
+    assert best is not None, "the victims were chosen so that the request fits"
+    return best[1]
 
 
 def as_limited(
@@ -121,11 +142,11 @@ def _on_limited(request: Request, limits: Limits | None) -> Found | None:
     """Room in what is free on what is left of the limited nodes."""
     if limits is None:
         return None
-    placed = (_placed(request, *limits.on(request, row)) for row in limits.rows)
-    return next((found for found in placed if found is not None), None)
+    found = (placed(request, *limits.on(request, row)) for row in limits.rows)
+    return next((each for each in found if each is not None), None)
 
 
-def _placed(request: Request, node: Node | None, penalty: Penalty) -> Found | None:
+def placed(request: Request, node: Node | None, penalty: Penalty = NO_PENALTY) -> Found | None:
     """Room in what the node has free."""
     if node is None or node.drains:
         return None
@@ -150,8 +171,8 @@ class _Cheapest:
         fits = self._horizon.pool.fit_host(self._request)
         bounds = xp.where(fits, self._horizon.bounds(self._request), NEVER)
         for _ in range(min(NODES_TRIED_MAX, len(bounds))):
-            row = int(bounds.argmin())
-            bound = int(bounds[row])
+            row: int = bounds.argmin().item()
+            bound: int = bounds[row].item()
             if bound == NEVER:
                 return
             yield row, bound
@@ -159,5 +180,5 @@ class _Cheapest:
 
     def learn(self, node: Node, loss: int, victims: int) -> None:
         """Remember what the request takes on a node for others that want the same GPUs."""
-        if self._horizon is not None and not any(lack_of_host(self._request, node.spare_with(node.leaving))):
+        if self._horizon is not None and host_fits(self._request, node.soon):
             self._horizon.learn(self._request, node.row, loss, victims)

@@ -27,8 +27,9 @@ from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
 from scheduler.planning.kept import Kept
+from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
-from scheduler.planning.mix import mix_of
+from scheduler.planning.mix import as_parts, mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.valuation import lost_work, outranked, value_bars, value_of
 
@@ -93,7 +94,7 @@ class World:
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
-        # Whether free GPUs serve who wants so much of them. Once they don't, they never will: they only shrink.
+        # Whether free GPUs serve who wants so much. They only shrink: once they don't, they never will.
         self._free_can: dict[tuple[int, ...], bool] = {}
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
@@ -126,6 +127,7 @@ class World:
         if self._placement is None:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
+            mix = as_parts(mix, self.layout.width)
             nearness = self.layout.nearness
             self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
         return self._placement
@@ -134,6 +136,18 @@ class World:
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
+
+    @cached_property
+    def kinds(self) -> Kinds:
+        """The kinds of nodes, for gangs over several."""
+        return Kinds(self.layout)
+
+    @cached_property
+    def sizes_wanted(self) -> list[int]:
+        """How many GPUs of a node pending jobs want."""
+        jobs = self._snapshot.jobs
+        counts = xp.bincount(xp.where(jobs.state == PENDING, xp.clip(jobs.gpus, 0, self.layout.width), 0))
+        return (rows_where(counts[1:]) + 1).tolist()  # type: ignore[no-any-return]
 
     # Nodes as objects ---------------------------------------------------------------------------
 
@@ -178,6 +192,7 @@ class World:
 
     def changed(self, node: Node) -> None:
         """Take over into the columns, when they are looked at next, what the node gave away or got back."""
+        node.changed()
         self._changed[node.row] = node
 
     def _flush(self) -> None:
@@ -186,7 +201,7 @@ class World:
         for node in self._changed.values():
             self._free.put(node, node.free)
             if self._soon is not None:
-                self._soon.put(node, node.spare_with(node.leaving))
+                self._soon.put(node, node.soon)
             if self._placement is not None:
                 self._placement.changed(node.row)
             self._soon_fits.changed(node.row)
@@ -200,7 +215,7 @@ class World:
 
         None where it fits on no node, those at the rows `without` left out.
         """
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        wants = request.gpu_part
         can = self._free_can.get(wants)
         if can is None:
             can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
@@ -213,13 +228,13 @@ class World:
 
     def leaving_for(self, request: Request) -> list[int]:
         """Rows of the nodes on which something leaves and the request fits into that and what is free."""
-        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
-        key = (*wants, request.cpus, request.memory_mib)
         soon = self.soon
-        fits: Any = self._soon_fits.column(
-            key, lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit(request, rows)
+        fits = self._soon_fits.column(
+            request.gpu_part,
+            lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows),
         )
-        return rows_where(fits).tolist()  # type: ignore[no-any-return]
+        rows = rows_where(fits)
+        return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace."""
@@ -247,14 +262,27 @@ class World:
 
     def uuids(self, parts: Iterable[Part]) -> tuple[str, ...]:
         """The UUIDs of the parts, by node and index."""
-        return tuple(
-            self.layout.gpus(part.row)[position].uuid for part in parts for position in sorted(part.positions)
-        )
+        found: list[str] = []
+        for part in parts:
+            gpus = self.layout.gpus(part.row)
+            found += [gpus[position].uuid for position in sorted(part.positions)]
+        return tuple(found)
 
     @cached_property
     def _places(self) -> tuple[Any, Any]:
         """Rows of the incumbents' hosts by node, and where in that each node's begin."""
-        node = self.incumbents.hosts.node
+        return self._by_node(self.incumbents.hosts.node)
+
+    @cached_property
+    def _leaving_places(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """The same of the holdings that go away, and of the hosts of jobs that do."""
+        holdings, hosts = rows_where(self._goes_away), rows_where(self._goes[self._hosts.job])
+        held, first_held = self._by_node(self._cell[holdings] // max(self.layout.width, 1))
+        hosted, first_hosted = self._by_node(self._hosts.node[hosts])
+        return (holdings[held], first_held), (hosts[hosted], first_hosted)
+
+    def _by_node(self, node: Any) -> tuple[Any, Any]:
+        """The order by node, and where in that each node's begin."""
         by_node = xp.argsort(node, kind="stable")
         nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
         return by_node, xp.searchsorted(node[by_node], nodes)
@@ -333,6 +361,7 @@ class World:
             sizes.live_jobs_max - xp.bincount(hosts.node, minlength=nodes),
             layout.fits,
             layout.is_open,
+            layout.whole,
         )
 
     def _made_soon(self) -> Pool:
@@ -340,7 +369,7 @@ class World:
         milli = self._snapshot.holdings.share_milli[goes]
         soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
         for node in self._nodes.values():
-            soon.put(node, node.spare_with(node.leaving))
+            soon.put(node, node.soon)
         return soon
 
     def _made_node(self, row: int) -> Node:
@@ -367,7 +396,8 @@ class World:
         width = self.layout.width
         holds = []
         parts: dict[int, dict[int, list[int]]] = {}
-        here = rows_where(self._cell // width == row) if width else rows_where(self._cell < 0)
+        (held, first_held), (hosted, first_hosted) = self._leaving_places
+        here = held[int(first_held[row]) : int(first_held[row + 1])]
         columns = (self._holder, self._cell, holdings.share_milli, self._mib)
         preemptors = holdings.preemptor[here].tolist(), holdings.stop_us[here].tolist()
         for holder, cell, milli, mib, preemptor, stop_us in zip(
@@ -382,7 +412,7 @@ class World:
                 part_of[0] += milli
                 part_of[1] += mib
         hosts = self._hosts
-        there = rows_where(self._goes[hosts.job] & (hosts.node == row))
+        there = hosted[int(first_hosted[row]) : int(first_hosted[row + 1])]
         leavers = hosts.job[there]
         columns = tuple(getattr(jobs, name) for name in ("number", "preemptor", "stop_us", "grace_us"))
         for job, cpus, memory_mib, number, preemptor, stop_us, grace_us in zip(

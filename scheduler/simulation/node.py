@@ -18,7 +18,7 @@ from scheduler.effects.launcher import (
     StopOrder,
 )
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuLimit
+from scheduler.model.gpus import GpuHolders, GpuLimit, GpuProcess
 from scheduler.simulation.boards import DRIVER_VERSION, Board
 from scheduler.simulation.machine import Machine, Process
 
@@ -218,11 +218,21 @@ class MachineProcesses:
         """Take the machine."""
         self._machine = machine
 
-    def belongs_to(self, pid: int, main_pid: int) -> bool:
+    def belongs_to(self, pid: int, main_pid: int, main_start_ticks: int) -> bool:  # noqa: ARG002
+        # No PID is used again.
         return pid == main_pid
 
-    def end(self, pid: int, *, at_once: bool) -> bool:
-        process = self._machine.processes.get(pid)
-        if process is not None:
-            self._machine.kill(process) if at_once else self._machine.terminate(process)
+    def end(self, process: GpuProcess, *, at_once: bool) -> bool:
+        found = self._machine.processes.get(process.pid)
+        if found is not None:
+            self._machine.kill(found) if at_once else self._machine.terminate(found)
+        return True
+
+    def named(self, pids: tuple[int, ...]) -> tuple[GpuProcess, ...]:
+        return tuple(GpuProcess(pid) for pid in pids)
+
+    def openers(self, device: str) -> tuple[GpuProcess, ...]:  # noqa: ARG002 (its devices are no files)
+        return ()
+
+    def knows_host_pids(self) -> bool:
         return True

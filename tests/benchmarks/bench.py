@@ -25,6 +25,7 @@ import latency
 import measure
 import nvml_child
 import recovery
+import scrape
 import throughput
 from measure import DidNotWork, Figure
 from node import Node, StartLine, naming, until
@@ -41,6 +42,7 @@ FIGURES: dict[str, Callable[["Bench"], Figure]] = {
     "crash": recovery.crash,
     "idle": idle.idle,
     "nvml_child": nvml_child.nvml_child,
+    "scrape": scrape.scrape,
 }
 CRASH_INSTANTS = 20
 CRASH_INSTANTS_QUICK = 3

@@ -22,7 +22,7 @@ MASKED = ("systemd-firstboot.service", "systemd-networkd-wait-online.service", "
 TOOLS = ("systemd-nspawn", "nsenter", "mount")
 
 ROOT = "root's rights"
-_CAP_SYS_ADMIN = 21  # linux/capability.h
+CAP_SYS_ADMIN = 21  # linux/capability.h
 
 _T = TypeVar("_T")
 
@@ -43,7 +43,7 @@ def _may_mount() -> bool:
     """Whether this root is one: in a container it may not be."""
     effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
     assert effective is not None
-    return bool(int(effective[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return bool(int(effective[1], 16) >> CAP_SYS_ADMIN & 1)
 
 
 class Machine:

@@ -1,7 +1,6 @@
 """What breaks around the daemon: its launcher, the node, the disk, the journal, a second daemon."""
 
 import contextlib
-import json
 import os
 import signal
 import sqlite3
@@ -83,7 +82,7 @@ def test_a_reboot_is_told_from_a_lost_launcher(make_daemon: Make) -> None:
     again = daemon.run("sleep", "600", restart=job_pb2.RESTART_RULE_ALWAYS)
     daemon.kill()
     os.kill(launcher_of(daemon), signal.SIGKILL)
-    change_boot_id(daemon)
+    daemon.change_boot_id()
     daemon.start()
     ended = daemon.wait(never.id)
     assert (ended.state, reason_of(ended), ended.attempts[0].lost) == (FAILED, "NODE_REBOOTED", True)
@@ -92,15 +91,6 @@ def test_a_reboot_is_told_from_a_lost_launcher(make_daemon: Make) -> None:
     os.kill(launcher_of(daemon), signal.SIGKILL)
     assert reason_of(daemon.wait(second.id)) == "LAUNCHER_LOST", "the node was not started anew since"
     daemon.cancel_all()
-
-
-def change_boot_id(daemon: Daemon) -> None:
-    """The daemon's last start was under another boot."""
-    with contextlib.closing(sqlite3.connect(daemon.state / "journal.sqlite")) as db, db:
-        (text,) = db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()
-        node = json.loads(text)
-        node["boot_id"] = "00000000-0000-0000-0000-000000000000"
-        db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (json.dumps(node).encode(),))
 
 
 # The daemon, at bad moments --------------------------------------------------------------------

@@ -4,23 +4,18 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
-import socket
 import subprocess
-import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.effects.gpus import GpuReadings
 from tests.fakes.nvml.fake import GIB, MIB, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc, reading
+from tests.harness import nvitop
+from tests.harness.nvitop import NVITOP, Figures, exporter, figures_on
 
-NVITOP = Path(sys.executable).with_name("nvitop")
-EXPORTER = Path(sys.executable).with_name("nvitop-exporter")
 PATIENCE_S = 30.0
 LOOK_AGAIN_S = 0.05
 COMPARED = (
@@ -36,10 +31,8 @@ BOARDS = ("A100", "H100", "RTX4090", "T4")
 
 pytestmark = [
     needs_gcc,
-    pytest.mark.skipif(shutil.which(NVITOP) is None, reason="no nvitop (it is in the dev extra)"),
+    pytest.mark.skipif(not nvitop.is_there(), reason="no nvitop (it is in the dev extra)"),
 ]
-
-Figures = dict[tuple[str, str], float]
 
 
 @pytest.fixture
@@ -62,31 +55,6 @@ async def our_round(fake: FakeNvml) -> GpuReadings:
         return read.first
 
 
-@contextlib.contextmanager
-def exporter(fake: FakeNvml) -> Iterator[str]:
-    """Return where nvitop-exporter answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [EXPORTER, "--bind-address", "127.0.0.1", "--port", str(port), "--interval", "0.25"]
-    process = subprocess.Popen(command, env=fake.environment(), stderr=subprocess.DEVNULL)
-    try:
-        yield f"http://127.0.0.1:{port}/metrics"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def figures_on(page: str) -> Figures:
-    """Return values by metric's name and GPU's UUID; what it does not know it calls NaN."""
-    return {
-        (sample.name, sample.labels["uuid"]): sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if "uuid" in sample.labels and sample.value == sample.value
-    }
-
-
 async def figures_of(url: str) -> Figures:
     """Return the exporter's figures once it has all GPUs and the process."""
     async with asyncio.timeout(PATIENCE_S):
@@ -102,7 +70,7 @@ async def figures_of(url: str) -> Figures:
 
 async def test_nvitop_exporter_reads_the_same_figures_as_we_do(fake: FakeNvml) -> None:
     ours = await our_round(fake)
-    with exporter(fake) as url:
+    with exporter(fake, 0.25) as (url, _):
         theirs = await figures_of(url)
     total_mib = {gpu.uuid: gpu.memory_total_mib for gpu in ours.identities}
     assert len(ours.samples) == len(BOARDS)

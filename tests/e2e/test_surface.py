@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from scheduler.api.http import CONNECTIONS_MAX
 from scheduler.v1 import job_pb2, job_service_pb2, node_pb2, node_service_pb2, usage_service_pb2
 from tests.harness.daemon import (
     CALL_S,
@@ -422,6 +423,25 @@ def test_slow_readers_and_writers_do_not_keep_prometheus_away(daemon: Daemon) ->
     finally:
         for client in clients:
             client.close()
+
+
+def test_scrapers_beyond_the_limit_are_refused_at_once_and_not_for_good(daemon: Daemon) -> None:
+    idle = [http_socket(daemon) for _ in range(CONNECTIONS_MAX)]
+    try:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            daemon.metrics()
+        assert (caught.value.code, caught.value.read()) == (503, b"too many connections\n")
+    finally:
+        for client in idle:
+            client.close()
+    until("there is room again", lambda: reads(daemon))
+
+
+def reads(daemon: Daemon) -> bool:
+    try:
+        return "wattshift_gpu_info" in daemon.metrics()
+    except urllib.error.HTTPError:
+        return False
 
 
 def test_many_scrapes_at_once_are_all_answered(daemon: Daemon) -> None:

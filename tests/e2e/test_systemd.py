@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.machine import ROOT, Machine, missing
+from tests.e2e.machine import CAP_SYS_ADMIN, ROOT, Machine, missing
 from tests.fakes.nvml import build
 from tests.fakes.nvml.fake import FakeNvml
 from tests.fakes.nvml.reading import needs_gcc
@@ -536,7 +536,7 @@ def drop_ins() -> dict[str, str]:
 def test_the_drop_ins_of_the_documentation_do_what_they_say(node: Node) -> None:
     machine = node.machine
     offered = drop_ins()
-    assert len(offered) == 3
+    assert len(offered) == 4
     for path, text in offered.items():
         machine.write(path, text)
     machine.run("systemctl", "stop", *ALL_UNITS)
@@ -553,6 +553,8 @@ def test_the_drop_ins_of_the_documentation_do_what_they_say(node: Node) -> None:
         assert (machine.root / "srv/wattshift").is_dir()
         assert machine.run("ls", f"/srv/wattshift/jobs/{job}").stdout.split() == ["1", "checkpoint"]
         assert machine.unit("wattshift-launcher.service", "CPUWeight") == "50"
+        status = machine.run("cat", f"/proc/{node.daemon_pid}/status").stdout
+        assert re.search(rf"^CapEff:\s*{1 << CAP_SYS_ADMIN:016x}$", status, flags=re.MULTILINE), status
     finally:
         machine.run("systemctl", "stop", *ALL_UNITS)
         for path in offered:

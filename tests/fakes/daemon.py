@@ -219,7 +219,7 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
             start_within_s=10,
             summary="would start within 10s, after job-1 has stopped",
         )
-        victim = answer.victims.add(job_id="job-1", name="miner", gpus=answer.gpus, grace_s=2)
+        victim = answer.victims.add(job_id="job-1", name="miner", gpus=answer.gpus, grace_s=2, handover_s=26)
         setattr(victim, "class", job_pb2.JOB_CLASS_MINING)
         victim.lost_gpu_seconds = 31
         victim.loss_usd = 0.0004

@@ -20,6 +20,7 @@ class Gpu:
     mib: int = GPU_MIB
     serves: frozenset[int] = frozenset()
     is_open: bool = True
+    is_instance: bool = False
     idle_w: int = 50
     busy_w: int = 250
 
@@ -67,11 +68,13 @@ def pool(nodes: Sequence[Node], sets: int = 0) -> Pool:
         slots=np.array([node.slots for node in nodes], np.int64),
         fits=np.zeros((sets, *shape), bool),
         is_open=np.zeros(shape, bool),
+        whole=np.ones(shape, bool),
     )
     for row, position, gpu in (each for gpus in there for each in gpus):
         columns.milli[row, position] = gpu.milli
         columns.mib[row, position] = gpu.mib
         columns.is_open[row, position] = True
+        columns.whole[row, position] = not gpu.is_instance
         for models in gpu.serves:
             columns.fits[models, row, position] = True
     return columns

@@ -100,6 +100,7 @@ class G(Short):
     island: int = UNKNOWN
     switch: int = UNKNOWN
     numa: int = UNKNOWN
+    instance: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -181,6 +182,7 @@ def snapshot(world: W) -> Snapshot:
             _ints(columns.OPEN if gpu.is_open else columns.CLOSED for gpu in world.gpus),
             *(_ints(getattr(gpu, name) for gpu in world.gpus) for name in ("island", "switch", "numa")),
             _ints(models.index(gpu.model) for gpu in world.gpus),
+            np.array([gpu.instance for gpu in world.gpus], dtype=bool),
         ),
         nodes=NodeColumns(
             *(_ints(getattr(node, name.name) for node in world.nodes) for name in fields(NodeColumns))

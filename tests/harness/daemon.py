@@ -212,6 +212,10 @@ class Daemon:
         """The node now."""
         return self.node.GetNode(node_service_pb2.GetNodeRequest(), timeout=CALL_S).node
 
+    def preview(self, wanted: job_pb2.JobSpec) -> job_service_pb2.PreviewJobResponse:
+        """What would happen to such a job."""
+        return self.jobs.PreviewJob(job_service_pb2.PreviewJobRequest(spec=wanted), timeout=CALL_S)
+
     def get_power(self) -> power_pb2.Power:
         """The node's power now."""
         return self.power.GetPower(power_service_pb2.GetPowerRequest(), timeout=CALL_S).power
@@ -386,6 +390,16 @@ class Daemon:
         """Processes of jobs, and of other daemons in this directory."""
         return {pid for pid, words in self.processes().items() if "launcher_process" not in words}
 
+    def nvml_child(self) -> int:
+        """The process that reads the GPUs; 0 where there is none at the moment."""
+        assert self.process is not None
+        own = self.process.pid
+        with contextlib.suppress(OSError):
+            for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split():
+                if b"nvml_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return int(pid)
+        return 0
+
     def launchers(self) -> list[int]:
         """Processes of the launcher: itself, and supervisors where there are no cgroups."""
         return [pid for pid, words in self.processes().items() if "launcher_process" in words]
@@ -399,6 +413,13 @@ class Daemon:
         name = f"wattshift-{status.st_dev:x}-{status.st_ino:x}"
         # Not by glob: others' cgroups come and go while we look.
         return [Path(path) for path, _, _ in os.walk(CGROUPS) if name in Path(path).parts]
+
+    def change_boot_id(self) -> None:
+        """Let the last start have been under another boot; while no daemon runs."""
+        with contextlib.closing(sqlite3.connect(self.state / "journal.sqlite")) as db, db:
+            (text,) = db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()
+            node = {**json.loads(text), "boot_id": "00000000-0000-0000-0000-000000000000"}
+            db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (json.dumps(node).encode(),))
 
     # The end ----------------------------------------------------------------------------------
 

@@ -108,8 +108,8 @@ def test_preview_says_who_would_stop(daemon: FakeDaemon, capsys: Run) -> None:
         "would start within 10s, after job-1 has stopped\n"
         "GPUs: GPU-00000000\n"
         "\n"
-        "WOULD STOP  NAME   CLASS   GPUS  GRACE  LOST GPU-S  LOSS USD\n"
-        "job-1       miner  MINING     1     2s          31    0.0004\n"
+        "WOULD STOP  NAME   CLASS   GPUS  GRACE  HAND-OVER  LOST GPU-S  LOSS USD\n"
+        "job-1       miner  MINING     1     2s        26s          31    0.0004\n"
     )
     assert daemon.jobs == {}
 
@@ -327,6 +327,20 @@ def test_gpus_shows_what_each_one_does(daemon: FakeDaemon, capsys: Run) -> None:
         "  0  GPU-00000000  H100 80GB HBM3  ALLOCATED  job-1    40/80   97%  650/700  61 °C\n"
         "  1  GPU-00000001  H100 80GB HBM3  FREE       -         0/80     -   70/700      -\n"
     )
+
+
+def test_gpus_says_whose_parts_instances_are(daemon: FakeDaemon, capsys: Run) -> None:
+    for slices, gpu in zip((3, 1), daemon.node.gpus, strict=True):
+        gpu.parent_uuid, gpu.slices = "GPU-99999999-0000", slices
+    lines = printed(capsys, "gpus").splitlines()
+    assert lines[0].split()[:5] == ["GPU", "UUID", "MODEL", "PART", "OF"]
+    assert "3 slices of GPU-99999999" in lines[1]
+    assert "1 slice of GPU-99999999" in lines[2]
+    shown = json.loads(printed(capsys, "gpus", "-o", "json"))["node"]["gpus"]
+    assert [(gpu["parent_uuid"], gpu["slices"]) for gpu in shown] == [
+        ("GPU-99999999-0000", 3),
+        ("GPU-99999999-0000", 1),
+    ]
 
 
 def test_gpus_names_strangers_old_readings_and_the_nodes_problems(daemon: FakeDaemon, capsys: Run) -> None:

@@ -92,6 +92,7 @@ def test_a_job_that_dies_of_its_gpus_error_is_started_again_elsewhere(fake: Fake
 
 
 def test_a_gpu_that_is_lost_while_it_is_free_is_given_to_nobody(fake: FakeNvml, daemon: Daemon) -> None:
+    fake.xid(0, 79)
     fake.gpus[0].lost = 1
     until("it is seen", lambda: gpus(daemon)[0].state == LOST)
     first = daemon.run_ready(SLEEPS, gpus=1)
@@ -118,6 +119,28 @@ def test_a_gpu_that_is_lost_in_mid_hand_over_is_quarantined_and_its_victim_is_no
     assert reason_of(gpus(daemon)[index]) in ("GPU_NEEDS_REBOOT", "HANDOVER_TIMED_OUT")
 
 
+def test_a_gpu_that_falls_off_the_bus_in_mid_hand_over_is_proved_free_when_it_is_back(
+    fake: FakeNvml, daemon: Daemon
+) -> None:
+    job = daemon.run_ready(SLEEPS, gpus=1)
+    (uuid,) = job.attempts[-1].gpus
+    index = place(fake, uuid)
+    empty = int(fake.gpus[index].memory_used)
+    fake.gpus[index].memory_used = 9 * GIB
+    daemon.cancel(job.id)
+    until("it is in hand-over", lambda: gpus(daemon)[index].state == node_pb2.GPU_STATE_HANDOVER)
+    fake.xid(index, 79)
+    fake.gpus[index].lost = 1
+    until("it is lost", lambda: gpus(daemon)[index].state == LOST)
+    assert not daemon.get(job.id).attempts[0].HasField("verified_at")
+    fake.gpus[index].memory_used = empty
+    fake.gpus[index].lost = 0
+    until("it is back", lambda: gpus(daemon)[index].state == QUARANTINED)
+    assert reason_of(gpus(daemon)[index]) == "GPU_NEEDS_REBOOT"
+    until("the victim is proved gone", lambda: daemon.get(job.id).attempts[0].HasField("verified_at"))
+    until("it was well for long enough", lambda: gpus(daemon)[index].state == FREE)
+
+
 def test_xids_that_follow_our_own_kill_leave_the_gpu_free(fake: FakeNvml, daemon: Daemon) -> None:
     job = daemon.run_ready(SLEEPS, gpus=1)
     index = place(fake, job.attempts[-1].gpus[0])
@@ -126,6 +149,25 @@ def test_xids_that_follow_our_own_kill_leave_the_gpu_free(fake: FakeNvml, daemon
     fake.xid(index, 43)
     until("both were heard", lambda: 'kind="own_kill"} 2.0' in daemon.metrics())
     until("it is free", lambda: gpus(daemon)[index].state == FREE)
+
+
+def test_a_gap_in_what_is_heard_of_a_gpu_is_counted_and_told_with_the_end_of_its_job(
+    fake: FakeNvml, daemon: Daemon, tmp_path: Path
+) -> None:
+    fails = tmp_path / "fails"
+    script = f"echo ready; while [ ! -e {fails} ]; do sleep 0.02; done; exit 3"
+    job = daemon.run_ready(script, gpus=1)
+    (uuid,) = job.attempts[-1].gpus
+    assert "events_missed" not in daemon.metrics()
+    wait = fake.rule("nvmlEventSetWait_v2", code=999)
+    until("the set is broken", lambda: wait.calls)
+    wait.function = b""
+    counted = f'wattshift_gpu_errors_total{{gpu="{uuid}",kind="events_missed"}} 1.0'
+    until("the gap is counted", lambda: counted in daemon.metrics())
+    fails.touch()
+    missed = f"GPU {uuid} reported nothing for a moment, in which XIDs may have been missed"
+    assert daemon.wait(job.id, FAILED).detail == f"exit code 3; {missed}"
+    assert gpus(daemon)[place(fake, uuid)].state != QUARANTINED
 
 
 def test_what_a_gpu_reports_of_power_and_health_is_on_the_metrics_page(
@@ -143,20 +185,21 @@ def test_what_a_gpu_reports_of_power_and_health_is_on_the_metrics_page(
     for figure, value in figures.items():
         setattr(fake.gpus[1], figure, value)
 
-    def page() -> dict[str, str]:
+    def page() -> dict[str, float]:
         lines = [line for line in daemon.metrics().splitlines() if fake.gpus[1].uuid in line]
-        return {name.partition("{")[0]: value for name, _, value in (line.rpartition(" ") for line in lines)}
+        parts = (line.rpartition(" ") for line in lines)
+        return {name.partition("{")[0]: float(value) for name, _, value in parts}
 
     expected = {
-        "wattshift_gpu_power_average_watts": "500.0",
-        "wattshift_gpu_power_limit_watts": "700.0",
-        "wattshift_gpu_power_limit_enforced_watts": "600.0",
-        "wattshift_gpu_power_capped_seconds_total": "2.5",
-        "wattshift_gpu_clock_reasons": "132.0",
-        "wattshift_gpu_remap_pending": "1.0",
-        "wattshift_gpu_recovery_action": "0.0",
-        "wattshift_gpu_memory_temperature_celsius": "91.0",
-        "wattshift_gpu_memory_clock_hertz": "2.619e+09",
+        "wattshift_gpu_power_average_watts": 500.0,
+        "wattshift_gpu_power_limit_watts": 700.0,
+        "wattshift_gpu_power_limit_enforced_watts": 600.0,
+        "wattshift_gpu_power_capped_seconds_total": 2.5,
+        "wattshift_gpu_clock_reasons": 132.0,
+        "wattshift_gpu_remap_pending": 1.0,
+        "wattshift_gpu_recovery_action": 0.0,
+        "wattshift_gpu_memory_temperature_celsius": 91.0,
+        "wattshift_gpu_memory_clock_hertz": 2.619e9,
     }
     until("all of it is there", lambda: expected.items() <= page().items())
     absent = ("gpu_recovery_action", "gpu_remap_pending", "gpu_memory_temperature_celsius")

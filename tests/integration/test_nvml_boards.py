@@ -3,33 +3,42 @@
 import asyncio
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from scheduler.effects.gpus import GpuReadings
+from scheduler.effects.nvml_events import EVENTS_KEPT_MAX, EventLog
 from scheduler.effects.nvml_topology import joined
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuLimit, GpuProcess, GpuSample
+from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent, GpuLimit, GpuProcess, GpuSample
 from tests.fakes.nvml.fake import FakeNvml
 from tests.fakes.nvml.profiles import ABSENT, PROFILES
-from tests.fakes.nvml.reading import LIMITS, eventually, is_whole, needs_gcc, reading
+from tests.fakes.nvml.reading import LIMITS, Reading, eventually, is_whole, needs_gcc, reading
 
 pytestmark = needs_gcc
 
 # What these have not, beside what only Blackwell has.
 SMOOTHING = {"is_power_smoothed", "ramp_down_w_per_s"}
+FANS = {"fan_speed_ratio"}
+LINKS = {"nvlink_tx_bytes", "nvlink_rx_bytes"}
 ROWS = {"rows_remapped_corrected", "rows_remapped_uncorrected", "is_remap_pending", "has_remap_failed"}
 LACKS = {
-    "A100": {"power_w_average"} | SMOOTHING,
-    "H100": SMOOTHING,
-    "H200": SMOOTHING,
-    "B200": {"ramp_down_w_per_s"},  # none while it is not smoothed
-    "GH200": SMOOTHING,
-    "T4": {"power_w_average", "memory_temperature_celsius", "recovery_action"} | ROWS | SMOOTHING,
+    "A100": {"power_w_average"} | SMOOTHING | FANS,
+    "H100": SMOOTHING | FANS,
+    "H200": SMOOTHING | FANS,
+    "B200": {"ramp_down_w_per_s"} | FANS,  # none while it is not smoothed
+    "GH200": SMOOTHING | FANS | LINKS,
+    "T4": {"power_w_average", "memory_temperature_celsius", "recovery_action"}
+    | ROWS
+    | SMOOTHING
+    | FANS
+    | LINKS,
     "RTX4090": {"memory_temperature_celsius", "recovery_action", "ecc_corrected", "ecc_uncorrected"}
     | ROWS
-    | SMOOTHING,
+    | SMOOTHING
+    | LINKS,
 }
 WITHOUT_FIELDS = ("nvmlDeviceGetFieldValues",)
 
@@ -172,8 +181,8 @@ async def test_a_limit_that_is_not_taken_is_an_error(
 
 async def test_a_set_that_hangs_is_an_error_in_bounded_time_and_costs_only_its_gpu(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path, gpus=2)
-    rule = fake.rule("nvmlDeviceSetPowerManagementLimit", gpu=0, hang=True)
     async with reading(fake, dataclasses.replace(LIMITS, set_s=0.2)) as read:
+        rule = fake.rule("nvmlDeviceSetPowerManagementLimit", gpu=0, hang=True)
         with pytest.raises(GpuReadError) as caught:
             await read.gpus.set_power_limit(fake.gpus[0].uuid, 500.0)
         assert caught.value.code == "ERROR_TIMEOUT"
@@ -185,8 +194,8 @@ async def test_a_set_that_hangs_is_an_error_in_bounded_time_and_costs_only_its_g
 async def test_a_gpu_that_is_lost_while_its_limit_is_set_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path, gpus=2)
     lost, other = fake.gpus[0].uuid, fake.gpus[1].uuid
-    rule = fake.rule("nvmlDeviceSetPowerManagementLimit", gpu=0, hang=True)
     async with reading(fake) as read:
+        rule = fake.rule("nvmlDeviceSetPowerManagementLimit", gpu=0, hang=True)
         setting = asyncio.create_task(read.gpus.set_power_limit(lost, 400.0))
         await eventually(lambda: rule.inside == 1)
         fake.gpus[0].lost = 1
@@ -220,33 +229,6 @@ async def test_a_process_says_how_busy_it_keeps_its_gpu_where_that_is_known(tmp_
         assert (await only_process()).utilization_ratio == 0.25
 
 
-# Libraries that lie ----------------------------------------------------------------------------
-
-
-async def test_more_memory_used_than_there_is_is_reported_and_not_believed(tmp_path: Path) -> None:
-    fake = FakeNvml(tmp_path)
-    fake.gpus[0].memory_used = 90_000 * 2**20
-    readings = await first_round(fake)
-    assert readings.samples[0].memory_used_mib is None
-    assert readings.errors == {fake.gpus[0].uuid: "IMPLAUSIBLE"}
-
-
-async def test_a_uuid_that_comes_twice_is_one_gpu_and_an_error(tmp_path: Path) -> None:
-    fake = FakeNvml(tmp_path, gpus=3)
-    fake.gpus[2].uuid_bytes = fake.gpus[0].uuid.encode()
-    readings = await first_round(fake)
-    uuids = [fake.gpus[0].uuid, fake.gpus[1].uuid]
-    assert [gpu.uuid for gpu in readings.identities] == [sample.uuid for sample in readings.samples] == uuids
-    assert readings.errors == {"index 2": "UUID_TWICE"}
-
-
-async def test_a_name_that_would_steer_a_terminal_is_made_harmless(tmp_path: Path) -> None:
-    fake = FakeNvml(tmp_path)
-    fake.gpus[0].name = b"\x1b[2JNVIDIA H100" + b"x" * 80
-    readings = await first_round(fake)
-    assert readings.identities[0].model == "?[2JNVIDIA H100" + "x" * 80
-
-
 # Events ----------------------------------------------------------------------------------------
 
 
@@ -254,13 +236,23 @@ async def test_an_xid_is_told_once_with_its_gpu_and_number(tmp_path: Path) -> No
     fake = FakeNvml(tmp_path, gpus=2)
     async with reading(fake) as read:
         fake.xid(1, 79)
-        readings = await read.until(lambda readings: bool(readings.events))
-        (event,) = readings.events
+        readings = await read.until(lambda readings: bool(told(readings)))
+        (event,) = told(readings)
         assert (event.uuid, event.kind, event.code) == (fake.gpus[1].uuid, "xid", 79)
         assert event.at_s > read.first.samples[0].at_s
         fake.xid(0, 31)
-        later = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in later.events] == [(fake.gpus[0].uuid, 31)]
+        later = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(later)] == [(fake.gpus[0].uuid, 31)]
+
+
+def told(readings: GpuReadings) -> list[GpuEvent]:
+    """What the driver told; not from when on it was heard."""
+    return [event for event in readings.events if event.kind != EVENTS_BEGIN]
+
+
+def begins(readings: GpuReadings) -> list[str]:
+    """The GPUs that are heard from here on."""
+    return [event.uuid for event in readings.events if event.kind == EVENTS_BEGIN]
 
 
 async def test_a_gpu_that_hangs_does_not_keep_the_events_of_another_back(tmp_path: Path) -> None:
@@ -269,8 +261,8 @@ async def test_a_gpu_that_hangs_does_not_keep_the_events_of_another_back(tmp_pat
         rule = fake.rule("nvmlDeviceGetUtilizationRates", gpu=0, hang=True)
         await eventually(lambda: rule.inside == 1)
         fake.xid(1, 48)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [event.uuid for event in readings.events] == [fake.gpus[1].uuid]
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [event.uuid for event in told(readings)] == [fake.gpus[1].uuid]
         rule.hang = 0
 
 
@@ -285,8 +277,8 @@ async def test_a_gpu_that_hangs_while_it_is_registered_costs_only_itself(tmp_pat
         readings = await read.until(lambda readings: len(readings.samples) == 2)
         assert readings.errors == {fake.gpus[0].uuid: "ERROR_TIMEOUT"}
         fake.xid(2, 31)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [event.uuid for event in readings.events] == [fake.gpus[2].uuid]
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [event.uuid for event in told(readings)] == [fake.gpus[2].uuid]
         rule.hang = 0
         await read.until(is_whole)
 
@@ -302,8 +294,103 @@ async def test_a_wait_that_fails_condemns_no_gpu_and_events_go_on(tmp_path: Path
         await eventually(lambda: all(one.calls > 0 for one in registered))
         await read.until(is_whole)
         fake.xid(0, 13)
-        readings = await read.until(lambda readings: bool(readings.events))
+        readings = await read.until(lambda readings: bool(told(readings)))
         assert is_whole(readings)
+
+
+async def heard(read: Reading, is_met: Callable[[list[GpuEvent]], bool]) -> list[GpuEvent]:
+    """All events from now on, until they are what is waited for; no round is passed over."""
+    events: list[GpuEvent] = []
+    while not is_met(events):
+        events += (await read.next()).events
+    return events
+
+
+def are_heard_anew(*uuids: str) -> Callable[[list[GpuEvent]], bool]:
+    return lambda events: sorted(e.uuid for e in events if e.kind == EVENTS_BEGIN) == sorted(uuids)
+
+
+def is_told(code: int) -> Callable[[list[GpuEvent]], bool]:
+    return lambda events: any(event.code == code for event in events)
+
+
+async def test_each_time_that_a_gpu_is_heard_anew_is_told(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path, gpus=2)
+    both = [fake.gpus[0].uuid, fake.gpus[1].uuid]
+    async with reading(fake) as read:
+        assert sorted(begins(read.first)) == both
+        assert begins(await read.next()) == []
+        rule = fake.rule("nvmlEventSetWait_v2", code=999)
+        await eventually(lambda: rule.calls > 0)
+        rule.code = 0
+        await heard(read, are_heard_anew(*both))
+        fake.load_driver()
+        await heard(read, are_heard_anew(*both))
+
+
+async def test_a_gpu_that_could_not_be_registered_is_tried_again_and_named_meanwhile(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path, gpus=2)
+    rule = fake.rule("nvmlDeviceRegisterEvents", gpu=0, code=999)
+    async with reading(fake) as read:
+        assert read.first.errors == {fake.gpus[0].uuid: "ERROR_UNKNOWN"}
+        assert begins(read.first) == [fake.gpus[1].uuid]
+        assert len(read.first.samples) == 2
+        rule.code = 0
+        await heard(read, lambda events: any(event.uuid == fake.gpus[0].uuid for event in events))
+        fake.xid(0, 79)
+        await heard(read, is_told(79))
+
+
+async def test_a_driver_that_gives_no_set_at_first_is_heard_later(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    rule = fake.rule("nvmlEventSetCreate", code=999)
+    async with reading(fake) as read:
+        assert (is_whole(read.first), begins(read.first)) == (True, [])
+        rule.code = 0
+        await heard(read, are_heard_anew(fake.gpus[0].uuid))
+
+
+async def test_what_was_told_before_a_reload_does_not_hide_what_is_told_after_it(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    async with reading(fake) as read:
+        for code in (13, 31, 43):
+            fake.xid(0, code)
+            await heard(read, is_told(code))
+        fake.load_driver()
+        await heard(read, are_heard_anew(fake.gpus[0].uuid))
+        fake.xid(0, 62)  # the second event of this driver
+        await heard(read, is_told(62))
+
+
+def test_an_event_is_told_until_it_is_known_to_have_arrived() -> None:
+    log = EventLog(lambda: None)
+    first = GpuEvent("GPU-a", 1.0, "xid", 79)
+    log.put(first)
+    assert [(number, event) for number, event, _ in log.after(0)] == [(1, first)]
+    log.put(first)
+    assert [number for number, _, _ in log.after(0)] == [1, 2]
+    assert [number for number, _, _ in log.after(1)] == [2]
+
+
+def test_events_that_can_not_be_kept_are_at_least_known_to_have_been_there() -> None:
+    told: list[int] = []
+    log = EventLog(lambda: told.append(1))
+    for _ in range(EVENTS_KEPT_MAX):
+        log.put(GpuEvent("GPU-a", 1.0, "xid", 13))
+    log.put(GpuEvent("GPU-b", 1.0, "xid", 79))
+    assert len(told) == 1, "one wake is enough"
+    assert len(log.after(0)) == EVENTS_KEPT_MAX
+    (number, event, _) = log.after(EVENTS_KEPT_MAX)[0]
+    assert (number, event.uuid, event.kind) == (EVENTS_KEPT_MAX + 1, "GPU-b", EVENTS_BEGIN)
+
+
+def test_that_a_gpu_is_heard_wakes_nobody_and_keeps_nobody_from_being_woken() -> None:
+    told: list[int] = []
+    log = EventLog(lambda: told.append(1))
+    log.put(GpuEvent("GPU-a", 1.0, EVENTS_BEGIN, 0))
+    assert told == []
+    log.put(GpuEvent("GPU-a", 1.0, "xid", 79))
+    assert told == [1]
 
 
 async def test_a_driver_without_events_is_read_all_the_same(tmp_path: Path) -> None:
@@ -320,5 +407,5 @@ async def test_events_are_heard_again_after_the_driver_was_reloaded(tmp_path: Pa
         await eventually(lambda: registered.calls > before)
         await read.until(is_whole)
         fake.xid(0, 62)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [event.code for event in readings.events] == [62]
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [event.code for event in told(readings)] == [62]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.effects.job_signals import start_ticks
 from scheduler.effects.nvml_child import LANE_WAITING_MAX
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuProcess
@@ -70,10 +71,11 @@ async def test_holders_are_named_with_user_and_command(tmp_path: Path) -> None:
             before_s = time.time()
             holders = await read.gpus.holders(fake.gpus[1].uuid)
             assert before_s <= holders.at_s <= time.time()
+            named = GpuProcess(cat.pid, 3 * 1024, "compute", getpass.getuser(), "cat")
             assert holders == GpuHolders(
                 uuid=fake.gpus[1].uuid,
                 at_s=holders.at_s,
-                processes=(GpuProcess(cat.pid, 3 * 1024, "compute", getpass.getuser(), "cat"),),
+                processes=(dataclasses.replace(named, start_ticks=start_ticks(cat.pid)),),
                 memory_used_mib=5 * 1024,
             )
             assert (await read.gpus.holders(fake.gpus[0].uuid)).processes == ()
@@ -100,6 +102,7 @@ async def test_entries_that_name_no_process_are_unknown_holders(tmp_path: Path) 
         (me, 3072),
     ]
     assert all(process.user == process.command == "" for process in holders.processes if not process.pid)
+    assert [process.listed_pid for process in holders.processes] == [0, PID_NONE, gone, None]
 
 
 async def test_a_zombie_still_holds_its_gpu_under_its_own_name(tmp_path: Path) -> None:

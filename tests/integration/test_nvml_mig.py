@@ -5,13 +5,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
+from scheduler.effects.gpus import GpuReadings
 from scheduler.errors import GpuReadError
+from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent
 from scheduler.v1 import node_pb2
 from tests.fakes.nvml.fake import GIB, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc, reading
 from tests.harness.daemon import Daemon, until
+from tests.harness.fixtures import Make
 
 pytestmark = needs_gcc
 
@@ -53,16 +57,14 @@ async def test_instances_are_gpus_of_their_own_beside_whole_ones(fake: FakeNvml)
         assert read.first.errors == {}
 
 
-async def test_power_and_energy_of_the_instances_are_their_gpus(fake: FakeNvml) -> None:
+async def test_power_of_the_instances_is_their_gpus_and_the_counter_is_its_own(fake: FakeNvml) -> None:
     async with reading(fake) as read:
         fake.load(1, 1.0)
         fake.advance(10.0)
         readings = await read.until(lambda readings: readings.samples[0].energy_mj == 537_000)
         parts = readings.samples[1:]
         assert [sample.power_w for sample in parts] == [200.0, pytest.approx(400 / 3), pytest.approx(400 / 6)]
-        # The first sample of each was its beginning, at rest or not.
-        assert sum(sample.energy_mj or 0 for sample in parts) == pytest.approx(4_000_000, abs=2)
-        assert parts[0].energy_mj == pytest.approx(2_000_000, abs=1)
+        assert [sample.energy_mj for sample in parts] == [4_000_000] * 3
         assert [sample.power_limit_w for sample in parts] == [None] * 3
         assert [sample.utilization_ratio for sample in parts] == [None] * 3
 
@@ -113,17 +115,21 @@ async def test_a_gpu_that_is_cut_and_has_no_instances_can_not_be_used(fake: Fake
 async def test_what_happens_to_the_gpu_happens_to_its_instances(fake: FakeNvml) -> None:
     async with reading(fake) as read:
         fake.xid(1, 95)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in readings.events] == [
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(readings)] == [
             (uuid, 95) for uuid in instances_of(fake)
         ]
         fake.event(1, 0x8, 31, instance=fake.gpus[1].instances[2].instance)
-        readings = await read.until(lambda readings: bool(readings.events))
-        assert [(event.uuid, event.code) for event in readings.events] == [(instances_of(fake)[2], 31)]
+        readings = await read.until(lambda readings: bool(told(readings)))
+        assert [(event.uuid, event.code) for event in told(readings)] == [(instances_of(fake)[2], 31)]
         fake.gpus[1].lost = 1
         readings = await read.until(lambda readings: bool(readings.errors))
         assert readings.errors == dict.fromkeys(instances_of(fake), "ERROR_GPU_IS_LOST")
         assert [sample.uuid for sample in readings.samples] == [fake.gpus[0].uuid]
+
+
+def told(readings: GpuReadings) -> list[GpuEvent]:
+    return [event for event in readings.events if event.kind != EVENTS_BEGIN]
 
 
 # With jobs -------------------------------------------------------------------------------------
@@ -152,14 +158,68 @@ def test_a_job_runs_on_an_instance_and_sees_only_that(fake: FakeNvml, daemon: Da
     assert daemon.output(job.id).strip() == instances_of(fake)[2]
 
 
+def test_an_instance_says_whose_part_it_is_and_how_large(fake: FakeNvml, daemon: Daemon) -> None:
+    whole, *parts = daemon.get_node().gpus
+    assert (whole.parent_uuid, whole.HasField("slices")) == ("", False)
+    assert {gpu.uuid: (gpu.parent_uuid, gpu.slices) for gpu in parts} == {
+        uuid: (fake.gpus[1].uuid, slices) for uuid, slices in zip(instances_of(fake), (3, 2, 1), strict=True)
+    }
+    lines = {line.split()[1]: line for line in daemon.cli("gpus").stdout.splitlines()[1:]}
+    for part in parts:
+        count = f"{part.slices} slice{'s' if part.slices > 1 else ''}"
+        # The fake's GPUs differ in their last digit only, so that it is named in full.
+        assert f"  {count} of {fake.gpus[1].uuid}  " in lines[part.uuid]
+    assert "slice" not in lines[whole.uuid]
+    page = daemon.metrics()
+    for part in parts:
+        assert f'wattshift_gpu_slices{{gpu="{part.uuid}"}} {part.slices:.1f}\n' in page
+        (info,) = (line for line in page.splitlines() if "gpu_info{" in line and part.uuid in line)
+        assert f'parent="{fake.gpus[1].uuid}"' in info
+    assert f'wattshift_gpu_slices{{gpu="{whole.uuid}"' not in page
+
+
 def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     fake: FakeNvml, daemon: Daemon
 ) -> None:
-    assert daemon.cli("release").returncode == 0
     before = instances_of(fake)
+    fake.xid(1, 31)
+    until("each has counted it", lambda: daemon.metrics().count('kind="xid_31"') == len(before))
+    assert daemon.cli("release").returncode == 0
     fake.gpus[1].partition(7)
     assert daemon.cli("undrain").returncode == 0
     until("it is seen", lambda: uuids(daemon) == [fake.gpus[0].uuid, *instances_of(fake)])
     until("both are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 2)
     assert not set(before) & set(instances_of(fake))
     assert "GPU_STATE_LOST" not in str(daemon.get_node())
+    assert not any(uuid in daemon.metrics() for uuid in before), "a label for each layout has no bound"
+
+
+def test_a_job_of_several_gpus_is_refused_where_only_instances_would_do(daemon: Daemon) -> None:
+    """One GPU is whole here, three are instances."""
+    with pytest.raises(grpc.RpcError) as refused:
+        daemon.submit("true", gpus=2)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "this node has 1 whole GPUs that fit, and a job of several gets no MIG instances" in str(
+        refused.value.details()
+    )
+
+
+def test_a_job_of_several_gpus_waits_for_whole_ones_and_says_why_instances_will_not_do(
+    fake: FakeNvml, make_daemon: Make
+) -> None:
+    fake.set_count(3)
+    daemon = make_daemon(gpus="", config=CONFIG)
+    daemon.environment = fake.environment()
+    daemon.start()
+    until("all are free", lambda: states(daemon) == [node_pb2.GPU_STATE_FREE] * 5)
+    holder = daemon.run("sleep", "600", job_class="inference", gpus=1)
+    # Placement gave it an instance: it is the whole ones that others may need.
+    assert holder.attempts[-1].gpus[0] in instances_of(fake)
+    assert daemon.cli("cordon", fake.gpus[0].uuid).returncode == 0
+    waits = daemon.submit("true", job_class="inference", gpus=2)
+    explained = daemon.cli("explain", waits.id).stdout
+    assert "MIG instances, of which a CUDA program sees one" in explained
+    assert "ask for 1 GPU instead of 2" in explained
+    assert daemon.cli("uncordon", fake.gpus[0].uuid).returncode == 0
+    done = daemon.wait(waits.id)
+    assert sorted(done.attempts[-1].gpus) == sorted([fake.gpus[0].uuid, fake.gpus[2].uuid])

@@ -8,7 +8,7 @@ import pytest
 
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.gpus import GpuIdentity, GpuSample
-from tests.fakes.nvml.fake import ABSENT, GPU_FIGURES, GPUS_MAX, MIB, OLD_DRIVER, FakeNvml
+from tests.fakes.nvml.fake import ABSENT, GPU_FIGURES, GPUS_MAX, KIB, MIB, OLD_DRIVER, FakeNvml
 from tests.fakes.nvml.reading import LIMITS, is_whole, needs_gcc, reading, sample_of
 
 pytestmark = needs_gcc
@@ -38,10 +38,12 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
     gpu.minor_number, gpu.power_capped_ns, gpu.clock_reasons = 3, 1_500_000_000, 0x4
     gpu.ecc_corrected, gpu.ecc_uncorrected, gpu.recovery_action = 7, 1, 1
     gpu.remapped_corrected, gpu.remapped_uncorrected, gpu.remap_pending = 3, 2, 1
+    gpu.memory_utilization_percent, gpu.encoder_percent, gpu.decoder_percent = 21, 11, 12
+    gpu.fan_percent, gpu.link_kib = 45, 10
     before_s = time.time()
     readings = await first_round(fake)
     assert before_s <= readings.samples[0].at_s <= time.time()
-    assert readings == GpuReadings(
+    assert dataclasses.replace(readings, events=()) == GpuReadings(
         identities=(
             GpuIdentity(
                 uuid="GPU-0000fa4e-0000-0000-0000-000000000000",
@@ -71,6 +73,9 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
                 at_s=readings.samples[0].at_s,
                 memory_used_mib=1234,
                 utilization_ratio=0.37,
+                memory_utilization_ratio=0.21,
+                encoder_utilization_ratio=0.11,
+                decoder_utilization_ratio=0.12,
                 power_w=612.345,
                 power_w_average=600.0,
                 power_limit_w=650.0,
@@ -81,6 +86,7 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
                 memory_temperature_celsius=38.0,
                 sm_clock_mhz=1980,
                 memory_clock_mhz=2619,
+                fan_speed_ratio=0.45,
                 clock_reasons=0x4,
                 ecc_corrected=7,
                 ecc_uncorrected=1,
@@ -89,6 +95,8 @@ async def test_a_round_holds_all_that_a_gpu_reports(tmp_path: Path) -> None:
                 is_remap_pending=True,
                 has_remap_failed=False,
                 recovery_action=1,
+                nvlink_tx_bytes=18 * 10 * KIB,
+                nvlink_rx_bytes=18 * 10 * KIB,
             ),
         ),
         errors={},
@@ -182,7 +190,8 @@ async def test_a_field_that_fails_costs_that_field_and_is_reported(tmp_path: Pat
     fake.rule("nvmlDeviceGetUtilizationRates", code=UNKNOWN)
     async with reading(fake) as read:
         (sample,) = read.first.samples
-        assert sample == dataclasses.replace(whole, utilization_ratio=None, at_s=sample.at_s)
+        lacks = {"utilization_ratio": None, "memory_utilization_ratio": None}
+        assert sample == dataclasses.replace(whole, **lacks, at_s=sample.at_s)
         assert read.first.errors == {sample.uuid: "ERROR_UNKNOWN"}
 
 

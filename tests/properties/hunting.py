@@ -25,6 +25,7 @@ from tests.fakes.worlds import (
     gpus,
     snapshot,
 )
+from tests.properties.dividing import spans, ways
 from tests.properties.oracle import rank
 from tests.properties.runs import Run
 
@@ -133,6 +134,29 @@ def mixed_world(random: Random) -> W:
     return _filled(random, cards, nodes, lambda number: mixed_job(random, number))
 
 
+def cluster_world(random: Random) -> W:
+    """Equal nodes of up to three GPUs, and gangs that need several of them among jobs of every kind."""
+    size = random.randint(1, 3)
+    nodes = tuple(N(cpus=random.choice((8, 64))) for _ in range(random.randint(2, 4)))
+    cards = tuple(G(f"GPU-{(n * 5 + 3) % 16:02d}", n, n // size) for n in range(len(nodes) * size))
+    return _filled(random, cards, nodes, lambda number: cluster_job(random, number, size, len(cards)))
+
+
+def cluster_job(random: Random, number: int, size: int, most: int) -> J:
+    """A job of any kind, or a gang that no node can hold."""
+    job = mixed_job(random, number)
+    if random.random() < 0.5:
+        job = replace(job, gpus=random.randint(size + 1, most), share_milli=1000, gpu_memory_mib=0, models=())
+    return job
+
+
+def arrival(random: Random, number: int, world: W) -> J:
+    """A job of any kind for this world."""
+    size = max(sum(gpu.node == row for gpu in world.gpus) for row in range(len(world.nodes)))
+    most = len(world.gpus)
+    return cluster_job(random, number, size, most) if most > size else mixed_job(random, number)
+
+
 def mixed_job(random: Random, number: int) -> J:
     """A gang, a share or a job of no GPUs, with wishes."""
     job = _job(random, number, 4)
@@ -183,6 +207,12 @@ def _filled(random: Random, cards: tuple[G, ...], nodes: tuple[N, ...], make: Ca
     numbers = random.sample(range(1, 40), random.randint(4, 14))
     jobs = []
     for job in map(make, numbers):
+        if job.gpus > 1 and random.random() < 0.5 and (on := _over_nodes(job, cards, len(nodes), spare)):
+            for uuid in on:
+                spare[uuid][0] = 0
+            first = min(card.node for card in cards if card.uuid in on)
+            jobs.append(replace(job, cpus=0, state=RUNNING, on=on, node=first, started_us=NOW_US - SECOND_US))
+            continue
         node = random.randrange(len(nodes))
         room = [
             card.uuid
@@ -203,3 +233,17 @@ def _filled(random: Random, cards: tuple[G, ...], nodes: tuple[N, ...], make: Ca
         ran_us = random.choice((0, 3, 50, 4000)) * SECOND_US
         jobs.append(replace(job, state=RUNNING, on=on, node=node, started_us=NOW_US - ran_us))
     return W(jobs=tuple(jobs), gpus=cards, nodes=nodes)
+
+
+def _over_nodes(job: J, cards: tuple[G, ...], nodes: int, spare: dict[str, list[int]]) -> tuple[str, ...]:
+    """Free GPUs of the first nodes that can hold a gang over several; none where one or no node can."""
+    world = W(jobs=(job,), gpus=cards, nodes=(N(),) * nodes)
+    for kind in ways(world, job) if spans(world, job) else ():
+        for way in kind:
+            free = {
+                node: [c.uuid for c in cards if c.node == node and spare[c.uuid][0] == 1000]
+                for node, _ in way
+            }
+            if all(len(free[node]) >= count for node, count in way):
+                return tuple(uuid for node, count in way for uuid in free[node][:count])
+    return ()

@@ -6,9 +6,9 @@ as given and goes on. So it proves, one job at a time: R1 nothing over-committed
 displaced by an equal or lower rank, R4 nobody left out, R5 and the order of victims, and the EASY rule of R9.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from math import inf
 
 from scheduler.model.actions import WAIT_REASONS, FailJob, Plan, PreemptJob, RequeueJob, StartJob, StopJob
@@ -25,6 +25,8 @@ from tests.fakes.worlds import (
     J,
     W,
 )
+from tests.properties.amounts import MIB, MILLI, NOTHING, Amount, used_by
+from tests.properties.dividing import Way, by_node, part, spans, ways
 
 LACKS = frozenset(
     {
@@ -35,37 +37,23 @@ LACKS = frozenset(
         Reason.WAITING_FOR_START_SLOT,
     }
 )
-MILLI, MIB = 0, 1
 
 
 @dataclass(frozen=True)
 class Chosen:
     """What the plan let a job claim: which GPUs, and when the last of it is ready."""
 
-    node: int
+    node: int  # of a job without GPUs
     uuids: tuple[str, ...]
     ready_us: int
 
 
-class Amount:
-    """Resources of one node: per GPU [thousandths, MiB], then CPUs, memory, job slots."""
-
-    def __init__(self, gpus: dict[str, list[int]], host: list[int]) -> None:
-        self.gpus = gpus
-        self.host = host
-
-    def plus(self, other: "Amount", sign: int = 1) -> "Amount":
-        gpus = {uuid: list(amount) for uuid, amount in self.gpus.items()}
-        for uuid, amount in other.gpus.items():
-            have = gpus.setdefault(uuid, [0, 0])
-            have[MILLI] += sign * amount[MILLI]
-            have[MIB] += sign * amount[MIB]
-        return Amount(gpus, [a + sign * b for a, b in zip(self.host, other.host, strict=True)])
-
-
-def used_by(job: J, uuids: tuple[str, ...]) -> Amount:
-    mib = job.gpu_memory_mib if job.share_milli < 1000 else 0
-    return Amount({uuid: [job.share_milli, mib] for uuid in uuids}, [job.cpus, job.memory_mib, 1])
+def first_ready(moments: list[float], way: Way) -> tuple[list[tuple[float, int]], ...]:
+    """What sorts ways by how soon their nodes are ready: the whole ones, then the one with the rest."""
+    size = max(count for _, count in way)
+    nodes = [(moment, node, count) for moment, (node, count) in zip(moments, way, strict=True)]
+    whole = sorted((moment, node) for moment, node, count in nodes if count == size)
+    return whole, [(moment, node) for moment, node, count in nodes if count < size]
 
 
 def rank(order: Order, job: J) -> tuple[int, ...]:
@@ -91,16 +79,17 @@ class Oracle:
             )
             for row, node in enumerate(world.nodes)
         ]
-        nothing = Amount({}, [0, 0, 0])
-        self.leaving = [nothing for _ in world.nodes]
+        self.leaving = [NOTHING for _ in world.nodes]
         self.live: list[J] = []
         for job in world.jobs:
             if job.state == PENDING:
                 continue
-            self.free[job.node] = self.free[job.node].plus(used_by(job, job.on), -1)
-            if job.state in (PREEMPTING, STOPPING) or job.number in stopping:
-                self.leaving[job.node] = self.leaving[job.node].plus(used_by(job, job.on))
-            else:
+            leaves = job.state in (PREEMPTING, STOPPING) or job.number in stopping
+            for node, held in self.held(job).items():
+                self.free[node] = self.free[node].plus(held, -1)
+                if leaves:
+                    self.leaving[node] = self.leaving[node].plus(held)
+            if not leaves:
                 self.live.append(job)
         for over in world.handovers:
             node = world.gpu(over.uuid).node
@@ -111,8 +100,24 @@ class Oracle:
         self.given: list[tuple[J, Chosen]] = []
         self.first_blocked: J | None = None
         self.strict: dict[bool, J] = {}
-        self.promise: tuple[int, int] | None = None  # start, node
-        self.room: Amount | None = None
+        self.promised_us: int | None = None
+        # By promised node: what the blocked job wants there, and what there is at that moment.
+        self.rooms: dict[int, tuple[J, Amount]] = {}
+
+    # What jobs have -------------------------------------------------------------------------------
+
+    def divided(self, job: J, node: int, uuids: tuple[str, ...]) -> dict[int, tuple[J, tuple[str, ...]]]:
+        """What the job is, and which GPUs it has, on each of its nodes."""
+        nodes = by_node(self.world, uuids)
+        if len(nodes) < 2:
+            return {next(iter(nodes), node): (job, uuids)}
+        return {row: (part(job, len(on)), on) for row, on in nodes.items()}
+
+    def used(self, job: J, node: int, uuids: tuple[str, ...]) -> dict[int, Amount]:
+        return {row: used_by(*each) for row, each in self.divided(job, node, uuids).items()}
+
+    def held(self, live: J) -> dict[int, Amount]:
+        return self.used(live, live.node, live.on)
 
     # What is due whatever the queue ------------------------------------------------------------
 
@@ -124,7 +129,9 @@ class Oracle:
                 due[job.number] = Reason.TIME_LIMIT
             elif job.state in (RUNNING, SUSPENDED) and deadline != UNKNOWN and deadline <= self.now_us:
                 due[job.number] = Reason.DEADLINE_MISSED
-            elif job.state in (STARTING, RUNNING, SUSPENDED) and self.world.nodes[job.node].drain == 2:
+            elif job.state in (STARTING, RUNNING, SUSPENDED) and any(
+                self.world.nodes[node].drain == 2 for node in self.held(job)
+            ):
                 due[job.number] = Reason.NODE_DRAINED
         return due
 
@@ -138,6 +145,14 @@ class Oracle:
         open_nodes = [row for row, node in enumerate(self.world.nodes) if node.drain == 0]
         if not open_nodes:
             return Reason.NODE_DRAINING
+        if spans(self.world, job):
+            for nodes, reason in ((open_nodes, None), (range(len(self.world.nodes)), Reason.NODE_DRAINING)):
+                if any(
+                    all(row in nodes and len(self.suiting(job, row)) >= count for row, count in way)
+                    for way in chain.from_iterable(ways(self.world, job))
+                ):
+                    return reason
+            return Reason.NO_SUITABLE_GPU
         suiting = [len(self.suiting(job, row)) for row in range(len(self.world.nodes))]
         if max(suiting[row] for row in open_nodes) >= job.gpus:
             return None
@@ -169,7 +184,7 @@ class Oracle:
         return [
             job
             for job in self.live
-            if job.node == node
+            if node in self.held(job)
             and job.preemptible
             and self.protected_until(job) <= self.now_us
             and self.outranks(challenger, job)
@@ -196,6 +211,7 @@ class Oracle:
             and gpu.is_open
             and (not job.models or gpu.model in job.models)
             and gpu.memory_mib >= job.gpu_memory_mib
+            and not (job.gpus > 1 and gpu.instance)
         ]
 
     def spots(self, job: J, node: int, amount: Amount) -> Iterator[tuple[str, ...]]:
@@ -221,13 +237,28 @@ class Oracle:
         """What is free, leaving, or would leave with these victims."""
         amount = self.free[node].plus(self.leaving[node])
         for victim in victims:
-            amount = amount.plus(used_by(victim, victim.on))
+            amount = amount.plus(self.held(victim).get(node, NOTHING))
         return amount
 
-    def victim_sets(self, job: J, node: int) -> list[tuple[J, ...]]:
+    def spots_over(self, job: J, amounts: dict[int, Amount]) -> Iterator[tuple[Way, tuple[str, ...]]]:
+        """Every way to divide a gang over nodes and every set of GPUs on which it fits, best kind first."""
+        for way in chain.from_iterable(ways(self.world, job)):
+            if all(node in amounts for node, _ in way):
+                places = [list(self.spots(part(job, count), node, amounts[node])) for node, count in way]
+                yield from ((way, tuple(chain(*uuids))) for uuids in product(*places))
+
+    def fits_over(self, job: J, victims: tuple[J, ...] | None) -> bool:
+        """Whether a gang over several nodes fits; None: on what is free alone."""
+        amounts = {
+            node: self.free[node] if victims is None else self.without(node, victims)
+            for node in self.open_nodes()
+        }
+        return next(self.spots_over(job, amounts), None) is not None
+
+    def victim_sets(self, victims: list[J]) -> list[tuple[J, ...]]:
         """Every set of victims, the best first: least loss, fewest GPUs, fewest jobs, youngest, number."""
         candidates = sorted(
-            self.victims(job, node),
+            victims,
             key=lambda v: (
                 -(self.now_us if v.state == STARTING or v.started_us == UNKNOWN else v.started_us),
                 v.number,
@@ -259,22 +290,47 @@ class Oracle:
             return
         self.first_blocked = job
         best = inf
+        if spans(self.world, job):
+            for kind in ways(self.world, job):
+                ready = [
+                    (max(moments), moments, way)
+                    for way in kind
+                    if all(node in self.open_nodes() for node, _ in way)
+                    and (moments := [self.earliest(job, part(job, n), node) for node, n in way])
+                ]
+                # Of a kind the nodes that are ready first, the whole ones before the rest.
+                for moment, _, way in sorted(
+                    ready, key=lambda each: (each[0], first_ready(each[1], each[2]))
+                ):
+                    if moment < best:
+                        best, self.promised_us = moment, int(moment)
+                        parts = {node: part(job, count) for node, count in way}
+                        self.rooms = {n: (each, self.room(job, n, moment)) for n, each in parts.items()}
+            return
         for node in self.open_nodes():
-            here = [live for live in self.live if live.node == node]
-            releases = [(self.release_us(job, live), used_by(live, live.on)) for live in here]
-            releases += [
-                (self.end_us(other, chosen), used_by(other, chosen.uuids))
-                for other, chosen in self.given
-                if chosen.node == node
-            ]
-            for moment in sorted({self.now_us, *(at for at, _ in releases if at < inf)}):
-                room = self.free[node].plus(self.leaving[node])
-                for at, amount in releases:
-                    if at <= moment:
-                        room = room.plus(amount)
-                if moment < best and self.fits(job, node, room):
-                    best, self.promise, self.room = moment, (int(moment), node), room
-                    break
+            moment = self.earliest(job, job, node)
+            if moment < best:
+                best, self.promised_us = moment, int(moment)
+                self.rooms = {node: (job, self.room(job, node, moment))}
+
+    def earliest(self, blocked: J, wanted: J, node: int) -> float:
+        """The first moment at which this fits on the node; infinity: never."""
+        moments = {self.now_us, *(at for at, _ in self.releases(blocked, node) if at < inf)}
+        fit = (at for at in sorted(moments) if self.fits(wanted, node, self.room(blocked, node, at)))
+        return next(fit, inf)
+
+    def room(self, blocked: J, node: int, moment: float) -> Amount:
+        """What the blocked job can count on there at the moment."""
+        room = self.free[node].plus(self.leaving[node])
+        for at, amount in self.releases(blocked, node):
+            if at <= moment:
+                room = room.plus(amount)
+        return room
+
+    def releases(self, blocked: J, node: int) -> list[tuple[float, Amount]]:
+        lives = [(self.release_us(blocked, live), self.held(live)) for live in self.live]
+        claims = [(self.end_us(j, each), self.used(j, each.node, each.uuids)) for j, each in self.given]
+        return [(at, held[node]) for at, held in (*lives, *claims) if node in held]
 
     def release_us(self, blocked: J, live: J) -> float:
         began_us = self.now_us if live.state == STARTING or live.started_us == UNKNOWN else live.started_us
@@ -287,30 +343,31 @@ class Oracle:
         return inf if job.expected_us == UNKNOWN else max(self.now_us, chosen.ready_us) + job.expected_us
 
     def gives_way(self, job: J, blocked: J, start_us: int) -> bool:
-        at = self.promise[0] if self.promise and blocked is self.first_blocked else inf
+        at = self.promised_us if self.promised_us and blocked is self.first_blocked else inf
         return job.preemptible and self.outranks(blocked, job) and start_us + job.min_runtime_us <= at
 
     def is_strict(self, job: J) -> J | None:
         """Without backfill: the blocked job of its kind that this one may pass only by giving way to it."""
         return None if self.policy.backfill else self.strict.get(job.gpus > 0)
 
-    def harmless(self, job: J, node: int, start_us: int) -> bool:
+    def harmless(self, job: J, nodes: Iterable[int], start_us: int) -> bool:
         """Whether, started there and then, it can't delay what a blocked job was promised."""
         strict = self.is_strict(job)
         if strict is not None and not self.gives_way(job, strict, start_us):
             return False
-        if self.first_blocked is None or self.promise is None or self.promise[1] != node:
+        if self.first_blocked is None or self.promised_us is None or not self.rooms.keys() & set(nodes):
             return True
         if self.gives_way(job, self.first_blocked, start_us):
             return True
-        return job.expected_us != UNKNOWN and start_us + job.expected_us <= self.promise[0]
+        return job.expected_us != UNKNOWN and start_us + job.expected_us <= self.promised_us
 
     def leaves_room(self, job: J, node: int, uuids: tuple[str, ...]) -> bool:
         """Whether the blocked job still fits beside it at the promised moment."""
-        if self.first_blocked is None or self.promise is None or self.promise[1] != node:
-            return True
-        assert self.room is not None
-        return self.fits(self.first_blocked, node, self.room.plus(used_by(job, uuids), -1))
+        return all(
+            self.fits(self.rooms[row][0], row, self.rooms[row][1].plus(amount, -1))
+            for row, amount in self.used(job, node, uuids).items()
+            if row in self.rooms
+        )
 
     # The check -----------------------------------------------------------------------------------
 
@@ -339,8 +396,8 @@ class Oracle:
             self.check_job(job, starts, victims.pop(job.number, []), waits, claims.get(job.number))
         assert victims == {}, "victims for nobody"
         promised = None if plan.promise is None else (plan.promise.job, plan.promise.start_us)
-        own = None if self.promise is None or self.first_blocked is None else self.first_blocked.number
-        assert promised == (None if own is None or self.promise is None else (own, self.promise[0]))
+        own = None if self.promised_us is None or self.first_blocked is None else self.first_blocked.number
+        assert promised == (None if own is None else (own, self.promised_us))
 
     def check_job(
         self,
@@ -370,6 +427,14 @@ class Oracle:
     def best(self, job: J) -> tuple[str, tuple[J, ...]]:
         """The least disruptive way to serve the job, if nobody else counted, and its victims."""
         nodes = self.open_nodes()
+        if spans(self.world, job):
+            if self.fits_over(job, None):
+                return "free", ()
+            everybody = [live for live in self.live if any(live in self.victims(job, n) for n in nodes)]
+            if not self.fits_over(job, tuple(everybody)):
+                return "none", ()
+            chosen = next(chosen for chosen in self.victim_sets(everybody) if self.fits_over(job, chosen))
+            return ("displace" if chosen else "leaving"), chosen
         if any(self.fits(job, node, self.free[node]) for node in nodes):
             return "free", ()
         if any(self.fits(job, node, self.without(node, ())) for node in nodes):
@@ -378,18 +443,26 @@ class Oracle:
         for node in nodes:
             if not self.fits(job, node, self.without(node, tuple(self.victims(job, node)))):
                 continue
-            chosen = next(
-                c for c in self.victim_sets(job, node) if self.fits(job, node, self.without(node, c))
-            )
+            sets = self.victim_sets(self.victims(job, node))
+            chosen = next(c for c in sets if self.fits(job, node, self.without(node, c)))
             cost = (sum(self.loss(v) for v in chosen), sum(len(v.on) for v in chosen), len(chosen), node)
             found.append((cost, chosen))
         return ("displace", min(found, key=lambda each: each[0])[1]) if found else ("none", ())
 
     def check_held_back(self, job: J, stage: str) -> None:
         """It must be able to do harm wherever it could start, and leave no room beside it anywhere."""
+        if spans(self.world, job):
+            nodes = self.open_nodes()
+            for way, _ in self.spots_over(job, {node: self.free[node] for node in nodes}):
+                harmless = self.harmless(job, [node for node, _ in way], self.now_us)
+                assert not harmless, f"{job.number} held back for nothing"
+            everything = {node: self.without(node, tuple(self.victims(job, node))) for node in nodes}
+            for _, uuids in self.spots_over(job, everything) if self.is_strict(job) is None else ():
+                assert not self.leaves_room(job, UNKNOWN, uuids), f"{job.number} would leave room on {uuids}"
+            return
         for node in self.open_nodes():
             if stage == "free" and self.fits(job, node, self.free[node]):
-                assert not self.harmless(job, node, self.now_us), f"{job.number} held back for nothing"
+                assert not self.harmless(job, [node], self.now_us), f"{job.number} held back for nothing"
             if self.is_strict(job) is None:
                 everything = self.without(node, tuple(self.victims(job, node)))
                 for uuids in self.spots(job, node, everything):
@@ -404,55 +477,83 @@ class Oracle:
         preempts: list[PreemptJob],
         chosen: Chosen,
     ) -> None:
-        node, uuids = chosen.node, chosen.uuids
-        assert self.world.nodes[node].drain == 0
+        uuids = chosen.uuids
+        parts = self.divided(job, chosen.node, uuids)
+        assert parts.keys() <= set(self.open_nodes())
         assert len(set(uuids)) == job.gpus
-        assert set(uuids) <= set(self.suiting(job, node))
+        assert all(set(on) <= set(self.suiting(job, node)) for node, (_, on) in parts.items())
+        if spans(self.world, job):
+            way = {node: len(on) for node, (_, on) in parts.items()}
+            assert any(way == dict(each) for each in chain.from_iterable(ways(self.world, job)))
+        else:
+            assert len(parts) == 1, "a gang that fits on one node stays on one"
         victims = tuple(v for v in self.live if v.number in {p.job for p in preempts})
         assert len(victims) == len(preempts)
-        assert set(victims) <= set(self.victims(job, node)), "displaced without the right to"
+        may_go = [victim for node in parts for victim in self.victims(job, node)]
+        assert set(victims) <= set(may_go), "displaced without the right to"
         for preempt in preempts:
             victim = next(v for v in victims if v.number == preempt.job)
             assert (preempt.lost_gpu_ms, preempt.loss_microusd) == (
                 self.lost_gpu_ms(victim),
                 self.loss(victim),
             )
-        if self.harmless(job, node, max(self.now_us, chosen.ready_us)) and not self.restricted(job):
+        harmless = self.harmless(job, parts, max(self.now_us, chosen.ready_us))
+        if harmless and not self.restricted(job):
             assert set(victims) == set(best), f"{job.number}: {stage} {best} is better than {victims}"
             assert (job.number in starts) == (stage == "free")
-        elif not self.harmless(job, node, max(self.now_us, chosen.ready_us)):
+            if stage == "free" and spans(self.world, job):
+                free = {node: self.free[node] for node in self.open_nodes()}
+                fewest = min(len(way) for way, _ in self.spots_over(job, free))
+                assert len(parts) == fewest, f"{job.number} is on {len(parts)} nodes, not {fewest}"
+        elif not harmless:
             assert self.is_strict(job) is None
-            assert self.leaves_room(job, node, uuids), f"{job.number} delays the promised start"
+            assert self.leaves_room(job, chosen.node, uuids), f"{job.number} delays the promised start"
         if job.number in starts:
-            assert starts[job.number] == tuple(sorted(uuids, key=lambda uuid: self.world.gpu(uuid).index))
-            assert set(uuids) in [set(spot) for spot in self.spots(job, node, self.free[node])]
-        self.check_needed(job, node, victims)
+            in_order = [
+                (self.world.gpu(uuid).node, self.world.gpu(uuid).index) for uuid in starts[job.number]
+            ]
+            assert in_order == sorted(in_order)
+            for node, (wanted, on) in parts.items():
+                assert set(on) in [set(spot) for spot in self.spots(wanted, node, self.free[node])]
+        self.check_needed(job, chosen, victims)
         self.give(job, chosen, victims)
 
     def restricted(self, job: J) -> bool:
         """Whether some way to serve the job now could have done harm, so that another was taken."""
         return any(
-            not self.harmless(job, node, start_us)
+            not self.harmless(job, [node], start_us)
             for node in self.open_nodes()
             for start_us in (self.now_us, self.now_us + 30_000_000)
         )
 
-    def check_needed(self, job: J, node: int, victims: tuple[J, ...]) -> None:
+    def check_needed(self, job: J, chosen: Chosen, victims: tuple[J, ...]) -> None:
         """R5: without any one of its victims it could not be served (beside the blocked job)."""
-        stays = not self.harmless(job, node, self.now_us)
+        parts = self.divided(job, chosen.node, chosen.uuids)
+        if self.restricted(job):
+            return
         for victim in victims:
-            fewer = self.without(node, tuple(v for v in victims if v is not victim))
-            ways = [u for u in self.spots(job, node, fewer) if not stays or self.leaves_room(job, node, u)]
-            assert self.restricted(job) or ways == [], f"victim {victim.number} of {job.number} is needless"
+            fewer = tuple(v for v in victims if v is not victim)
+            needless = all(self.fits(each, n, self.without(n, fewer)) for n, (each, _) in parts.items())
+            assert not needless, f"victim {victim.number} of {job.number} is needless"
 
     def give(self, job: J, chosen: Chosen, victims: tuple[J, ...]) -> None:
         """Take the job's needs out of what is free first, then of what leaves."""
-        node = chosen.node
-        stays = not self.harmless(job, node, max(self.now_us, chosen.ready_us))
+        parts = self.used(job, chosen.node, chosen.uuids)
+        stays = not self.harmless(job, parts, max(self.now_us, chosen.ready_us))
         for victim in victims:
             self.live.remove(victim)
-            self.leaving[node] = self.leaving[node].plus(used_by(victim, victim.on))
-        need = used_by(job, chosen.uuids)
+            for node, held in self.held(victim).items():
+                self.leaving[node] = self.leaving[node].plus(held)
+        was_free = [self.take(job, node, need) for node, need in parts.items()]
+        is_free = all(was_free)
+        assert is_free == (chosen.ready_us == 0), f"{job.number} is ready {chosen.ready_us}, free: {is_free}"
+        for node in self.rooms.keys() & parts.keys() if stays else ():
+            blocked, room = self.rooms[node]
+            self.rooms[node] = blocked, room.plus(parts[node], -1)
+        self.given.append((job, chosen))
+
+    def take(self, job: J, node: int, need: Amount) -> bool:
+        """Take what is needed of a node; whether all of it was free."""
         free, leaving = self.free[node], self.leaving[node]
         from_free = Amount(
             {
@@ -462,16 +563,11 @@ class Oracle:
             [min(max(have, 0), want) for have, want in zip(free.host, need.host, strict=True)],
         )
         rest = need.plus(from_free, -1)
-        is_free = not any(chain(rest.host, *rest.gpus.values()))
-        assert is_free == (chosen.ready_us == 0), f"{job.number} is ready {chosen.ready_us}, free: {is_free}"
         # R1: what is not free must be leaving, and nobody else's.
         assert all(left >= 0 for left in self.free_after(free, from_free) + self.free_after(leaving, rest))
         self.free[node] = free.plus(from_free, -1)
         self.leaving[node] = leaving.plus(rest, -1)
-        if stays and self.promise is not None and self.promise[1] == node:
-            assert self.room is not None
-            self.room = self.room.plus(need, -1)
-        self.given.append((job, chosen))
+        return not any(chain(rest.host, *rest.gpus.values()))
 
     def free_after(self, have: Amount, taken: Amount) -> list[int]:
         """What is left of each resource of which something is taken."""

@@ -25,6 +25,7 @@ from tests.fakes.worlds import (
     N,
     W,
 )
+from tests.properties.dividing import by_node, spans, suits, ways
 
 MODELS = ("H100", "A100")
 SHARES = (250, 400, 500, 501, 750)  # a thousandth too much beside a half
@@ -113,6 +114,68 @@ def contested(draw: st.DrawFn, *, nodes_max: int = 3, tight: bool = True) -> W:
 
 
 @st.composite
+def clusters(draw: st.DrawFn) -> W:
+    """Nodes of which most are equal, gangs that none of them can hold, and others among them.
+
+    Some of each are live: a live gang has whole nodes and, where it needs it, a part of one more.
+    """
+    size = draw(st.integers(1, 3))
+    sizes = [
+        draw(st.sampled_from((size, size, size, 1, 2)))
+        for _ in range(draw(st.integers(2, 4 if size < 3 else 3)))
+    ]
+    nodes = tuple(draw(_nodes(plain=draw(st.booleans()))) for _ in sizes)
+    gpus = []
+    for row, count in enumerate(sizes):
+        model = draw(st.sampled_from(("H100", *MODELS)))
+        for _ in range(count):
+            card = draw(_gpu(len(gpus), 1, draw(st.booleans())))
+            gpus.append(replace(card, node=row, model=model))
+    jobs: list[J] = []
+    spare = {gpu.uuid: [1000, gpu.memory_mib] for gpu in gpus}
+    for number in draw(st.permutations(range(1, draw(st.integers(2, 9)) + 1))):
+        job = draw(_jobs(number, plain=draw(st.booleans())))
+        if draw(st.integers(0, 2)) == 0:
+            wanted = draw(st.integers(max(sizes) + 1, max(sizes) * 3))
+            job = replace(job, gpus=wanted, share_milli=1000)
+            jobs.append(draw(_placed_over(job, tuple(gpus), spare)))
+        else:
+            jobs.append(draw(_placed(job, tuple(gpus), len(nodes), spare)) if draw(st.booleans()) else job)
+    return W(jobs=tuple(jobs), gpus=tuple(gpus), nodes=nodes)
+
+
+@st.composite
+def full_clusters(draw: st.DrawFn) -> W:
+    """Equal nodes, full of gangs over several of them, gangs, whole jobs and shares of low rank."""
+    size, tight = draw(st.integers(1, 3)), draw(st.booleans())
+    nodes = tuple(N(cpus=8 if tight else 64) for _ in range(draw(st.integers(2, 4 if size < 3 else 3))))
+    gpus = tuple(
+        replace(draw(_gpu(index, 1, plain=True)), node=index // size) for index in range(len(nodes) * size)
+    )
+    numbers = iter(draw(st.randoms(use_true_random=False)).sample(range(1, 60), 59))
+    jobs: list[J] = []
+    free = [gpu.uuid for gpu in gpus]
+    while free:
+        left = len(free) % size or size  # of the node that is filled next
+        over = draw(st.integers(0, 2)) == 0 and left == size < len(free)
+        count = draw(st.integers(size + 1, len(free))) if over else draw(st.integers(1, left))
+        on, free = tuple(free[:count]), free[count:]
+        shares = draw(st.sampled_from(SPLITS)) if count == 1 else (1000,)
+        row = gpus[[gpu.uuid for gpu in gpus].index(on[0])].node
+        jobs += [draw(_incumbent(next(numbers), row, on, share, tight)) for share in shares]
+    for _ in range(draw(st.integers(1, 3))):
+        wanted = replace(
+            draw(_jobs(next(numbers), plain=True)),
+            job_class=draw(st.sampled_from((INFERENCE, TRAINING, TRAINING, BATCH))),
+            cpus=draw(st.sampled_from((0, 4, 10))) if tight else 0,
+        )
+        if draw(st.integers(0, 3)):
+            wanted = replace(wanted, gpus=draw(st.integers(size + 1, len(gpus))), share_milli=1000)
+        jobs.append(wanted)
+    return W(jobs=tuple(jobs), gpus=gpus, nodes=nodes)
+
+
+@st.composite
 def crowds(draw: st.DrawFn) -> W:
     """So many jobs of odd amounts of CPUs and memory that their cheapest set can't be found by trying all."""
     random = draw(st.randoms(use_true_random=False))
@@ -139,7 +202,7 @@ def crowds(draw: st.DrawFn) -> W:
 
 def any_worlds() -> st.SearchStrategy[W]:
     """One node or several, full or not."""
-    return worlds() | fleets() | contested()
+    return worlds() | fleets() | contested() | clusters() | full_clusters()
 
 
 @st.composite
@@ -193,6 +256,7 @@ def _gpu(draw: st.DrawFn, index: int, nodes: int, plain: bool) -> G:
         draw(st.sampled_from((80_000, 80_000, 40_000))),
         draw(st.sampled_from(("H100", *MODELS))),
         draw(st.integers(0, 7)) > 0,
+        instance=draw(st.integers(0, 5)) == 0,
     )
 
 
@@ -242,7 +306,32 @@ def _placed(draw: st.DrawFn, job: J, gpus: tuple[G, ...], nodes: int, spare: dic
     ]
     if len(room) < job.gpus:
         return job
-    on = tuple(room[: job.gpus])
+    return draw(_live(job, node, tuple(room[: job.gpus]), spare))
+
+
+@st.composite
+def _placed_over(draw: st.DrawFn, job: J, gpus: tuple[G, ...], spare: dict[str, list[int]]) -> J:
+    """The gang live on whole nodes and a part of one more; the gang itself where they aren't free."""
+    world = W(jobs=(job,), gpus=gpus, nodes=tuple(N() for _ in range(max(gpu.node for gpu in gpus) + 1)))
+    found = [way for kind in ways(world, job) for way in kind] if spans(world, job) else []
+    if not found or draw(st.booleans()):
+        return job
+    on: list[str] = []
+    for row, count in draw(st.sampled_from(found)):
+        free = [
+            gpu.uuid
+            for gpu in gpus
+            if gpu.node == row and suits(job, gpu) and spare[gpu.uuid] == [1000, gpu.memory_mib]
+        ]
+        if len(free) < count:
+            return job
+        on += free[:count]
+    return draw(_live(job, min(row for row in by_node(world, tuple(on))), tuple(on), spare))
+
+
+@st.composite
+def _live(draw: st.DrawFn, job: J, node: int, on: tuple[str, ...], spare: dict[str, list[int]]) -> J:
+    """The job live on these GPUs, in some state."""
     for uuid in on:
         spare[uuid][0] -= job.share_milli
         spare[uuid][1] -= job.gpu_memory_mib

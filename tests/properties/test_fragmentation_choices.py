@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
-from scheduler.planning import arrays
+from scheduler.planning import alike, arrays
 from scheduler.planning.fragmentation import (
     NO_POSITION,
     QUANTUM_MILLI,
@@ -59,6 +60,7 @@ _gpus = st.builds(
     mib=st.sampled_from((200, 500, GPU_MIB)),
     serves=st.frozensets(st.integers(0, SETS - 1)),
     is_open=st.sampled_from((True, True, True, False)),
+    is_instance=st.sampled_from((False, False, False, True)),
     idle_w=st.sampled_from((10, 50)),
     busy_w=st.sampled_from((70, 120, 400)),
 )
@@ -95,7 +97,18 @@ worlds = st.builds(
 )
 
 
+# Rarely drawn: a gang beside MIG instances, which serve it nowhere.
+_CUT = Node(gpus=(Gpu(is_instance=True), Gpu()))
+_BESIDE_INSTANCES = World(
+    nodes=(_CUT, Node(gpus=(*_CUT.gpus, Gpu()))),
+    kinds=((Ask(gpus=2), 3), (Ask(share_milli=500), 1)),
+    asks=(Ask(gpus=2), Ask(gpus=3), Ask()),
+    by_power=False,
+)
+
+
 @given(worlds)
+@example(_BESIDE_INSTANCES)
 def test_the_choice_is_the_least_by_the_definition(world: World) -> None:
     free = pool(world.nodes, SETS)
     for ask in world.asks:
@@ -120,6 +133,16 @@ def test_what_is_remembered_is_what_would_be_computed_afresh(world: World, relea
             ended = held.pop(0)
             put_back(free, *ended)
             placement.changed(ended[1])
+
+
+@given(worlds)
+def test_nodes_that_are_alike_are_chosen_as_if_each_were_rated_by_itself(world: World) -> None:
+    twice = replace(world, nodes=world.nodes * 2, by_power=False)
+    one, two = pool(twice.nodes, SETS), pool(twice.nodes, SETS)
+    expected = _choices(twice, twice.placement(one), one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alike, "NODES_FEW", 0)
+        assert _choices(twice, twice.placement(two), two) == expected
 
 
 @given(worlds, st.randoms(use_true_random=False))
@@ -221,6 +244,7 @@ def _positions(world: World, free: Pool, ask: Ask, choice: tuple[int, int]) -> t
 def _serves(free: Pool, ask: Ask, row: int, position: int) -> bool:
     milli, mib = int(free.milli[row, position]), int(free.mib[row, position])
     serves = ask.models == UNKNOWN or bool(free.fits[ask.models, row, position])
+    serves = serves and (ask.gpus <= 1 or bool(free.whole[row, position]))
     return serves and milli >= ask.share_milli and (ask.gpu_memory_mib == 0 or mib >= ask.gpu_memory_mib)
 
 

@@ -1,15 +1,23 @@
 """A hunt for a cycle of preemptions by docs/PREEMPTION_ENDS.md; HUNT_RUNS is how many seeds of each kind."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
 
 import pytest
 
-from tests.fakes.worlds import RUNNING, SECOND_US, J
-from tests.properties.hunting import Hunt, equal_world, mixed_job, mixed_world, potential, random_policy
+from tests.fakes.worlds import RUNNING, SECOND_US, J, W
+from tests.properties.hunting import (
+    Hunt,
+    arrival,
+    cluster_world,
+    equal_world,
+    mixed_world,
+    potential,
+    random_policy,
+)
 from tests.properties.oracle import rank
 
 RUNS = int(os.environ.get("HUNT_RUNS", "60"))
@@ -86,11 +94,14 @@ def test_on_equal_gpus_the_potential_of_whole_jobs_never_falls_and_bounds_how_of
     assert rises, "nobody was displaced: this hunt would see nothing"
 
 
-def test_whatever_the_jobs_want_they_come_to_rest_and_give_way_no_more_often_than_is_proved() -> None:
+@pytest.mark.parametrize("made", [mixed_world, cluster_world])
+def test_whatever_the_jobs_want_they_come_to_rest_and_give_way_no_more_often_than_is_proved(
+    made: Callable[[Random], W],
+) -> None:
     displaced = 0
     for seed in SEEDS:
         with seeded(seed) as random:
-            world = mixed_world(random)
+            world = made(random)
             hunt = started(random, Hunt(world, random_policy(random, ages=False), random))
             hunt.rest(TICKS_MAX)
             assert hunt.ticks <= TICKS_PER_START_MAX * (len(world.jobs) + hunt.starts)
@@ -102,15 +113,18 @@ def test_whatever_the_jobs_want_they_come_to_rest_and_give_way_no_more_often_tha
     assert displaced, "nobody was displaced: this hunt would see nothing"
 
 
-def test_after_a_storm_of_arrivals_and_ends_with_aging_they_come_to_rest_too() -> None:
+@pytest.mark.parametrize("made", [mixed_world, cluster_world])
+def test_after_a_storm_of_arrivals_and_ends_with_aging_they_come_to_rest_too(
+    made: Callable[[Random], W],
+) -> None:
     displaced = 0
     for seed in SEEDS:
         with seeded(seed) as random:
-            hunt = started(random, Hunt(mixed_world(random), random_policy(random, ages=True), random))
+            hunt = started(random, Hunt(made(random), random_policy(random, ages=True), random))
             for number in range(100, 100 + STORM_TICKS):
                 hunt.tick()
                 if random.random() < 0.5:
-                    job = mixed_job(random, number)
+                    job = arrival(random, number, hunt.world)
                     job = replace(job, eligible_us=hunt.world.now_us + random.choice((0, 0, 5)) * SECOND_US)
                     hunt.submit(job, random.choice((None, 5 * SECOND_US, 30 * SECOND_US, 200 * SECOND_US)))
                 next_us, later_us = hunt.next_us(), hunt.world.now_us + random.randint(1, 60) * SECOND_US

@@ -9,7 +9,7 @@ from scheduler.planning.explain import preview
 from scheduler.planning.planner import plan
 from tests.fakes.worlds import W, snapshot
 from tests.properties.oracle import Chosen, Oracle
-from tests.properties.strategies import contested, fleets, policies, worlds
+from tests.properties.strategies import clusters, contested, fleets, full_clusters, policies, worlds
 
 # An example takes milliseconds, and few worlds of a hundred show what a wrong comparison of ranks would do.
 MANY = settings(max_examples=3 * settings.default.max_examples)
@@ -62,6 +62,14 @@ def test_the_same_holds_of_several_nodes_where_only_gpus_count(world: W, policy:
 @MANY
 @given(contested(), policies())
 def test_of_full_nodes_gangs_whole_jobs_and_shares_give_way_at_the_least_loss(
+    world: W, policy: Policy
+) -> None:
+    check(world, policy)
+
+
+@MANY
+@given(clusters() | full_clusters(), policies())
+def test_a_gang_that_no_node_can_hold_gets_whole_equal_nodes_and_few_of_them(
     world: W, policy: Policy
 ) -> None:
     check(world, policy)

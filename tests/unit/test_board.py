@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.control.board import GpuBoard, NodeSize, describe
-from scheduler.control.ledger import Ledger
+from scheduler.control.board import EMPTY_MIB_MAX, GpuBoard, NodeSize, describe
+from scheduler.control.ledger import BASELINES_MAX, Ledger
+from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.model.events import GpuMarked
-from scheduler.model.gpus import GpuIdentity, GpuProcess, GpuState
+from scheduler.model.gpus import PID_LIMIT, GpuIdentity, GpuProcess, GpuState
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import CLOSED, OPEN, UNKNOWN
@@ -30,7 +32,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 def board(ledger: Ledger) -> GpuBoard:
-    board = GpuBoard(ledger, (NodeSize(8, 1024, 16),))
+    board = GpuBoard(ledger, (NodeSize(8, 1024, 16),), Telemetry(Meters()))
     board.read(GpuReadings((A, B), (), {}))
     return board
 
@@ -89,8 +91,44 @@ def test_instances_that_a_new_layout_ended_are_no_more_but_those_that_a_job_hold
 
 def test_a_leak_does_not_become_the_baseline(board: GpuBoard) -> None:
     for used_mib in (512, 540, 570, 500):
-        board.learn_baseline("GPU-a", used_mib)
-    assert board.bookable_mib(A) == 81_559 - 500
+        board.learn_baseline("GPU-a", used_mib, 1.0)
+    assert (board.bookable_mib(A), board.empty_mib("GPU-a")) == (81_559 - 500, 500)
+
+
+def test_a_baseline_outlives_the_daemon_but_not_its_driver(ledger: Ledger) -> None:
+    def board_of_the_next_daemon(driver: str) -> GpuBoard:
+        board = GpuBoard(Ledger(ledger.journal, Policy()), (NodeSize(8, 1024, 16),), Telemetry(Meters()))
+        board.read(GpuReadings((A, B), (), {}, driver))
+        return board
+
+    first = board_of_the_next_daemon("570")
+    assert first.empty_mib("GPU-a") == EMPTY_MIB_MAX, "before anything is known"
+    first.learn_baseline("GPU-a", 512, 1.0)
+    first._ledger.commit()
+    assert board_of_the_next_daemon("570").empty_mib("GPU-a") == 512
+    upgraded = board_of_the_next_daemon("580")
+    assert upgraded.empty_mib("GPU-a") == EMPTY_MIB_MAX
+    upgraded.learn_baseline("GPU-a", 700, 2.0)
+    assert upgraded.empty_mib("GPU-a") == 700
+
+
+def test_a_baseline_that_was_not_kept_is_not_known(board: GpuBoard, ledger: Ledger) -> None:
+    board.learn_baseline("GPU-a", 512, 1.0)
+    ledger.abandon()
+    assert board.empty_mib("GPU-a") == EMPTY_MIB_MAX
+
+
+def test_baselines_are_bounded_and_the_newest_stay(board: GpuBoard, ledger: Ledger) -> None:
+    for number in range(BASELINES_MAX + 1):
+        board.learn_baseline(f"MIG-{number}", 12, 1.0)
+    assert len(ledger.baselines) == BASELINES_MAX
+    assert "MIG-0" not in ledger.baselines
+    assert f"MIG-{BASELINES_MAX}" in ledger.baselines
+
+
+def test_memory_that_is_the_systems_too_proves_nothing(board: GpuBoard) -> None:
+    board.read(GpuReadings((replace(A, is_numa_node=True), B), (), {}))
+    assert board.empty_mib("GPU-a") is None
 
 
 def test_a_mark_closes_a_gpu_at_once(board: GpuBoard, ledger: Ledger) -> None:
@@ -125,3 +163,15 @@ def test_a_gpu_that_nobody_has_looked_at_is_not_given_out(board: GpuBoard) -> No
 def test_processes_are_named_as_far_as_they_are_known() -> None:
     found = (GpuProcess(4711, 2048, user="ann", command="python3"), GpuProcess(12), GpuProcess(0))
     assert describe(found) == "pid 4711 (ann, python3, 2048 MiB), pid 12, a process that can't be named"
+
+
+def test_an_entry_that_names_nobody_says_what_the_list_says() -> None:
+    ended = "pid 4711, which has ended or is another process by now (2048 MiB)"
+    assert describe((GpuProcess(0, 2048, listed_pid=4711),)) == ended
+    scrambled = "a process that can't be named (0 MiB)"
+    assert describe((GpuProcess(0, 0, listed_pid=PID_LIMIT),)) == scrambled
+
+
+def test_a_gpu_whose_memory_is_not_known_has_none_to_book(board: GpuBoard) -> None:
+    board.learn_baseline(A.uuid, 500, 1.0)
+    assert board.bookable_mib(replace(A, memory_total_mib=0)) == 0

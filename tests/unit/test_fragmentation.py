@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scheduler.planning import fragmentation, kept
+from scheduler.planning import alike, fragmentation, kept
 from scheduler.planning.fragmentation import NO_POSITION, Fragmentation
 from tests.fakes.pools import Ask, Gpu, Node, mix, pool, take, watts
 
@@ -220,6 +220,20 @@ def test_only_the_nodes_that_may_be_chosen_are() -> None:
     placement = Fragmentation(nodes, mix(ANY_MIX), closed=np.array([True, False, False]))
     assert placement.best(WHOLE) == (1, NO_POSITION)
     assert placement.best(WHOLE, without=(1,)) is None
+
+
+def test_nodes_that_look_alike_are_told_apart_by_what_a_request_would_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alike, "NODES_FEW", 0)
+    # Beside a request of 2 CPUs nobody who wants 3 finds room on the first node.
+    nodes = pool((node(1000, 1000, cpus=4), node(1000, 1000, 1000)))
+    placement = Fragmentation(nodes, mix(((Ask(cpus=3), 1),)))
+    assert placement.best(WHOLE) == (0, NO_POSITION)
+    assert placement.best(Ask(cpus=2)) == (1, NO_POSITION)
+    # And with one job slot nobody at all does.
+    nodes = pool((node(1000, 1000, slots=1), node(1000, 1000, slots=2), node(1000, 1000, 1000)))
+    assert Fragmentation(nodes, mix(ANY_MIX)).best(WHOLE) == (1, NO_POSITION)
 
 
 def test_a_gang_goes_first_where_its_gpus_are_near_each_other() -> None:

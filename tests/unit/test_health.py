@@ -12,11 +12,12 @@ from scheduler.control.commands import CommandHandler
 from scheduler.control.health import OWN_KILL_S, RETURNS_MAX, WELL_S_FIRST, Health
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
+from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.nvml_events import KINDS
 from scheduler.model.events import GpuMarked
-from scheduler.model.gpus import GpuEvent, GpuIdentity, GpuSample, GpuState
+from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent, GpuIdentity, GpuSample, GpuState
 from scheduler.model.health import (
     TABLE_VERSION,
     Outcome,
@@ -40,9 +41,9 @@ LOST = "ERROR_GPU_IS_LOST"
 class Ward:
     """Two GPUs whose every round a test writes; a job may run on the first."""
 
-    def __init__(self, journal: SqliteJournal, *, rebooted: bool = False) -> None:
+    def __init__(self, journal: SqliteJournal, *, rebooted: bool = False, begins: bool = False) -> None:
         self.ledger = Ledger(journal, Policy())
-        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),))
+        self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), Telemetry(Meters()))
         self.meters = Meters()
         self.watched: list[str] = []
         self.at_s = 1000.0
@@ -52,12 +53,12 @@ class Ward:
             board=self.board,
             meters=self.meters,
             commands=CommandHandler(self.ledger, self.board, pending_max=10),
-            orders=SimpleNamespace(watch=self.watched.append),
+            occupancy=SimpleNamespace(prove_again=self.watched.append),
             rebooted=rebooted,
         )
         self.health = Health(controller)
         self.health.start()
-        self.tick()
+        self.tick(*[0][: int(begins)], kind=EVENTS_BEGIN)
 
     def run_job(self) -> None:
         for event in (submission(1), start(1, 1, 1.0, "GPU-a"), started(1)):
@@ -260,6 +261,38 @@ def test_a_real_error_beside_our_own_kill_counts(ward: Ward) -> None:
 # Coming back -----------------------------------------------------------------------------------
 
 
+# Events that were missed -----------------------------------------------------------------------
+
+
+def test_a_gpu_that_is_heard_anew_may_have_told_something_meanwhile(ward: Ward) -> None:
+    ward.run_job()
+    ward.tick(0, kind=EVENTS_BEGIN)
+    assert ward.errors() == {"events_missed": 1}
+    assert "XIDs may have been missed" in ward.health.error_near(ward.job, ward.at_s)
+    assert ward.mark is None
+
+
+def test_that_a_gpu_is_heard_for_the_first_time_is_no_gap(journal: SqliteJournal) -> None:
+    ward = Ward(journal, begins=True)
+    assert ward.errors() == {}
+    ward.tick(0, kind=EVENTS_BEGIN)
+    assert ward.errors() == {"events_missed": 1}
+
+
+def test_a_gap_does_not_hide_the_error_that_was_heard(ward: Ward) -> None:
+    ward.run_job()
+    ward.tick(31)
+    ward.tick(0, kind=EVENTS_BEGIN)
+    assert "XID 31" in ward.health.error_near(ward.job, ward.at_s)
+
+
+def test_memory_errors_of_a_gap_show_in_the_counters_where_the_driver_gives_no_verdict(ward: Ward) -> None:
+    ward.tick(recovery_action=None, rows_remapped_uncorrected=1)
+    assert ward.mark is None, "remapped long ago"
+    ward.tick(0, kind=EVENTS_BEGIN, recovery_action=None, rows_remapped_uncorrected=2)
+    assert ward.mark == ("GPU_NEEDS_RESET", "an uncorrectable error of its memory")
+
+
 def test_a_gpu_comes_back_when_the_driver_has_needed_nothing_for_a_while(ward: Ward) -> None:
     ward.tick(62, recovery_action=1)
     ward.tick_for(5 * WELL_S_FIRST, recovery_action=1)
@@ -267,8 +300,7 @@ def test_a_gpu_comes_back_when_the_driver_has_needed_nothing_for_a_while(ward: W
     ward.tick_for(WELL_S_FIRST)
     assert ward.mark is not None
     ward.tick()
-    assert (ward.mark, ward.watched) == (None, ["GPU-a"])
-    assert "GPU-a" in ward.board.occupants(), "and is proved free before anything starts on it"
+    assert (ward.mark, ward.watched) == (None, ["GPU-a"]), "it is to be proved free before it is used"
 
 
 def test_without_a_verdict_a_reset_must_be_seen(ward: Ward) -> None:

@@ -327,6 +327,15 @@ def test_changes_since_a_revision_come_oldest_first(journal: SqliteJournal) -> N
     assert list(journal.jobs_since(journal.head)) == []
 
 
+def test_jobs_that_finished_since_a_revision_are_final_and_have_changed(journal: SqliteJournal) -> None:
+    ledger = Ledger(journal, Policy())
+    live(ledger, *life(1))
+    revision = journal.head
+    live(ledger, (submission(2),), *life(3))
+    assert [job.id for job in journal.finished_since(revision)] == ["j3"]
+    assert {job.id for job in journal.finished_since(0)} == {"j1", "j3"}
+
+
 def test_usage_sums_by_key_and_time_and_pages(journal: SqliteJournal) -> None:
     ledger = Ledger(journal, Policy())
     for at_s, job, gpu, ms in (
@@ -348,7 +357,7 @@ def test_usage_sums_by_key_and_time_and_pages(journal: SqliteJournal) -> None:
     assert sums("job_id", 10.0, 20.0) == {"": 7, "j1": 5}
     assert sums("job_id", 20.0) == {"j1": 11, "j2": 13}
     assert sums("job_id", after="j1") == {"j2": 13}
-    assert journal.node_state().booked_s == 30.0
+    assert journal.node_state().booked_seq == journal.head
 
 
 def test_a_filter_takes_all_its_conditions_together(journal: SqliteJournal) -> None:

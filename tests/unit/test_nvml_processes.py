@@ -8,7 +8,7 @@ import pytest
 from scheduler.effects import nvml_processes
 from scheduler.model.gpus import GpuProcess
 
-PID = 4711
+PID = 5_000_000  # more than Linux gives out
 NO_SUCH_UID = 2**31 - 3
 
 
@@ -67,14 +67,17 @@ def test_a_name_can_not_steer_a_terminal_and_is_bounded(process: Path) -> None:
 
 def test_a_pid_without_a_process_is_an_unknown_holder(process: Path) -> None:
     assert nvml_processes.merge_processes([("graphics", PID + 1, 2**30)]) == (
-        GpuProcess(0, 1024, "graphics"),
+        GpuProcess(0, 1024, "graphics", listed_pid=PID + 1),
     )
 
 
 @pytest.mark.parametrize("pid", [0, 2**32 - 1, 2**32])
 def test_an_impossible_pid_is_an_unknown_holder_each_time(process: Path, pid: int) -> None:
     twice = [("compute", pid, None), ("graphics", pid, None)]
-    assert nvml_processes.merge_processes(twice) == (GpuProcess(0), GpuProcess(0, kind="graphics"))
+    assert nvml_processes.merge_processes(twice) == (
+        GpuProcess(0, listed_pid=pid),
+        GpuProcess(0, kind="graphics", listed_pid=pid),
+    )
 
 
 def test_the_order_of_the_lists_does_not_matter_but_for_the_kind(process: Path) -> None:

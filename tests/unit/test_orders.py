@@ -52,7 +52,7 @@ class World:
     def forget(self, key: AttemptKey) -> None:
         self.said.append(("forget", key))
 
-    def watch(self, uuid: str, *, once: bool = False) -> None:
+    def watch(self, uuid: str, *, nobody_left: bool = False) -> None:
         self.said.append(("watch", uuid))
 
     def environment(self, number: int) -> dict[str, str]:

@@ -45,6 +45,7 @@ def explanation(number: int, reason: Reason | None, **others: Any) -> Explanatio
         "obstacles": (),
         "remedies": (),
         "awaited": (),
+        "gpus": (),
         "expected_start_us": None,
         "ahead": 0,
         "behind_promise_of": None,
@@ -196,7 +197,7 @@ def test_a_preemptor_is_told_whose_stop_it_waits_for_and_when_they_are_gone_at_t
     leaving = running(1, "GPU-0", state="PREEMPTING", preemptor=9, stop_us=NOW_US - 2 * S, grace_us=30 * S)
     world = W(jobs=(leaving, J(9)), gpus=gpus(1))
     assert explained(world, 9) == explanation(
-        9, Reason.WAITING_FOR_HANDOVER, awaited=(1,), expected_start_us=NOW_US + 28 * S
+        9, Reason.WAITING_FOR_HANDOVER, awaited=(1,), gpus=("GPU-0",), expected_start_us=NOW_US + 28 * S
     )
 
 

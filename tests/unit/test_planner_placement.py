@@ -218,7 +218,7 @@ def test_ten_thousand_equal_jobs_are_refused_by_one_try() -> None:
     many = tuple(J(number, BATCH, cpus=number % 3) for number in range(2, 10_002))
     world = W(jobs=(held(1, "GPU-0"), *many), gpus=gpus(1))
     planner = Planner(snapshot(world), POLICY)
-    planner.queue.set_aside(planner.world.layout)
+    planner.queue.set_aside(planner.world)
     tries = 0
     for _, request in planner.queue.requests():
         tries += 1

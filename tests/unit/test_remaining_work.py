@@ -1,4 +1,4 @@
-"""Remaining work: what is saved of ended attempts, how long the next takes, what it is worth by order of value."""
+"""Remaining work: what is saved of ended attempts, how long the next takes, what it is worth by value."""
 
 import asyncio
 from dataclasses import replace

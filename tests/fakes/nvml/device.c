@@ -150,20 +150,19 @@ int nvmlDeviceGetUtilizationRates(struct gpu *gpu, struct utilization *rates) {
     return give32(FIGURE(gpu, utilization_percent), &rates->gpu);
 }
 
-static int encoder_or_decoder(unsigned *percent, unsigned *period_us) {
-    *percent = 0;
+static int engine(uint64_t busy_percent, unsigned *percent, unsigned *period_us) {
     *period_us = 167000;
-    return SUCCESS;
+    return give32(busy_percent, percent);
 }
 
 int nvmlDeviceGetEncoderUtilization(struct gpu *gpu, unsigned *percent, unsigned *period_us) {
     ENTER_GPU(gpu);
-    return encoder_or_decoder(percent, period_us);
+    return engine(gpu->encoder_percent, percent, period_us);
 }
 
 int nvmlDeviceGetDecoderUtilization(struct gpu *gpu, unsigned *percent, unsigned *period_us) {
     ENTER_GPU(gpu);
-    return encoder_or_decoder(percent, period_us);
+    return engine(gpu->decoder_percent, percent, period_us);
 }
 
 int nvmlDeviceGetPcieThroughput(struct gpu *gpu, int counter, unsigned *kib_per_s) {
@@ -357,6 +356,7 @@ struct field {
 };
 
 enum { TYPE_UINT = 1, TYPE_ULONGLONG = 3, SCOPE_GPU = 0 };
+#define EVERY_LINK UINT32_MAX
 
 static uint64_t field_value(struct gpu *gpu, const struct field *field) {
     int is_ours = field->scope == gpu->power_scope;
@@ -369,7 +369,10 @@ static uint64_t field_value(struct gpu *gpu, const struct field *field) {
         case 191: return FIGURE(gpu, energy_mj);
         case 91: return link_count(gpu) ? link_count(gpu) : ABSENT;
         case 138:
-        case 139: return field->scope < link_count(gpu) ? gpu->link_kib : ABSENT;
+        case 139:
+            if (gpu->link_kib == ABSENT || !link_count(gpu)) return ABSENT;
+            if (field->scope == EVERY_LINK) return gpu->link_kib * link_count(gpu);
+            return field->scope < link_count(gpu) ? gpu->link_kib : ABSENT;
         case 142: return gpu->remapped_corrected;
         case 143: return gpu->remapped_uncorrected;
         case 144: return gpu->remap_pending;

@@ -4,7 +4,10 @@
  * The draw is kept as steps, so that any process can tell at any moment what was drawn until then. The fake's
  * time may be set by hand (`clock_ns`): then all of it is exact.
  */
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "state.h"
 
@@ -15,12 +18,13 @@
 #define REASON_IDLE 0x1
 #define REASON_POWER_CAP 0x4
 
-int64_t time_ns(const struct state *all) {
-    if (all->clock_ns) return all->clock_ns;
+int64_t monotonic_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * NS_PER_S + now.tv_nsec;
 }
+
+int64_t time_ns(const struct state *all) { return all->clock_ns ? all->clock_ns : monotonic_ns(); }
 
 uint64_t enforced_mw(const struct gpu *gpu) {
     if (gpu->limit_enforced_mw != LIVE) return gpu->limit_enforced_mw;
@@ -152,9 +156,20 @@ void fake_forget(struct state *all) {
     pthread_mutex_unlock(&all->lock);
 }
 
+/* Events are awaited on the lower half of their number, by whatever process. */
+static uint32_t *event_futex(struct state *all) {
+    return (uint32_t *)&all->event_count + (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__);
+}
+
+void await_event(struct state *all, uint64_t seen, int64_t within_ns) {
+    struct timespec within = {within_ns / NS_PER_S, within_ns % NS_PER_S};
+    syscall(SYS_futex, event_futex(all), FUTEX_WAIT, (uint32_t)seen, &within, NULL, 0);
+}
+
 void fake_event(struct state *all, unsigned gpu, uint64_t type, uint64_t data, unsigned instance) {
     lock_state(all);
     all->events[all->event_count % EVENTS_MAX] = (struct event){type, data, gpu, instance, instance, 0};
     __atomic_add_fetch(&all->event_count, 1, __ATOMIC_SEQ_CST);
     pthread_mutex_unlock(&all->lock);
+    syscall(SYS_futex, event_futex(all), FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 }

@@ -34,6 +34,7 @@ INSTANCES_MAX = 8
 STEPS_MAX = 64
 ANY_GPU = -1
 NO_INSTANCE = 2**32 - 1
+KIB = 2**10
 GIB = 2**30
 LISTS = ("compute", "graphics", "mps")
 NVLINK_TO_SWITCH = 2
@@ -111,7 +112,7 @@ class Step(ctypes.Structure):
 class Gpu(ctypes.Structure):
     _fields_ = (
         ("uuid_bytes", ctypes.c_char * 96),
-        ("name", ctypes.c_char * 96),
+        ("name", ctypes.c_char * 256),
         ("bus_id", ctypes.c_char * 32),
         *((figure, ctypes.c_uint64) for figure in (*GPU_FIGURES, *GPU_INPUTS)),
         ("lost", ctypes.c_int32),

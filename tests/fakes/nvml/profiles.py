@@ -21,6 +21,8 @@ WHOLE = {
     "memory_used": 4 * MIB,
     "utilization_percent": 0,
     "memory_utilization_percent": 0,
+    "encoder_percent": 0,
+    "decoder_percent": 0,
     "power_instant_mw": 71_800,
     "power_average_mw": 72_000,
     "limit_enforced_mw": LIVE,

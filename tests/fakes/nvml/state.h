@@ -39,7 +39,7 @@ enum {
 /* What a GPU reports: a number, ABSENT or, where draw.c has it, LIVE. */
 #define FIGURES(X)                                                                                  \
     X(memory_total) X(memory_reserved) X(memory_used)                                               \
-    X(utilization_percent) X(memory_utilization_percent)                                            \
+    X(utilization_percent) X(memory_utilization_percent) X(encoder_percent) X(decoder_percent)      \
     X(power_instant_mw) X(power_average_mw)                                                         \
     X(limit_mw) X(limit_enforced_mw) X(limit_min_mw) X(limit_max_mw) X(limit_default_mw)            \
     X(energy_mj) X(temperature_celsius) X(memory_temperature_celsius)                               \
@@ -88,7 +88,7 @@ struct step {
 #define AS_U64(name) uint64_t name;
 struct gpu {
     char uuid[96];
-    char name[96];
+    char name[256]; /* longer than a caller's buffer may be */
     char bus_id[32];
     FIGURES(AS_U64)
     INPUTS(AS_U64)
@@ -162,7 +162,9 @@ void lock_state(struct state *all);
     } while (0)
 
 /* draw.c */
+int64_t monotonic_ns(void);
 int64_t time_ns(const struct state *all);
+void await_event(struct state *all, uint64_t seen, int64_t within_ns);
 void draw_changed(struct state *all, struct gpu *gpu);
 uint64_t enforced_mw(const struct gpu *gpu);
 uint64_t live(struct state *all, struct gpu *gpu, const uint64_t *figure);

@@ -1,0 +1,25 @@
+"""Numbers of NVML's field-value call, as its header has them; most of a sample comes with one call."""
+
+ECC_CORRECTED = 3
+ECC_UNCORRECTED = 4
+POWER_CAPPED_NS = 74
+MEMORY_TEMPERATURE = 82
+NVLINKS = 91
+NVLINK_TX_KIB = 138  # their scope is the number of a link, or all
+NVLINK_RX_KIB = 139
+REMAPPED_CORRECTED = 142
+REMAPPED_UNCORRECTED = 143
+REMAP_PENDING = 144
+REMAP_FAILURE = 145
+POWER_AVERAGE = 185
+POWER_INSTANT = 186  # GetPowerUsage is a 1 s average on Ampere and newer, this one is not
+RECOVERY_ACTION = 230
+SMOOTHING_ENABLED = 251
+SMOOTHING_RAMP_DOWN = 262  # its scope is the number of a preset profile
+SMOOTHING_PROFILE = 264
+SMOOTHING_RAMP_DOWN_OVERRIDE = 267
+NOT_OVERRIDDEN = 2**32 - 1
+EVERY_NVLINK = 2**32 - 1
+
+# Which member of the value's union is valid, by its valueType.
+VALUE_MEMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")

@@ -1,0 +1,115 @@
+"""What a plan remembers and bounds, and rates once for all alike nodes, saves work and changes nothing."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.model.policy import Order, Policy
+from scheduler.model.snapshot import PENDING, Snapshot
+from scheduler.planning import alike, fragmentation, horizon, kept, search, world
+from scheduler.planning.allocator import Node, host_fits
+from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.kept import Kept
+from scheduler.planning.planner import Planner, digest, plan
+from scheduler.planning.preemption import choose_victims
+from scheduler.planning.queue import request_of
+from scheduler.planning.valuation import rank_key
+from scheduler.simulation import worlds as drawn
+from tests.fakes.worlds import W, snapshot
+from tests.properties.strategies import contested, fleets, policies
+
+
+class _Forgetful(Kept):
+    """Computes everything anew whenever it is asked for."""
+
+    def column(self, key: Hashable, made: Callable[[Any], Any]) -> Any:
+        return made(xp.arange(self._nodes, dtype=xp.int64))
+
+
+def _planned(made: Callable[[], Snapshot], policy: Policy, *patches: tuple[Any, str, Any]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        for patched in patches:
+            patch.setattr(*patched)
+        return digest(plan(made(), policy))
+
+
+# So that a few nodes are treated as a fleet is.
+FLEET = ((search, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
+# Nothing is remembered but what a node and its jobs are.
+FORGETFUL = (
+    *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, world)),
+    (Node, "choices", property(lambda _: {}, lambda *_: None)),
+    (search, "first_turn", lambda *_: (False, 0, 0, 0)),
+)
+TIGHT = ((kept, "VALUES_MAX", 1), (alike, "ANSWERS_MAX", 1), (alike, "STATES_MAX", 1))
+
+
+@given(st.one_of(fleets(), contested()), policies())
+def test_few_nodes_get_the_same_plan_as_if_they_were_a_fleet(few: W, policy: Policy) -> None:
+    assert _planned(lambda: snapshot(few), policy, *FLEET) == _planned(lambda: snapshot(few), policy)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("order", Order)
+def test_what_a_plan_of_a_fleet_remembers_changes_nothing_and_nor_does_forgetting(
+    seed: int, order: Order
+) -> None:
+    policy = Policy(order=order)
+    expected = _planned(lambda: drawn.world(300, 120, seed), policy)
+    for patches in (FLEET, (*FLEET, *FORGETFUL), (*FLEET, *TIGHT)):
+        assert _planned(lambda: drawn.world(300, 120, seed), policy, *patches) == expected
+
+
+@given(st.one_of(fleets(), contested()), policies())
+def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_helps(
+    few: W, policy: Policy
+) -> None:
+    made = snapshot(few)
+    planner = Planner(made, policy)
+    horizons = horizon.Horizons(planner.world, policy.order)
+    pending = sorted(
+        (request_of(made.jobs, row) for row in rows_where(made.jobs.state == PENDING).tolist()),
+        key=lambda request: rank_key(
+            policy.order, request.job_class, request.priority, request.value, request.number
+        ),
+    )
+    for request in pending:
+        bounds = horizons.of(request).bounds(request).tolist()
+        for node, bound in zip(planner.world.nodes(), bounds, strict=True):
+            candidates = planner.candidates(request, node)
+            chosen = choose_victims(request, node, candidates)
+            if chosen is not None and not node.drains:
+                loss = sum(victim.loss_microusd for victim in chosen[1])
+                assert bound <= loss
+                if host_fits(request, node.soon):
+                    horizons.of(request).learn(request, node.row, loss, len(candidates))
+
+
+def test_a_column_is_computed_where_a_node_changed_and_keeps_what_was_written_elsewhere() -> None:
+    asked: list[list[int]] = []
+
+    def made(rows: Any) -> Any:
+        asked.append(rows.tolist())
+        return rows * 10
+
+    columns = Kept(4)
+    columns.column("a", made)[1] = 7
+    columns.changed(2)
+    columns.changed(2)
+    assert columns.column("a", made).tolist() == [0, 7, 20, 30]
+    columns.changed(1)
+    assert columns.column("a", made).tolist() == [0, 10, 20, 30]
+    assert columns.column("a", made).tolist() == [0, 10, 20, 30]
+    assert asked == [[0, 1, 2, 3], [2], [1]]
+
+
+def test_the_column_that_was_asked_for_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "VALUES_MAX", 8)
+    asked: list[str] = []
+    columns = Kept(4)
+    for key in "abacb":
+        columns.column(key, lambda rows, key=key: asked.append(key) or rows)
+    assert asked == ["a", "b", "c", "b"]
