@@ -328,6 +328,8 @@ class OpenAdr:
     async def _offer(self, terms: Terms, now_s: float) -> str:
         """Take it on, as soon and as far as it can be reached; returns what is wrong with it."""
         start_s, floor_w = self._soonest(terms, now_s)
+        if not terms.event_id:  # the configuration says from when on: from now
+            start_s = max(start_s, now_s)
         event = self._event(terms, start_s, max(terms.budget_w, floor_w), now_s)
         try:
             await self._control.ask(OfferGridEvent(event))

@@ -82,7 +82,7 @@ def wanted(
     problems = list(signals.problems)
     limits = _strongest(signals.spans, Payload.IMPORT_CAPACITY_LIMIT)
     terms = [
-        *_subscriptions(signals.spans, limits, fallback_w, now_s),
+        *_subscriptions(signals.spans, limits, fallback_w),
         *(Terms(TermsKind.LIMIT, s.event_id, s.start_s, s.end_s, s.value) for s in limits),
         *_dispatches(signals.spans, config, least_w, problems),
         *_alerts(signals.spans, config, least_w),
@@ -90,6 +90,7 @@ def wanted(
     checked = [
         Terms(t.kind, t.event_id, t.start_s, t.end_s, min(WATTS_MAX, max(least_w, t.budget_w)), t.emergency)
         for t in terms
+        if t.end_s > now_s
     ]
     checked.sort(key=lambda t: (t.kind is not TermsKind.SUBSCRIPTION, t.start_s, t.end_s, t.kind, t.event_id))
     if len(checked) > TERMS_MAX:
@@ -102,13 +103,14 @@ def _strongest(spans: Sequence[Span], payload: Payload) -> tuple[Span, ...]:
 
 
 def _subscriptions(
-    spans: Sequence[Span], limits: tuple[Span, ...], fallback_w: float | None, now_s: float
+    spans: Sequence[Span], limits: tuple[Span, ...], fallback_w: float | None
 ) -> Iterator[Terms]:
     """The subscription and what is reserved beside it, but where a limit allows more."""
     named = [span for span in spans if span.payload is Payload.IMPORT_CAPACITY_SUBSCRIPTION]
     if fallback_w is not None:
         payload = Payload.IMPORT_CAPACITY_SUBSCRIPTION
-        named.append(Span("", payload, PRIORITY_WEAKEST + 1, now_s, FOREVER_S, fallback_w))
+        # From the beginning of time on: the same terms in each poll.
+        named.append(Span("", payload, PRIORITY_WEAKEST + 1, 0.0, FOREVER_S, fallback_w))
     subscribed = strongest(named, lambda span: span.value)
     reserved = _strongest(spans, Payload.IMPORT_CAPACITY_RESERVATION)
     before: Terms | None = None

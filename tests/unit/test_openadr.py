@@ -80,7 +80,8 @@ def terms(*events: Any, **fields: Any) -> list[tuple[str, float, float, float, b
 
 def row(t: Terms) -> tuple[str, float, float, float, bool]:
     end_h = math.inf if t.end_s == FOREVER_S else (t.end_s - NOW_S) / HOUR_S
-    return t.kind.value, (t.start_s - NOW_S) / HOUR_S, end_h, t.budget_w, t.emergency
+    start_h = (t.start_s - NOW_S) / HOUR_S if t.start_s else -math.inf
+    return t.kind.value, start_h, end_h, t.budget_w, t.emergency
 
 
 # Time --------------------------------------------------------------------------------------------
@@ -334,7 +335,6 @@ def test_a_reservation_adds_to_the_subscription_that_the_vtn_names() -> None:
     subscribed = event(("IMPORT_CAPACITY_SUBSCRIPTION", 4), name="s", intervalPeriod=period)
     reserved = event(("IMPORT_CAPACITY_RESERVATION", 2), name="r")
     assert terms(subscribed, reserved, fallback_w=5000.0) == [
-        ("subscription", -1, 0, 4000.0, False),
         ("subscription", 0, 1, 6000.0, False),
         ("subscription", 1, math.inf, 4000.0, False),
     ]
@@ -350,6 +350,6 @@ def test_the_nearest_intervals_and_the_subscription_are_taken_where_there_are_to
     many = event(*(("IMPORT_CAPACITY_LIMIT", 1 + n % 2) for n in range(200)))
     found = follows(many, fallback_w=5000.0)
     assert len(found.terms) == TERMS_MAX
-    assert row(found.terms[0]) == ("subscription", 0, math.inf, 5000.0, False)
+    assert row(found.terms[0]) == ("subscription", -math.inf, math.inf, 5000.0, False)
     assert [t.start_s for t in found.terms[1:]] == sorted(t.start_s for t in found.terms[1:])
     assert found.problems == (f"only the nearest {TERMS_MAX} of 201 intervals are taken",)
