@@ -29,6 +29,7 @@ class _State:
         self.tokens: set[str] = set()
         self.token_s = 3600.0
         self.fault = ""
+        self.token_url = ""  # empty: its own
         self.events: dict[str, dict[str, Any]] = {}
         self.program: dict[str, Any] = {"id": "p0", "programName": PROGRAM, "payloadDescriptors": []}
         self.subscriptions: list[dict[str, Any]] = []
@@ -93,7 +94,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             key = f"{self.command} {path}"
             state.counts[key] = state.counts.get(key, 0) + 1
         if key == "GET /auth/server":
-            self._say(200, {"tokenURL": f"http://{self.headers['Host']}/auth/token"})
+            own = f"http://{self.headers['Host']}/auth/token"
+            self._say(200, {"tokenURL": state.token_url or own})
         elif key == "POST /auth/token":
             self._token(urllib.parse.parse_qs(body.decode()))
         elif (self.headers.get("Authorization") or "").removeprefix("Bearer ") not in state.tokens:
@@ -157,6 +159,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             state.released.set() if value != "hang" else state.released.clear()
         elif what == "token":
             state.token_s = value
+        elif what == "token_url":
+            state.token_url = value
         elif what == "revoke":
             state.tokens.clear()
         self._say(200, {"counts": state.counts, "subscriptions": state.subscriptions})

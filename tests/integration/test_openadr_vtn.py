@@ -80,6 +80,14 @@ def test_a_wrong_secret_is_said_and_not_shown(config: OpenAdrConfig) -> None:
 
 
 @pytest.mark.parametrize(
+    "url", ["http://example.org/token", "file:///etc/passwd", "https://u:p@example.org/"]
+)
+def test_the_secret_goes_nowhere_that_can_not_be_trusted(url: str, vtn: Vtn, config: OpenAdrConfig) -> None:
+    vtn.tell("token_url", url)
+    assert "a URL that can't be trusted" in problem(HttpVtn(config, PATIENT_S))
+
+
+@pytest.mark.parametrize(
     ("content", "mode", "words"),
     [(b"s", 0o604, "chmod o-rwx"), (b"", 0o600, "must hold the secret"), (b"\xff", 0o600, "is no text")],
 )
