@@ -4,6 +4,9 @@ PYTHON ?= python3
 SIMULATE ?= 8xH100
 # Seeds of each kind that the hunt for a cycle of preemptions goes through in test-all.
 HUNT_RUNS ?= 1000
+# Seeds of the fault simulation in test-all.
+FAULT_SEEDS ?= 200
+SEED ?= 0
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +15,8 @@ COMPILED := $(VENV)/.compiled
 
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
 # Fast: no GPU, no root, no network but loopback.
-FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py)
+FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py \
+  tests/simulation/test_fault_seeds.py tests/simulation/test_scenarios.py)
 # Slow: these want root, Prometheus, systemd or a GPU with CuPy, and say so when they skip.
 SLOW_TESTS := $(wildcard tests/simulation tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
@@ -27,7 +31,7 @@ identity = $(shell $(1) -c '$(IDENTIFY)' 2>/dev/null | tr -c '[:alnum:]/.\n' _)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-all lint fmt proto bench install clean
+.PHONY: help setup demo run test test-all sim lint fmt proto bench install clean
 
 help: ## Print this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,7 +48,10 @@ test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
 	$(PY) -m pytest $(FAST_TESTS)
 
 test-all: $(COMPILED) ## All tests: also real Prometheus, real systemd, fault simulation
-	HUNT_RUNS=$(HUNT_RUNS) $(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
+	HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) $(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
+
+sim: $(COMPILED) ## Print the story of one seed of the fault simulation (SEED=7); where it fails, the shortest that does
+	$(PY) -m tests.simulation $(SEED)
 
 lint: $(COMPILED) ## Check style, types, the floors, protos, alert rules and units
 	$(VENV)/bin/ruff check $(PYTHON_SOURCES)

@@ -13,6 +13,7 @@
     │   └── Unavailable         the node can't do it at the moment             UNAVAILABLE
     └── NodeError               the operator must act
         ├── ConfigError         a key of the config file, with its line
+        ├── InputError          a cell of a file given to `simulate`, with its line
         ├── JournalError
         │   ├── JournalCorrupt  the chain is broken or a row can't be read
         │   ├── JournalFull     the disk took no more
@@ -115,6 +116,10 @@ class NodeError(WattshiftError):
 
 class ConfigError(NodeError):
     """A key of the configuration is wrong; the message names file, line and key."""
+
+
+class InputError(NodeError):
+    """A file given to the simulation is wrong; the message names file, line and column."""
 
 
 class JournalError(NodeError):

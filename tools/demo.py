@@ -26,12 +26,21 @@ from scheduler.v1 import (
     node_pb2,
     node_service_pb2,
     node_service_pb2_grpc,
+    power_pb2,
+    power_service_pb2,
+    power_service_pb2_grpc,
 )
 
 WAIT_S = 20.0
+GRID_W = 2600.0
+MET = power_pb2.SHED_STATE_MET
 WATTSHIFT = Path(sys.executable).with_name("wattshift")
 
 CONFIG = """\
+[power]
+return_w_per_s = 1000.0
+return_jitter_s = 1.0
+
 [[standing_jobs]]
 name = "miner"
 class = "mining"
@@ -65,6 +74,7 @@ class Demo:
         self.channel = grpc.insecure_channel(f"unix://{self.socket}")
         self.jobs = job_service_pb2_grpc.JobServiceStub(self.channel)
         self.node = node_service_pb2_grpc.NodeServiceStub(self.channel)
+        self.power = power_service_pb2_grpc.PowerServiceStub(self.channel)
 
     # Words ------------------------------------------------------------------------------------
 
@@ -212,7 +222,10 @@ class Demo:
         self.title("7. The paying jobs leave: training goes on where it was, mining returns by itself")
         self.return_of_mining(training.id, inference.id)
 
-        self.title("8. The journal: every decision, in one chain")
+        self.title("8. The grid calls for less: the least valuable work goes, and comes back")
+        self.shed()
+
+        self.title("9. The journal: every decision, in one chain")
         verified = subprocess.run(
             [WATTSHIFT, "journal", "verify", "--state-dir", self.directory / "state"],
             capture_output=True,
@@ -269,6 +282,36 @@ class Demo:
             self.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=job_id), timeout=5)
         self.until("eight miners mine again", lambda: len(self.running("miner")) == 8)
 
+    def shed(self) -> None:
+        trainer = job_pb2.JobSpec(name="train", command=["/bin/sleep", "600"], gpus=4)
+        setattr(trainer, "class", job_pb2.JOB_CLASS_TRAINING)
+        training = self.submit(trainer)
+        self.tell_preemption(training.id, 4)
+        pid = self.get(training.id).attempts[-1].pid
+        self.until("the site draws more than 4 kW", lambda: self.draw_w() > 4000)
+
+        event = power_pb2.GridEvent(id="grid-1", budget_w=GRID_W)
+        event.start.FromMicroseconds(round((time.time() + 6) * 1e6))
+        event.end.FromMicroseconds(round((time.time() + 12) * 1e6))
+        self.power.SubmitGridEvent(power_service_pb2.SubmitGridEventRequest(event=event), timeout=5)
+        self.say(f"accepted: at most {GRID_W:g} W from 6 s on, for 6 s")
+        self.until("measured watts say that it is met", lambda: self.grid_event().state == MET)
+        met = self.grid_event()
+        early_s = (met.start.ToMicroseconds() - met.shed_ended_at.ToMicroseconds()) / 1e6
+        self.say(f"   {met.measured_w:.0f} W measured on all boards, {early_s:.1f} s before it had to be")
+        self.claim(met.measured_w <= GRID_W, "the site draws no more than was asked")
+        self.claim(self.get(training.id).attempts[-1].pid == pid, "training went on all the while")
+        self.claim(len(self.running("miner")) < 4, "miners gave way")
+        self.until("the event is over and four miners mine again", lambda: len(self.running("miner")) == 4)
+        self.jobs.CancelJob(job_service_pb2.CancelJobRequest(job_id=training.id), timeout=5)
+
+    def draw_w(self) -> float:
+        return self.power.GetPower(power_service_pb2.GetPowerRequest(), timeout=5).power.draw_w
+
+    def grid_event(self) -> power_pb2.GridEvent:
+        request = power_service_pb2.ListGridEventsRequest(all=True)
+        return self.power.ListGridEvents(request, timeout=5).events[0]
+
 
 def _is_alive(pid: int) -> bool:
     try:
@@ -304,7 +347,7 @@ def main() -> int:
         demo.tell()
     except (NotShown, grpc.RpcError) as error:
         failure = error.details() if isinstance(error, grpc.RpcError) else str(error)  # type: ignore[attr-defined]
-    demo.title("9. Nothing stays")
+    demo.title("10. Nothing stays")
     demo.stop()
     deadline = time.monotonic() + WAIT_S
     while (left := _left_running(directory)) and time.monotonic() < deadline:
@@ -323,8 +366,8 @@ def main() -> int:
     print(
         "\nShown: standing miners filled eight GPUs; a gang of four and an inference job preempted exactly\n"
         "what they needed, each hand-over verified; a kill -9 of the daemon cost no job; a trainer saved,\n"
-        "acknowledged and came back from its checkpoint; mining returned by itself; the journal's chain is\n"
-        "whole."
+        "acknowledged and came back from its checkpoint; mining returned by itself; a grid event was met by\n"
+        "measured watts, and the work came back; the journal's chain is whole."
     )
     return 0
 

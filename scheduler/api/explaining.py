@@ -36,6 +36,7 @@ _OBSTACLES = {
     Rule.CLAIMED: (Reason.CLAIMED_BY_HIGHER_RANK, "claimed by or promised to a job that goes first"),
     Rule.CPUS: (Reason.WAITING_FOR_CPUS, "CPUs are missing on the node"),
     Rule.MEMORY: (Reason.WAITING_FOR_MEMORY, "MiB of host memory are missing on the node"),
+    Rule.POWER: (Reason.WAITING_FOR_POWER, "W of boards are missing in the budget"),
     Rule.START_SLOTS: (Reason.WAITING_FOR_START_SLOT, "places for jobs with a process are missing"),
 }
 
@@ -248,6 +249,10 @@ def _remedy(remedy: Remedy, spec: JobSpec) -> str:
             return "be preemptible"
         case RemedyKind.SHORTER_DURATION:
             return f"declare an expected duration of at most {amount / _US:g} s"
+        case RemedyKind.MORE_POWER:
+            return f"a budget that leaves the GPU boards {amount} W more: `wattshift power status`"
+        case RemedyKind.LESS_DRAW:
+            return f"declare a draw of at most {amount} W per GPU: its power limit keeps it there"
         case _:
             assert_never(remedy.kind)
 

@@ -15,7 +15,7 @@ from scheduler.cli import exit_codes
 from scheduler.cli.exit_codes import ExitCode
 from scheduler.cli.failures import CliError
 from scheduler.cli.session import CONNECTION_OPTIONS, Session
-from scheduler.errors import ConfigError, WattshiftError
+from scheduler.errors import ConfigError, InputError, WattshiftError
 
 # In the order of the help: daily use first.
 COMMANDS = {
@@ -37,6 +37,7 @@ COMMANDS = {
     "release": "node",
     "power": "power",
     "usage": "usage",
+    "simulate": "simulate",
     "bench": "bench",
     "serve": "local",
     "check-config": "local",
@@ -113,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.code, *error.lines)
     except ConfigError as error:
         return _fail(ExitCode.CONFIG, str(error))
+    except InputError as error:
+        return _fail(ExitCode.INVALID, str(error))
     except WattshiftError as error:
         return _fail(ExitCode.FAILED, str(error))
     except OSError as error:

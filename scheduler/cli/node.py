@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from scheduler.cli import output, words
 from scheduler.cli.completing import complete_gpus
+from scheduler.cli.exit_codes import ExitCode
+from scheduler.cli.failures import CliError
 from scheduler.cli.session import Session, talks
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ VENDOR = "NVIDIA "  # all are; the model tells more
 # States that need no explanation.
 PLAIN_STATES = ("FREE", "ALLOCATED")
 PROCESSES_SHOWN_MAX = 3
+HOLDERS_SHOWN_MAX = 8
 
 
 @click.command()
@@ -180,19 +184,60 @@ def undrain(session: Session) -> None:
 
 
 @click.command()
+@click.option("--offline", is_flag=True, help="Without a daemon: only give power limits back.")
+@click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="With --offline: the daemon's [default: as the daemon's].",
+)
 @talks
 @click.pass_obj
-def release(session: Session) -> None:
+def release(session: Session, offline: bool, state_dir: Path | None) -> None:
     """Let go of every GPU, for a reset or a change of MIG.
 
-    Drains the node; refused while jobs hold GPUs.
+    Drains the node and gives power limits back; refused while jobs hold GPUs.
     """
+    if offline:
+        _release_offline(state_dir)
+        return
     from scheduler.v1 import node_service_pb2
 
     with session.connect() as client:
         request = node_service_pb2.ReleaseNodeRequest()
         answer = client.call(client.node.ReleaseNode, request, node_service_pb2.ReleaseNodeResponse)
     _print_node(session, answer)
+
+
+def _release_offline(state_dir: Path | None) -> None:
+    """Give back what a daemon that is gone set; the journal says what that was."""
+    import asyncio
+
+    from scheduler import paths
+    from scheduler.control.restore import restore
+    from scheduler.effects.journal_file import DATABASE_NAME
+    from scheduler.effects.journal_sqlite import SqliteJournal
+    from scheduler.effects.nvml_client import NvmlGpus
+
+    directory = state_dir or paths.for_daemon().state_dir
+    if not (directory / DATABASE_NAME).exists():
+        raise CliError(ExitCode.INVALID, f"{directory} has no journal; name the daemon's with --state-dir")
+    journal = SqliteJournal(directory, now_s=time.time())
+    try:
+        found = asyncio.run(restore(journal, NvmlGpus(), time.time()))
+    finally:
+        journal.close()
+    if found.holders:
+        jobs = ", ".join(found.holders[:HOLDERS_SHOWN_MAX])
+        raise CliError(
+            ExitCode.PRECONDITION,
+            f"jobs {jobs} may still run under the limits as they are; nothing was touched",
+        )
+    for uuid in found.done:
+        print(f"{uuid} has the power limit back that it was found with")
+    if found.failed:
+        raise CliError(ExitCode.FAILED, *found.failed)
+    if not found.done:
+        output.note("no power limit is to be given back")
 
 
 def _print_node(

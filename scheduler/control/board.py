@@ -167,11 +167,18 @@ class GpuBoard:
         return EMPTY_MIB_MAX if known is None else known
 
     def occupants(self) -> dict[str, list[Occupant]]:
-        """By GPU, what ended there and is not proved gone; or that nobody has looked yet."""
+        """By GPU, what ended there and is not proved gone; or that nobody has looked yet.
+
+        An attempt is journalled as verified when all its GPUs are. Which of them were before a restart shows
+        in that they were given on: there is no room beside who holds them now.
+        """
         found: dict[str, list[Occupant]] = {}
+        rooms: dict[str, int] = {}
         for (job_id, attempt), leaving in self._ledger.leaving.items():
             for uuid in leaving.gpus:
-                if (job_id, attempt, uuid) not in self._proved:
+                room = rooms.setdefault(uuid, SHARE_MILLI_WHOLE - self._held_milli(uuid))
+                if leaving.share_milli <= room and (job_id, attempt, uuid) not in self._proved:
+                    rooms[uuid] = room - leaving.share_milli
                     found.setdefault(uuid, []).append(
                         Occupant(job_id, attempt, leaving.share_milli, leaving.memory_mib)
                     )
@@ -179,6 +186,16 @@ class GpuBoard:
             if not self.is_held(uuid) and uuid not in found:
                 found[uuid] = [Occupant("", 0, SHARE_MILLI_WHOLE, 0)]
         return found
+
+    def is_left(self, uuid: str) -> bool:
+        """Whether an attempt of ours ended on the GPU and is not proved gone."""
+        return any(
+            uuid in leaving.gpus and (job_id, attempt, uuid) not in self._proved
+            for (job_id, attempt), leaving in self._ledger.leaving.items()
+        )
+
+    def _held_milli(self, uuid: str) -> int:
+        return sum(job.spec.gpu_share_milli for job in self.holders(uuid))
 
     def doubt(self, uuid: str) -> None:
         """The GPU must be proved free before anything starts on it."""

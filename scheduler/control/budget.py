@@ -25,12 +25,9 @@ class Budget:
         """The source that binds, or would if no watts were coming back."""
         return min(self.sources, key=lambda source: source.budget_w, default=None)
 
-    def advance(self, config: PowerConfig, now_s: float, lead_s: float, most_w: float) -> None:
-        """Go by what holds now.
-
-        `lead_s`: so long before its start an event's shed begins; `most_w`: all that the site could draw.
-        """
-        self.sources = tuple(self._sources(config, now_s, lead_s))
+    def advance(self, config: PowerConfig, now_s: float, most_w: float) -> None:
+        """Go by what holds now; `most_w`: all that the site could draw."""
+        self.sources = tuple(self._sources(config, now_s))
         tightest = self.tightest
         if self.in_force_w is None:
             self.in_force_w = tightest.budget_w if tightest else None
@@ -49,12 +46,23 @@ class Budget:
         if self.in_force_w >= wanted_w:
             self._arrive(tightest.budget_w if tightest else None, now_s)
 
+    def edges_s(self) -> list[float]:
+        """The moments at which a source begins or ends."""
+        state = self._ledger.power
+        edges = [edge for one in state.budget for edge in (one.start_s, one.end_s) if edge is not None]
+        if state.budget_valid_until_s is not None:
+            edges.append(state.budget_valid_until_s)
+        for event in state.events:
+            if event.binds:
+                edges += [event.start_s, event.end_s]
+        return edges
+
     def _arrive(self, budget_w: float | None, now_s: float) -> None:
         self.in_force_w = budget_w
         if self._ledger.power.returned_from_w is not None:
             self._ledger.apply(BudgetReturns(now_s, None, 0.0))
 
-    def _sources(self, config: PowerConfig, now_s: float, lead_s: float) -> list[Source]:
+    def _sources(self, config: PowerConfig, now_s: float) -> list[Source]:
         state = self._ledger.power
         found = []
         if config.budget_w is not None:
@@ -71,13 +79,13 @@ class Budget:
                 if one.start_s <= now_s and (one.end_s is None or now_s < one.end_s)
             ]
         for event in state.events:
-            if is_in_force(event, now_s, lead_s):
+            if is_in_force(event, now_s):
                 kind = BudgetKind.EMERGENCY if event.emergency else BudgetKind.GRID_EVENT
                 found.append(Source(kind, event.budget_w, event.end_s, event.id))
         return found
 
 
-def is_in_force(event: GridEvent, now_s: float, lead_s: float) -> bool:
-    """Whether the event binds now: a voluntary one so early that it is met when it starts."""
-    begins_s = event.start_s if event.emergency else event.start_s - lead_s
+def is_in_force(event: GridEvent, now_s: float) -> bool:
+    """Whether the event binds now: from the begin of its shed on, which may be before its start."""
+    begins_s = event.start_s if event.shed_began_s is None else event.shed_began_s
     return event.binds and begins_s <= now_s < event.end_s

@@ -30,7 +30,7 @@ class Housekeeper:
         if len(control.inbox) or control.ledger.touched:
             return
         journal.checkpoint()
-        if now_s - self._expired_s < EXPIRE_PERIOD_S:
+        if 0.0 <= now_s - self._expired_s < EXPIRE_PERIOD_S:
             return
         try:
             expired = journal.expire(now_s, state.finished_jobs_kept_s, state.finished_jobs_kept_max)

@@ -8,7 +8,7 @@ from typing import Any
 
 from scheduler.control.handover import Look
 from scheduler.effects.gpus import GpuReadings
-from scheduler.effects.launcher import LauncherHello, Report
+from scheduler.effects.launcher import LauncherGone, LauncherHello, Report
 from scheduler.errors import LimitReached
 from scheduler.model.gpus import GpuHolders, GpuLimit
 from scheduler.model.jobs import Job, JobSpec
@@ -233,8 +233,19 @@ class Inbox:
         return items
 
     def put_back(self, items: list[Item]) -> None:
-        """Put reports back in front: the tick that took them could not keep what follows from them."""
-        self._items.extendleft(reversed(items))
+        """Put reports back in front: the tick that took them could not keep what follows.
+
+        Not so commands, whose clients are told. Nor a launcher's end: it was acted on, and each try would
+        connect once more. Nor a greeting from before it: that launcher is gone.
+        """
+        ends = [at for at, item in enumerate(items) if isinstance(item, LauncherGone)]
+        kept = [
+            item
+            for at, item in enumerate(items)
+            if not isinstance(item, Asked | LauncherGone)
+            and not (isinstance(item, LauncherBack) and ends and at < ends[-1])
+        ]
+        self._items.extendleft(reversed(kept))
 
 
 def asked_job(answer: Any) -> Job:

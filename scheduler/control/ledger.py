@@ -151,6 +151,8 @@ class Ledger:
                 # Another value each time: whoever looks sees that something changed.
                 self.baselines = {**known, event.uuid: GpuBaseline(event.used_mib, event.driver_version)}
             case DaemonStarted():
+                if event.boot_id != self.boot_id:
+                    self.baselines = {}  # nothing of ours outlives a reboot: whatever is used is the driver's
                 self.boot_id = event.boot_id
             case NodeDrainChanged():
                 self.drain = event if event.draining else None

@@ -39,14 +39,16 @@ class Limits:
         self._to_send: list[tuple[str, float]] = []
 
     def in_force_w(self, gpu: GpuIdentity) -> float:
-        """The most that the board may draw now, as far as is known; 0 where it has no limit."""
+        """The most that the board may draw now, as far as is known."""
         sample = self._control.board.samples.get(gpu.uuid)
         watts = sample.power_limit_w if sample is not None else None
         answered = self._answered.get(gpu.uuid)
         if answered is not None and (sample is None or sample.at_s <= answered[1]):
             watts = answered[0]
         if watts is None:
-            watts = gpu.power_limit_w_default or gpu.power_limit_w_max or 0.0
+            watts = gpu.power_limit_w_default or gpu.power_limit_w_max
+        if watts is None:  # an instance of MIG: its part of what its GPU draws is all that is known
+            watts = sample.power_w or 0.0 if sample is not None else 0.0
         if sample is not None and sample.power_limit_w_enforced is not None and answered is None:
             watts = min(watts, sample.power_limit_w_enforced)
         return max(watts, self._asked.get(gpu.uuid, 0.0))
@@ -55,8 +57,7 @@ class Limits:
         """The least and the most that the board's limit may be set to; equal where it can't be set."""
         now_w = self.in_force_w(gpu)
         low, high = gpu.power_limit_w_min, gpu.power_limit_w_max
-        refused = self._refused.get(gpu.uuid)
-        if low is None or high is None or refused is not None:
+        if low is None or high is None or gpu.power_limit_refusal or gpu.uuid in self._refused:
             return now_w, now_w
         kept = self._control.ledger.power.limits.get(gpu.uuid)
         high = min(high, kept.found_w if kept else now_w, self._theirs.get(gpu.uuid, high))
@@ -65,7 +66,12 @@ class Limits:
     @property
     def refusals(self) -> dict[str, str]:
         """By UUID, why a board's limit can't be set."""
-        return {uuid: why for uuid, (why, _) in self._refused.items()}
+        known = {
+            gpu.uuid: gpu.power_limit_refusal
+            for gpu in self._control.board.identities
+            if gpu.power_limit_refusal
+        }
+        return known | {uuid: why for uuid, (why, _) in self._refused.items()}
 
     # Setting ------------------------------------------------------------------------------------
 
@@ -95,8 +101,11 @@ class Limits:
         self._to_send.clear()
 
     async def _set(self, uuid: str, watts: float) -> None:
+        begun_s = self._control.effects.clock.now_s()
         try:
             limit = await self._control.effects.gpus.set_power_limit(uuid, watts)
+            took_s = self._control.effects.clock.now_s() - begun_s
+            self._control.meters.power_limit_s.observe(max(0.0, took_s))
         except GpuReadError as error:
             self._control.inbox.put(LimitSet(uuid, watts, None, error.code, str(error)))
         else:
@@ -109,8 +118,14 @@ class Limits:
             forever = result.error in NEVER
             self._refused[result.uuid] = (result.message, float("inf") if forever else now_s + RETRY_S)
             self._control.meters.power_limit_errors[(result.error,)] += 1
-            log.error("the power limit of GPU %s could not be set: %s", result.uuid, result.message)
+            problem = f"the power limit of GPU {result.uuid} can't be set: {result.message}"
+            if (
+                self._control.problems.get(_problem(result.uuid)) != problem
+            ):  # told once, tried again and again
+                log.error("%s", problem)
+            self._control.problems[_problem(result.uuid)] = problem
             return
+        self._control.problems.pop(_problem(result.uuid), None)
         self._refused.pop(result.uuid, None)
         watts = result.limit.power_limit_w or result.asked_w
         self._answered[result.uuid] = (watts, now_s)
@@ -138,12 +153,12 @@ class Limits:
             return
         respects = self._control.config.power.changed_limits is ChangedLimits.RESPECT
         self._control.meters.power_limits_changed += 1
-        self._control.problems[f"power_limit {uuid}"] = (
+        self._control.problems[_problem(uuid)] = (
             f"the power limit of GPU {uuid} is {seen_w:g} W; it was set to {kept.set_w:g} W, so somebody "
             f"else changed it; {'theirs is respected' if respects else 'ours is set again'} "
             "(power.changed_limits)"
         )
-        log.warning("%s", self._control.problems[f"power_limit {uuid}"])
+        log.warning("%s", self._control.problems[_problem(uuid)])
         if respects:
             self._theirs[uuid] = seen_w
 
@@ -161,7 +176,7 @@ class Limits:
         for uuid in uuids:
             self._theirs.pop(uuid, None)
             self._answered.pop(uuid, None)
-            self._control.problems.pop(f"power_limit {uuid}", None)
+            self._control.problems.pop(_problem(uuid), None)
 
     async def _given_back(self, uuid: str, watts: float) -> bool:
         try:
@@ -170,3 +185,8 @@ class Limits:
             log.error("GPU %s could not be given its power limit of %g W back: %s", uuid, watts, error)
             return False
         return True
+
+
+def _problem(uuid: str) -> str:
+    """Under which key the controller's problems tell of a board's limit."""
+    return f"power_limit {uuid}"

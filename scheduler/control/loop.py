@@ -70,6 +70,8 @@ log = logging.getLogger("wattshift.loop")
 
 # A journal that could not be written is tried again this soon.
 JOURNAL_RETRY_S = 1.0
+# A moment nearer than this has come: clocks are no finer, and a tick must not call itself.
+WAKE_S_MIN = 0.001
 # A launcher that can't be reached is tried again: at once, then ever later.
 RECONNECT_S = 0.1
 RECONNECT_S_MAX = 5.0
@@ -141,6 +143,8 @@ class Controller:
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
         self._wake_s: float | None = None  # when time alone could change it
         self._gpus_before: GpuColumns | None = None
+        # As they were when the tick began.
+        self._before: tuple[bool, GpuColumns | None] = (self.rebooted, None)
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -339,12 +343,21 @@ class Controller:
     def _forget_turn(self) -> None:
         self.meters.tick_failures += 1
         self.ledger.abandon()
+        self._undo_turn()
+
+    def _undo_turn(self) -> None:
+        """The ledger is as it was before the tick; so must be all that was made of it."""
         self.orders.clear()
+        self.reports.recall_victims()
+        self.standing.reload()
+        self.rebooted, self._gpus_before = self._before
         self.power.limits.clear()
         self._planned = None  # the numbers of dropped events come again
+        self._release_or_acquire()
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
+        self._before = self.rebooted, self._gpus_before
         self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
@@ -366,7 +379,7 @@ class Controller:
             if not future.done():
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
-        self._wake_at(wake_s, self.prices.wake_s(now_s), now_s)
+        self._wake_at((wake_s, self.prices.wake_s(now_s), self.power.wake_s(now_s)), now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -487,11 +500,9 @@ class Controller:
     def _not_kept(self, items: list[Item], error: JournalError) -> None:
         log.error("the journal could not be written: %s", error)
         self.problems["journal"] = str(error)
-        self.orders.clear()
-        self.power.limits.clear()
-        self._planned = None
+        self._undo_turn()
         self._fail_asked(items, Unavailable(f"nothing was accepted: {error}"))
-        self.inbox.put_back([item for item in items if not isinstance(item, Asked)])
+        self.inbox.put_back(items)
         asyncio.get_running_loop().call_later(JOURNAL_RETRY_S, self._schedule)
 
     @staticmethod
@@ -517,13 +528,14 @@ class Controller:
         """The answer as it is after the whole tick: a job may have started in it."""
         return self.reports.newest(result)
 
-    def _wake_at(self, planned_s: float | None, price_s: float | None, now_s: float) -> None:
-        wake_s = min((moment for moment in (planned_s, price_s) if moment is not None), default=None)
+    def _wake_at(self, moments_s: tuple[float | None, ...], now_s: float) -> None:
+        """Tick again at the first of these moments."""
+        wake_s = min((moment for moment in moments_s if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if wake_s is not None:
-            delay_s = max(0.0, wake_s - now_s)
+            delay_s = max(WAKE_S_MIN, wake_s - now_s)
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._elapsed)
 
     def _elapsed(self) -> None:
@@ -543,7 +555,8 @@ class Controller:
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
-        if now_s - self._looked_s >= self.config.sampling.processes_period_s:
+        # A clock that was set back must not keep us from looking until it is there again.
+        if not 0.0 <= now_s - self._looked_s < self.config.sampling.processes_period_s:
             self._looked_s = now_s
             known = frozenset(self.board.row)
             self.witness.forget(known)

@@ -82,7 +82,7 @@ class Occupancy:
         """Give the GPU to nobody before it is proved free; who is on it and not ours is foreign at once."""
         control = self._control
         control.board.doubt(uuid)
-        is_left = self._is_left(uuid)
+        is_left = control.board.is_left(uuid)
         # Where jobs run and none left there is nothing to prove before one does.
         if is_left or not control.board.is_held(uuid):
             # What a job left before a restart of ours has the time that it always has.
@@ -94,10 +94,6 @@ class Occupancy:
             for uuid in of_gpus.keys() - known:
                 of_gpus.pop(uuid)
 
-    def _is_left(self, uuid: str) -> bool:
-        """Whether a job of ours ended there and is not proved gone."""
-        return any(one.job_id for one in self._control.board.occupants().get(uuid, ()))
-
     def handover(self, result: HandoverResult, now_s: float) -> None:
         """A GPU is proved free, or could not be in time."""
         control, uuid, look = self._control, result.uuid, result.look
@@ -105,7 +101,7 @@ class Occupancy:
             self._is_free(uuid, look, now_s)
             return
         mark = control.ledger.marks.get(uuid)
-        is_foreign = mark is None and not self._is_left(uuid)
+        is_foreign = mark is None and not control.board.is_left(uuid)
         if look is not None and look.strangers and (look.freed or is_foreign):
             # Nothing of ours is left there.
             self._verify(uuid, now_s)
@@ -174,7 +170,7 @@ class Occupancy:
         if control.verifier.is_watched(uuid):
             return  # a hand-over runs; its own looks decide
         mark = control.ledger.marks.get(uuid)
-        if (mark is not None and mark.reason in _UNTIL_FREE) or self._is_left(uuid):
+        if (mark is not None and mark.reason in _UNTIL_FREE) or self._control.board.is_left(uuid):
             if look.free or look.freed:
                 self.handover(HandoverResult(uuid, look, ""), now_s)
         elif look.strangers:

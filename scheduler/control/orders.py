@@ -95,19 +95,22 @@ class Orders:
         """Start the job's newest attempt (again: the launcher does it once)."""
         self._starts.append(job)
 
-    def stop(self, job: Job, attempt: Attempt) -> None:
-        """Stop an attempt as its notice says."""
+    def stop(self, job: Job, attempt: Attempt, since_s: float | None = None) -> None:
+        """Stop an attempt as its notice says; its grace runs from `since_s`, None = from the decision."""
         notice = attempt.notice
         assert notice is not None
+        deadline_s = notice.deadline_s
+        if since_s is not None:
+            deadline_s = max(deadline_s, since_s + deadline_s - notice.decided_s)
         words: dict[str, str | float] = {
             "job_id": job.id,
             "attempt": float(attempt.number),
             "reason": notice.reason.value,
             "decided_s": notice.decided_s,
-            "deadline_s": notice.deadline_s,
+            "deadline_s": deadline_s,
             "preempted_by": notice.preempted_by,
         }
-        self._stops.append(StopOrder(AttemptKey(job.id, attempt.number), notice.deadline_s, words))
+        self._stops.append(StopOrder(AttemptKey(job.id, attempt.number), deadline_s, words))
 
     def kill(self, key: AttemptKey) -> None:
         """End an attempt's grace."""
@@ -122,10 +125,12 @@ class Orders:
         self._watches[uuid] = nobody_left
 
     def clear(self) -> None:
-        """The tick was not kept: nothing follows from it."""
+        """The tick was not kept: nothing follows from it but looks at GPUs, which do no harm."""
+        watches = dict(self._watches)
         for number in self._unkept:
             self._take_back(number)
         self._begin()
+        self._watches.update(watches)
 
     def _begin(self) -> None:
         for orders in (self._kills, self._stops, self._forgets, self._starts, self._unkept):

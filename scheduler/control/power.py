@@ -7,6 +7,7 @@ budget of the next tick.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +23,14 @@ from scheduler.control.inbox import (
     PowerItem,
     SetPowerBudget,
 )
-from scheduler.control.limits import Limits
+from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.power_view import GpuPowerView, PowerView
 from scheduler.control.sheds import Sheds
+from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
 from scheduler.model.gpus import GpuIdentity
-from scheduler.model.jobs import JobClass, JobState
+from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
     GRID_EVENTS_MAX,
@@ -44,7 +46,7 @@ from scheduler.model.power_events import (
     PowerBudgetSet,
 )
 from scheduler.model.snapshot import UNKNOWN, PowerColumns
-from scheduler.planning.power import floor_w
+from scheduler.planning.power import floor_w, shed_grace_us
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
@@ -55,11 +57,18 @@ FRESH_S = 1.0
 SETTLE_S = 2.0
 # An empty board of which nothing is known yet: no common one draws more when idle.
 IDLE_W_UNKNOWN = 100.0
+# A V100S drew twice its idle watts for several seconds after the work had ended [FIELD section 3.5].
+IDLE_AFTER_S = 10.0
+# The planner sees these in steps, so that no limit follows every flicker.
+IDLE_STEP_W = 5
+CORRECTION_STEP_W = 10
 # For how long a shed is reckoned to last: until its source's end, within these.
 HORIZON_S_MIN, HORIZON_S_MAX = 60.0, 3600.0
 # What the plan's error is given back with each reading below the budget.
 CORRECTION_DECAY = 0.1
 MILLI = 1000
+# Watts that come back do so in steps of this length, where no reading comes sooner.
+RETURN_STEP_S = 1.0
 # Longer than any grace and minimum runtime that a configuration takes.
 DURATION_S_LONG = 1e9
 
@@ -75,9 +84,12 @@ class PowerControl:
         self.limits = Limits(controller)
         self.sheds = Sheds(controller, self)
         self._idle_w: dict[str, float] = {}
+        self._empty_since_s: dict[str, float] = {}
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
         self._changed_s = 0.0  # when a limit or a job last changed
         self._read_s = 0.0
+        self._give_back_s = 0.0  # not before
+        self._knows_budget = False  # the first readings come before the first look at the sources
         ledger.table.natural_w = self.draws.natural_w
         for job in ledger.jobs.values():
             ledger.table.put(job)
@@ -101,10 +113,14 @@ class PowerControl:
         return site_w / config.pue - config.base_w
 
     def measured_w(self, now_s: float) -> float | None:
-        """What the site draws by fresh readings; None where a board has none."""
-        total_w = 0.0
-        for gpu in self._control.board.identities:
-            watts = self._fresh_w(gpu.uuid, now_s)
+        """What the site draws by fresh readings; None where a board has none.
+
+        A board that the driver has lost can't be read any more: it counts as idle.
+        """
+        total_w, board = 0.0, self._control.board
+        for gpu in board.identities:
+            is_there = board.is_present(gpu.uuid)
+            watts = self._fresh_w(gpu.uuid, now_s) if is_there else self._empty_w(gpu)
             if watts is None:
                 return None
             total_w += watts
@@ -112,7 +128,9 @@ class PowerControl:
 
     def stale(self, now_s: float) -> list[str]:
         """The boards without a fresh reading."""
-        return [gpu.uuid for gpu in self._control.board.identities if self._fresh_w(gpu.uuid, now_s) is None]
+        board = self._control.board
+        present = [gpu.uuid for gpu in board.identities if board.is_present(gpu.uuid)]
+        return [uuid for uuid in present if self._fresh_w(uuid, now_s) is None]
 
     def _fresh_w(self, uuid: str, now_s: float) -> float | None:
         sample = self._control.board.samples.get(uuid)
@@ -129,16 +147,66 @@ class PowerControl:
 
     def advance(self, now_s: float) -> None:
         """Go by the budget that holds now; begin and end grid events."""
-        self.sheds.advance(now_s, self._lead_s())
-        was_active = self.is_active
-        self.budget.advance(self._control.config.power, now_s, self._lead_s(), self.most_w)
-        if was_active and not self.is_active:
-            self._give_back(list(self._control.ledger.power.limits))
+        self._knows_budget = True
+        self.sheds.advance(now_s)
+        self._cut_graces(now_s)
+        self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
 
-    def _lead_s(self) -> float:
-        """How long before its start a voluntary shed must begin: who stops has his grace, boards settle."""
-        graces = [job.spec.grace_s for job in self._control.ledger.live_jobs() if job.attempts[-1].gpus]
-        return SETTLE_S + max(graces, default=0.0)
+    def wake_s(self, now_s: float) -> float | None:
+        """The next moment at which time alone changes the budget, or ends a grace."""
+        moments = self.budget.edges_s()
+        moments += [moment for _, moment in self._cut_off()]
+        moments += [
+            self.shed_begins_s(event, now_s)
+            for event in self._control.ledger.power.events
+            if event.binds and event.state is ShedState.SCHEDULED
+        ]
+        state = self._control.ledger.power
+        if state.returned_from_w is not None:
+            moments.append(max(state.return_began_s, now_s + RETURN_STEP_S))
+        return min((moment for moment in moments if moment > now_s), default=None)
+
+    def _cut_off(self) -> list[tuple[Job, float]]:
+        """In an emergency, who gives way with a longer grace than it leaves, and when that is over."""
+        control = self._control
+        began = [
+            event.shed_began_s for event in control.ledger.power.events if event.emergency and event.binds
+        ]
+        begun_s = min((began_s for began_s in began if began_s is not None), default=None)
+        if begun_s is None:
+            return []
+        found = []
+        for job in control.ledger.live_jobs():
+            last = job.attempts[-1]
+            if last.notice is not None and last.gpus and last.acknowledged_s is None:
+                ends_s = max(begun_s, last.notice.decided_s) + control.config.power.emergency_grace_s
+                if ends_s < last.notice.deadline_s:
+                    found.append((job, ends_s))
+        return found
+
+    def _cut_graces(self, now_s: float) -> None:
+        """End the graces that are over in an emergency, of jobs that were told to go before it, too."""
+        for job, ends_s in self._cut_off():
+            if now_s >= ends_s:
+                self._control.orders.kill(AttemptKey(job.id, job.attempt))
+
+    def shed_begins_s(self, event: GridEvent, now_s: float) -> float:
+        """When an event's shed has to begin: a voluntary one so early that whoever stops has had his grace.
+
+        Whom it would stop is asked of the planner, as soon as somebody's grace is as long as what is left.
+        """
+        if event.emergency:
+            return event.start_s
+        control = self._control
+        graces = [job.spec.grace_s for job in control.ledger.live_jobs() if job.attempts[-1].gpus]
+        latest_s = event.start_s - SETTLE_S
+        if now_s < latest_s - max(graces, default=0.0):
+            return latest_s - max(graces, default=0.0)
+        snapshot = control.board.snapshot(now_s, self.columns)
+        assert snapshot.power is not None
+        boards_w = math.floor(self.boards_w(event.budget_w))
+        then = replace(snapshot, power=replace(snapshot.power, budget_w=boards_w))
+        return latest_s - shed_grace_us(then, control.config.policy) / 1e6
 
     def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
         """Journal the limits that the plan sets; they follow the commit."""
@@ -160,7 +228,7 @@ class PowerControl:
     def read(self, now_s: float) -> None:
         """Learn from a round of readings; see whether the watts are where they should be."""
         control = self._control
-        elapsed_s, self._read_s = now_s - self._read_s if self._read_s else 0.0, now_s
+        elapsed_s, self._read_s = max(0.0, now_s - self._read_s) if self._read_s else 0.0, now_s
         occupants = control.board.occupants()
         learned = []
         for gpu in control.board.identities:
@@ -174,14 +242,34 @@ class PowerControl:
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
                     learned.append(held[0])
             is_empty = not held and gpu.uuid not in occupants and gpu.uuid not in control.board.foreign
-            if is_empty and sample.power_w is not None:
-                self._see_idle(gpu.uuid, sample.power_w)
+            if not is_empty:
+                self._empty_since_s.pop(gpu.uuid, None)
+            elif sample.power_w is not None:
+                self._see_idle(gpu.uuid, sample.power_w, now_s)
         self._learn(self.draws.news(learned), now_s)
         self._close(elapsed_s, now_s)
         self.sheds.read(now_s)
+        self._tell()
+        if self._knows_budget and not self.is_active:
+            self._give_back(now_s)
 
-    def _see_idle(self, uuid: str, watts: float) -> None:
-        """After work has ended the draw falls in steps, so the least counts, slowly forgotten."""
+    def _tell(self) -> None:
+        """Say it where no plan keeps the budget."""
+        control = self._control
+        outlook = control.last_plan.power if control.last_plan is not None else None
+        if outlook is None or outlook.planned_w <= outlook.budget_w:
+            control.problems.pop("power", None)
+            return
+        control.problems["power"] = (
+            f"the power budget can't be kept: the least that a plan reaches is "
+            f"{self.site_w(outlook.planned_w):.0f} W of {self.site_w(outlook.budget_w):.0f} W; "
+            "`wattshift power status`"
+        )
+
+    def _see_idle(self, uuid: str, watts: float, now_s: float) -> None:
+        """When work has ended the draw falls for seconds; after that the least counts, slowly forgotten."""
+        if now_s - self._empty_since_s.setdefault(uuid, now_s) < IDLE_AFTER_S:
+            return
         known = self._idle_w.get(uuid, watts)
         self._idle_w[uuid] = watts if watts < known else known + 0.01 * (watts - known)
 
@@ -231,11 +319,11 @@ class PowerControl:
         until_s = tightest.until_s if tightest else None
         left_s = HORIZON_S_MAX if until_s is None else min(HORIZON_S_MAX, max(HORIZON_S_MIN, until_s - now_s))
         return PowerColumns(
-            budget_w=math.floor(self.boards_w(site_w) - self._correction_w),
+            budget_w=math.floor(self.boards_w(site_w)) - _in_steps(self._correction_w, CORRECTION_STEP_W),
             promised_w=None if promised is None else math.floor(self.boards_w(promised.budget_w)),
             promised_us=UNKNOWN if promised is None else round(promised.start_s * 1e6),
             is_emergency=any(
-                event.emergency and is_in_force(event, now_s, 0.0) for event in control.ledger.power.events
+                event.emergency and is_in_force(event, now_s) for event in control.ledger.power.events
             ),
             horizon_us=math.ceil(left_s / HORIZON_S_MIN) * round(HORIZON_S_MIN * 1e6),
             margin_milli=round(config.margin_ratio * MILLI),
@@ -243,7 +331,7 @@ class PowerControl:
             curves=tuple(
                 curve_of(control.config.policy.classes[job_class].power_curve) for job_class in JobClass
             ),
-            idle_w=_ints(math.ceil(self._empty_w(gpu)) for gpu in gpus),
+            idle_w=_ints(_in_steps(self._empty_w(gpu), IDLE_STEP_W) for gpu in gpus),
             limit_w=_ints(math.ceil(self.limits.in_force_w(gpu)) for gpu in gpus),
             limit_w_min=_ints(math.ceil(low) for low, _ in ranges),
             limit_w_max=_ints(math.ceil(high) for _, high in ranges),
@@ -387,8 +475,11 @@ class PowerControl:
 
     # The end ------------------------------------------------------------------------------------
 
-    def _give_back(self, uuids: list[str]) -> None:
-        if uuids:
+    def _give_back(self, now_s: float) -> None:
+        """Without a budget no limit is ours; what fails is tried again."""
+        uuids = list(self._control.ledger.power.limits)
+        if uuids and now_s >= self._give_back_s:
+            self._give_back_s = now_s + RETRY_S
             self._control.spawn(self._gives_back(uuids))
 
     async def _gives_back(self, uuids: list[str]) -> None:
@@ -398,17 +489,21 @@ class PowerControl:
 
     async def leave(self) -> None:
         """Give back every limit of a board that no job holds any more, before its handle is let go."""
-        limits = self._control.ledger.power.limits
-        uuids = [] if self._control.ledger.live else list(limits)
-        done = await self.limits.give_back(uuids)
+        ledger, board = self._control.ledger, self._control.board
+        is_held = any(board.is_held(gpu.uuid) for gpu in board.identities)
+        done = await self.limits.give_back([] if is_held else list(ledger.power.limits))
         if done:
             self.limits.given_back(done)
-            self._control.ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
+            ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
 
 
 def curve_of(points: tuple[tuple[float, float], ...]) -> Curve:
     """A configured curve in thousandths."""
     return Curve(tuple((round(draw * MILLI), round(work * MILLI)) for draw, work in points))
+
+
+def _in_steps(watts: float, step_w: int) -> int:
+    return math.ceil(watts / step_w) * step_w
 
 
 def _ints(values: Any) -> Any:

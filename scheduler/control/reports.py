@@ -85,11 +85,11 @@ class ReportHandler:
         control.problems.pop("launcher", None)
         self._apply(LauncherConnected(now_s, hello.launcher_id))
         held = {(one.key.job_id, one.key.attempt): one for one in hello.attempts}
-        self._recall_victims()
+        self.recall_victims()
         for job in list(control.ledger.live_jobs()):
             mine = held.pop((job.id, job.attempt), None)
             if mine is not None:
-                self._adopt(job, mine)
+                self._adopt(job, mine, now_s)
             elif job.attempts[-1].launcher_id == hello.launcher_id and job.attempts[-1].started_s is None:
                 self._say_again(job)
             else:
@@ -102,8 +102,8 @@ class ReportHandler:
                 control.orders.kill(key)
         control.rebooted = False  # whatever is lost from here on is lost otherwise
 
-    def _recall_victims(self) -> None:
-        """Know again, after a restart, who stops for whom."""
+    def recall_victims(self) -> None:
+        """Know again, after a restart or a tick that was not kept, who stops for whom."""
         self._victims.clear()
         for job in self._control.ledger.jobs.values():
             last = job.last
@@ -117,13 +117,14 @@ class ReportHandler:
         """The job is final: nobody stops for it any more."""
         self._victims.pop(number, None)
 
-    def _adopt(self, job: Job, held: HeldAttempt) -> None:
+    def _adopt(self, job: Job, held: HeldAttempt, now_s: float) -> None:
         for report in held.reports:
             self.report(report)
         current = self._control.ledger.jobs.get(job.number)
         signalled = any(isinstance(report, Signalled) for report in held.reports)
         if current is not None and current.holds and current.attempts[-1].notice and not signalled:
-            self._control.orders.stop(current, current.attempts[-1])
+            # It was decided and never told, perhaps long ago: the grace is the job's to use all the same.
+            self._control.orders.stop(current, current.attempts[-1], now_s)
 
     def _say_again(self, job: Job) -> None:
         """The order to start may not have arrived; the launcher does it once."""

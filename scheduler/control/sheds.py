@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from scheduler.control.budget import is_in_force
 from scheduler.model.power import GridEvent, ShedState
 from scheduler.model.power_events import GridEventMoved
 
@@ -24,7 +23,7 @@ class Sheds:
         self._control = controller
         self._power = power
 
-    def advance(self, now_s: float, lead_s: float) -> None:
+    def advance(self, now_s: float) -> None:
         """Begin the events whose time has come, and end those whose time is over."""
         control = self._control
         for event in control.ledger.power.events:
@@ -32,7 +31,7 @@ class Sheds:
                 continue
             if now_s >= event.end_s:
                 self._end(event, now_s)
-            elif event.state is ShedState.SCHEDULED and is_in_force(event, now_s, lead_s):
+            elif event.state is ShedState.SCHEDULED and now_s >= self._power.shed_begins_s(event, now_s):
                 control.ledger.apply(GridEventMoved(now_s, event.id, ShedState.SHEDDING))
 
     def _end(self, event: GridEvent, now_s: float) -> None:

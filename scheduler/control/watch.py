@@ -62,8 +62,12 @@ class Watchers:
         """Subscribe to changes of jobs from now on."""
         self._check()
         subscription = JobSubscription(numbers)
-        self._jobs.add(subscription)
+        self.join(subscription)
         return subscription
+
+    def join(self, subscription: JobSubscription) -> None:
+        """Tell a subscription of every change from now on; it is no client's and counts towards no limit."""
+        self._jobs.add(subscription)
 
     def watch_node(self) -> asyncio.Event:
         """Subscribe to changes of the node; the event is set at each."""

@@ -5,9 +5,10 @@ import hashlib
 import itertools
 import os
 import secrets
+import shutil
 import sqlite3
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import msgspec
 
@@ -89,7 +90,31 @@ def lock(state_dir: Path) -> int:
     return lock
 
 
-def open_database(path: Path, now_s: float, first_number: int = 1) -> sqlite3.Connection:
+class Storage(Protocol):
+    """The file system under the journal."""
+
+    def connect(self, path: Path) -> sqlite3.Connection:
+        """Open a database, or make an empty one; every transaction is begun in so many words.
+
+        Raises:
+            sqlite3.Error: It can't be opened.
+        """
+
+    def free_mib(self, directory: Path) -> int:
+        """Space left on the directory's disk."""
+
+
+class LocalStorage:
+    """This machine's file system."""
+
+    def connect(self, path: Path) -> sqlite3.Connection:
+        return sqlite3.connect(path, isolation_level=None, cached_statements=64)
+
+    def free_mib(self, directory: Path) -> int:
+        return shutil.disk_usage(directory).free >> 20
+
+
+def open_database(storage: Storage, path: Path, now_s: float, first_number: int = 1) -> sqlite3.Connection:
     """Open the file, making what is missing; the jobs of a new one are numbered from `first_number` on.
 
     Raises:
@@ -101,7 +126,7 @@ def open_database(path: Path, now_s: float, first_number: int = 1) -> sqlite3.Co
             f"{path} is empty, but jobs ran here; nothing was changed. Restore it, or remove it to start anew"
         )
     try:
-        db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
+        db = storage.connect(path)
         path.chmod(0o600)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from scheduler.effects.journal import Derived, Expired, JobFilter, NodeState, UsageRow
 from scheduler.effects.journal_file import (
     DATABASE_NAME,
+    LocalStorage,
+    Storage,
     chained,
     check_tail,
     decode_environment,
@@ -51,8 +52,11 @@ class SqliteJournal:
         segments_kept: int = SEGMENTS_KEPT,
         watch_kept: int = WATCH_REVISIONS_KEPT,
         first_number: int = 1,
+        storage: Storage | None = None,
     ) -> None:
         """Open or make the journal; a new one numbers its jobs from `first_number` on.
+
+        `storage` None is this machine's file system.
 
         Raises:
             StateLocked: Another daemon owns the directory.
@@ -65,9 +69,10 @@ class SqliteJournal:
         self._segments_kept = segments_kept
         self._watch_kept = watch_kept
         self._directory = state_dir
+        self._storage = storage or LocalStorage()
         self._wal = state_dir / f"{DATABASE_NAME}-wal"
         try:
-            self._db = open_database(path, now_s, first_number)
+            self._db = open_database(self._storage, path, now_s, first_number)
             try:
                 self._read_ends(path)
             except BaseException:
@@ -97,7 +102,7 @@ class SqliteJournal:
         return max(self._watch_floor, self._head - self._watch_kept)
 
     def free_mib(self) -> int:
-        return shutil.disk_usage(self._directory).free >> 20
+        return self._storage.free_mib(self._directory)
 
     @property
     def staged(self) -> bool:

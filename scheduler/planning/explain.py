@@ -50,6 +50,7 @@ class Rule(StrEnum):
     CPUS = "CPUS"
     MEMORY = "MEMORY"
     START_SLOTS = "START_SLOTS"
+    POWER = "POWER"  # what it may draw is more than the budget, or an accepted event, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Obstacle:
     gpus: tuple[str, ...] = ()
     jobs: tuple[int, ...] = ()  # numbers of the jobs that are in the way
     until_us: int | None = None  # MINIMUM_RUNTIME: when the first of them loses its protection
-    lacking: int = 0  # CPUs, MiB or slots
+    lacking: int = 0  # CPUs, MiB, slots or watts of boards
     nodes: int = 1  # on how many nodes the GPUs are, or on how many this is lacking
 
 
@@ -108,7 +109,7 @@ def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:
     """Why the pending job with this number waits; `number` must be of a pending row."""
     case = Case(snapshot, policy, number)
     reason = case.reason
-    waits = reason is not None and reason is not Reason.WAITING_FOR_HANDOVER
+    waits = reason is not None and number not in case.planner.claims
     promise = case.plan.promise
     held_back = reason is Reason.WAITING_FOR_PROMISED_START and promise is not None
     claim = case.planner.claims.get(number)
@@ -156,6 +157,10 @@ def preview(snapshot: Snapshot, policy: Policy, number: int) -> Preview:
 
 def _obstacles(case: Case) -> list[Obstacle]:
     """What each rule keeps from the job; each GPU counts once, for the first rule that keeps it."""
+    power = case.planner.power
+    if case.reason is Reason.WAITING_FOR_POWER and power is not None:
+        lacking_w = power.lacking_w.get(case.number, max(power.lacking_w.values(), default=0))
+        return [Obstacle(Rule.POWER, lacking=lacking_w)]
     gpus: dict[Rule, list[tuple[str, int]]] = {}
     holders: dict[Rule, set[int]] = {}
     until_us: int | None = None

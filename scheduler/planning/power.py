@@ -32,11 +32,24 @@ from scheduler.model.snapshot import (
 )
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import lists, rows_where, xp
-from scheduler.planning.shedding import MILLI, Chosen, Option, Unit, cheapest, given_back, most, options
+from scheduler.planning.shedding import (
+    LOSS_MAX,
+    MILLI,
+    Chosen,
+    Option,
+    Unit,
+    cheapest,
+    given_back,
+    most,
+    options,
+)
 from scheduler.planning.valuation import lost_work, value_of
 
 # Starts that are refused after a close look, in one plan; the rest wait unseen until the next.
 REFUSALS_MAX = 32
+# A limit that can't rise as far as it should does so by this at least: not every watt is worth a call.
+RISE_W_MIN = 10
+_GPUS_MAX = 16  # that tell victims of equal loss apart
 _US_PER_MS = 1000
 _US_PER_HOUR = 3_600_000_000
 
@@ -75,6 +88,14 @@ def floor_w(snapshot: Snapshot, by_us: int, *, emergency: bool) -> int:
     return int(xp.where(is_stuck, least_w, power.idle_w).sum())
 
 
+def shed_grace_us(snapshot: Snapshot, policy: Policy) -> int:
+    """The longest grace of those whom a shed to the snapshot's budget would stop; 0 where it stops nobody."""
+    jobs = snapshot.jobs
+    stopped = [shed.job for shed in PowerStage(snapshot, policy, frozenset()).sheds]
+    graces = jobs.grace_us[xp.isin(jobs.number, xp.asarray(stopped, dtype=xp.int64))]
+    return int(graces.max()) if len(graces) else 0
+
+
 # Of a start that no budget is about.
 UNBOUNDED = Admission(starts_now=True)
 
@@ -91,6 +112,9 @@ class PowerStage:
         self._policy = policy
         self._power: PowerColumns = snapshot.power
         self._refusals = 0
+        self.lacking_w: dict[
+            int, int
+        ] = {}  # by number of a refused job: what it would draw beyond the budget
         self._shadow_microusd_per_wh = 0.0
         self._look(stopping)
         self.sheds: list[RequeueJob] = []
@@ -111,6 +135,10 @@ class PowerStage:
         # Occupied by who stays, or by who starts; coming free; to be had by who waits for it.
         self.stays = xp.bincount(self._gpu, minlength=count) > 0
         self.leaves = (xp.bincount(holdings.gpu, minlength=count) > 0) & ~self.stays
+        # Of those that come free, where somebody who was told to go still runs.
+        told = rows_where(holdings.job != UNKNOWN)
+        told = told[~stays[holdings.job[told]]]
+        self._goes = (xp.bincount(holdings.gpu[told], minlength=count) > 0) & self.leaves
         self._claimed = xp.zeros(count, dtype=bool)
         natural_w = power.natural_w[self._job]
         most_w = power.limit_w_max[self._gpu]
@@ -237,7 +265,7 @@ class PowerStage:
             return
         for unit in stopped:
             for gpu in unit.gpus:
-                self.stays[gpu], self.leaves[gpu] = False, True
+                self.stays[gpu], self.leaves[gpu], self._goes[gpu] = False, True, True
                 self._planned_w[gpu] = self._floor_w[gpu] = self._power.idle_w[gpu]
                 self._natural_w[gpu] = 0
         gone = {unit.jobs for unit in stopped}
@@ -261,7 +289,9 @@ class PowerStage:
         beside = [each for each in self._units if each not in leaving and not set(each.gpus).isdisjoint(gpus)]
         others = [each for each in self._units if each not in leaving and each not in beside]
         unit = self._unit_of(request, row, gpus, beside)
-        if not self._keeps_promises(request, unit, leaving):
+        beyond_w = self._beyond_promise_w(request, unit, leaving)
+        if beyond_w > 0:
+            self.lacking_w[request.number] = beyond_w
             return None
         need_w = self._need_w(unit, leaving)
         if need_w <= 0:
@@ -273,6 +303,7 @@ class PowerStage:
                 if chosen is not None and self._harms_nobody(request, rest, chosen.options):
                     return self._take(unit, rest, chosen.options, leaving, stopped)
         self._refusals += 1
+        self.lacking_w[request.number] = need_w
         density = unit.value / max(1, sum(unit.full_w) - sum(unit.idle_w))
         self._shadow_microusd_per_wh = max(self._shadow_microusd_per_wh, density)
         return None
@@ -336,18 +367,17 @@ class PowerStage:
         for lowers in (True, False):
             choices = []
             for each, stops in zip(others, stoppable, strict=True):
-                found = [option for option in self._options(each) if option.limits_w is not None]
-                kept = found if lowers and each.job_class >= request.job_class else found[:1]
-                saved_w = max(0, sum(each.full_w) - sum(each.idle_w))
-                choices.append([*kept, *([Option(saved_w, 1 + each.loss, None)] if stops else ())])
-            own = [option for option in self._options(unit) if option.limits_w is not None]
-            chosen = cheapest([*choices, own if lowers else own[:1]], need_w)
+                may_lower = lowers and each.job_class >= request.job_class
+                choices.append([*self._kept(each, may_lower), *([_victim(each)] if stops else ())])
+            chosen = cheapest([*choices, self._kept(unit, lowers)], need_w)
             if chosen is not None:
-                yield [
-                    each
-                    for each, option in zip(others, chosen.options[:-1], strict=True)
-                    if option.limits_w is None
-                ]
+                pairs = zip(others, chosen.options[:-1], strict=True)
+                yield [each for each, option in pairs if option.limits_w is None]
+
+    def _kept(self, unit: Unit, lowers: bool) -> list[Option]:
+        """What may be done with a unit short of a stop; here it costs nothing, as victims are what counts."""
+        kept = [option._replace(cost=0) for option in self._options(unit) if option.limits_w is not None]
+        return kept if lowers else kept[:1]
 
     def _harms_nobody(self, request: Request, units: Sequence[Unit], chosen: Sequence[Option]) -> bool:
         """Nobody is stopped, and of a higher class nobody is lowered further than before."""
@@ -363,16 +393,15 @@ class PowerStage:
             for each, option in zip(units, chosen, strict=True)
         )
 
-    def _keeps_promises(self, request: Request, unit: Unit, leaving: Sequence[Unit]) -> bool:
-        """Whether every accepted event can still be met with this job here."""
+    def _beyond_promise_w(self, request: Request, unit: Unit, leaving: Sequence[Unit]) -> int:
+        """How far above an accepted event the floor would lie with this job; 0 or less: it can be met."""
         power = self._power
         if power.promised_w is None:
-            return True
+            return 0
         free_us = self._snapshot.now_us + request.min_runtime_us + request.grace_us
         stops = unit.may_stop and free_us <= power.promised_us
         lowest = unit.idle_w if stops else unit.least_w if unit.may_lower else unit.full_w
-        floor_w = self._with(self._floor_w, unit, lowest, leaving)
-        return floor_w <= power.promised_w
+        return self._with(self._floor_w, unit, lowest, leaving) - power.promised_w
 
     def _need_w(self, unit: Unit, gone: Sequence[Unit]) -> int:
         """What this one and all that stay, nobody lowered, would draw beyond the budget."""
@@ -426,7 +455,7 @@ class PowerStage:
         if is_over:
             # Whoever goes is held down until he has gone; in an emergency everybody is until it is met.
             held_w = xp.minimum(power.limit_w, power.limit_w_min)
-            wanted_w = xp.where(self.leaves, held_w, wanted_w)
+            wanted_w = xp.where(self._goes, held_w, wanted_w)
             if power.is_emergency:
                 firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=len(wanted_w)) > 0
                 wanted_w = xp.where(self.stays & ~firm, xp.minimum(wanted_w, power.limit_w_min), wanted_w)
@@ -441,9 +470,13 @@ class PowerStage:
                 orders.append(self._order(gpu, int(wanted_w[gpu])))  # nobody draws there yet
                 continue
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
-            if int(self._in_force_w.sum()) + more_w <= power.budget_w:
-                self._in_force_w[gpu] += more_w
-                orders.append(self._order(gpu, int(wanted_w[gpu])))
+            room_w = power.budget_w - int(self._in_force_w.sum())
+            if more_w > room_w:
+                if room_w < RISE_W_MIN:
+                    continue
+                more_w = room_w
+            self._in_force_w[gpu] += more_w
+            orders.append(self._order(gpu, int(self._in_force_w[gpu])))
         return sorted(orders, key=lambda order: (order.reason is Reason.POWER_LIMIT_RAISED, order.gpu))
 
     def _order(self, gpu: int, watts: int) -> SetPowerLimit:
@@ -464,3 +497,9 @@ class PowerStage:
             floor_w=int(self._floor_w.sum()),
             shadow_microusd_per_wh=self._shadow_microusd_per_wh,
         )
+
+
+def _victim(unit: Unit) -> Option:
+    """A stop for somebody else's sake: least loss first, then the fewest GPUs."""
+    saved_w = max(0, sum(unit.full_w) - sum(unit.idle_w))
+    return Option(saved_w, min(unit.loss, LOSS_MAX) * _GPUS_MAX + min(len(unit.gpus), _GPUS_MAX), None)

@@ -11,7 +11,7 @@ from typing import Any
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import PRIORITY_MAX
 from scheduler.model.reasons import Reason
-from scheduler.model.snapshot import CLOSED, NOT_DRAINING, OPEN, PENDING, Snapshot
+from scheduler.model.snapshot import CLOSED, NOT_DRAINING, OPEN, PENDING, UNKNOWN, Snapshot
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.case import Case
 from scheduler.planning.planner import Planner
@@ -39,6 +39,8 @@ class RemedyKind(StrEnum):
     HIGHER_CLASS = "HIGHER_CLASS"  # amount: the lowest class that would do
     BE_PREEMPTIBLE = "BE_PREEMPTIBLE"
     SHORTER_DURATION = "SHORTER_DURATION"  # amount: the longest declared duration in µs that would do
+    MORE_POWER = "MORE_POWER"  # amount: the fewest watts of boards more that would do
+    LESS_DRAW = "LESS_DRAW"  # amount: the most watts per GPU that would do
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ def remedies(case: Case) -> list[Remedy]:
         return [Remedy(RemedyKind.UNDRAIN_NODE)] if _is_served(_undrained(case), case) else []
     if case.reason is Reason.WAITING_FOR_PRICE:
         return [remedy for look in (_cheaper_energy, _higher_value) if (remedy := look(case)) is not None]
+    if case.reason is Reason.WAITING_FOR_POWER:
+        return [remedy for look in _LOOKS_AT_POWER if (remedy := look(case)) is not None]
     return [remedy for look in _LOOKS if (remedy := look(case)) is not None]
 
 
@@ -174,6 +178,33 @@ def _shorter_duration(case: Case) -> Remedy | None:
     return Remedy(RemedyKind.SHORTER_DURATION, longest_us) if served else None
 
 
+def _more_power(case: Case) -> Remedy | None:
+    power = case.snapshot.power
+    assert power is not None
+
+    def raised(watts: int) -> bool:
+        promised_w = None if power.promised_w is None else power.promised_w + watts
+        more = replace(power, budget_w=power.budget_w + watts, promised_w=promised_w)
+        return _is_served(replace(case.snapshot, power=more), case)
+
+    most_w = int(power.limit_w_max.sum()) + max(0, -power.budget_w)
+    return _smallest(RemedyKind.MORE_POWER, range(1, most_w + 1), raised)
+
+
+def _less_draw(case: Case) -> Remedy | None:
+    power = case.snapshot.power
+    assert power is not None
+
+    def lowered(watts: int) -> bool:
+        natural_w = power.natural_w.copy()
+        natural_w[case.row] = watts
+        return _is_served(replace(case.snapshot, power=replace(power, natural_w=natural_w)), case)
+
+    draws_w = int(power.natural_w[case.row])
+    draws_w = int(power.limit_w_max.max()) if draws_w == UNKNOWN else draws_w
+    return _smallest(RemedyKind.LESS_DRAW, range(draws_w - 1, 0, -1), lowered)
+
+
 _LOOKS: tuple[Callable[[Case], Remedy | None], ...] = (
     _open_gpus,
     _fewer_gpus,
@@ -182,6 +213,17 @@ _LOOKS: tuple[Callable[[Case], Remedy | None], ...] = (
     _less_memory,
     _any_model,
     _shorter_duration,
+    _be_preemptible,
+    _higher_priority,
+    _higher_value,
+    _higher_class,
+)
+
+
+_LOOKS_AT_POWER = (
+    _more_power,
+    _less_draw,
+    _fewer_gpus,
     _be_preemptible,
     _higher_priority,
     _higher_value,

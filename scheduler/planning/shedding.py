@@ -29,7 +29,7 @@ MARGIN_WORK_MILLI = 5
 MILLI = 1000
 _US_PER_HOUR = 3_600_000_000
 # A unit's loss counts up to a million dollars: so the costs of 500,000 units fit an int64.
-_LOSS_MAX = 1 << 40
+LOSS_MAX = 1 << 40
 _RUNGS = 16
 _UNREACHABLE = 1 << 61
 
@@ -115,7 +115,7 @@ def cheapest(choices: Sequence[Sequence[Option]], need_w: int) -> Chosen | None:
     # best[k]: the least cost of saving at least k quanta with the units so far.
     best = xp.where(wants == 0, 0, _UNREACHABLE)
     picks: list[tuple[Any, list[int]]] = []
-    for unit in choices:
+    for unit in reversed(choices):  # the last to be looked at keeps more
         gains = [option.gain_w // quantum for option in unit]
         left = xp.maximum(0, wants[None, :] - xp.asarray(gains, dtype=xp.int64)[:, None])
         costs = best[left] + xp.asarray([option.cost for option in unit], dtype=xp.int64)[:, None]
@@ -125,11 +125,11 @@ def cheapest(choices: Sequence[Sequence[Option]], need_w: int) -> Chosen | None:
     if int(best[cells]) >= _UNREACHABLE:
         return _all_that_helps(choices)  # rounding down lost what was just enough
     taken, at = [], cells
-    for unit, (pick, gains) in zip(reversed(choices), reversed(picks), strict=True):
+    for unit, (pick, gains) in zip(choices, reversed(picks), strict=True):
         place = int(pick[at])
         taken.append(unit[place])
         at = max(0, at - gains[place])
-    return Chosen(taken[::-1], _slope(best, cells, quantum))
+    return Chosen(taken, _slope(best, cells, quantum))
 
 
 def given_back(units: Sequence[Unit], chosen: Sequence[Option], surplus_w: int) -> list[Option]:
@@ -140,11 +140,10 @@ def given_back(units: Sequence[Unit], chosen: Sequence[Option], surplus_w: int) 
         unit, limits = units[index], chosen[index].limits_w
         if limits is None or surplus_w <= 0 or limits == unit.full_w:
             continue
-        new = []
-        for limit, full in zip(limits, unit.full_w, strict=True):
-            more = min(full - limit, surplus_w)
-            surplus_w -= more
-            new.append(limit + more)
+        # In equal parts: a gang goes as fast as its slowest GPU.
+        each_w = surplus_w // len(limits)
+        new = [min(full, limit + each_w) for limit, full in zip(limits, unit.full_w, strict=True)]
+        surplus_w -= sum(new) - sum(limits)
         raised[index] = chosen[index]._replace(
             gain_w=sum(unit.full_w) - sum(new),
             limits_w=tuple(new),
@@ -173,12 +172,12 @@ def _lowered(unit: Unit, curve: Curve, limits: tuple[int, ...], horizon_us: int)
 
 
 def _cost(value_per_hour: int, horizon_us: int, loss: int, rung: int) -> int:
-    return min(_LOSS_MAX, max(0, value_per_hour) * horizon_us // _US_PER_HOUR + loss) * _RUNGS + rung
+    return min(LOSS_MAX, max(0, value_per_hour) * horizon_us // _US_PER_HOUR + loss) * _RUNGS + rung
 
 
 def _slope(best: Any, cells: int, quantum: int) -> float:
-    """What the last watts cost each, over the last sixteenth of the need."""
-    back = max(1, cells // 16)
+    """What the last watts cost each, over the last quarter of the need: options are steps, not a line."""
+    back = max(1, cells // 4)
     return int(best[cells] - best[cells - back]) / _RUNGS / (back * quantum)
 
 

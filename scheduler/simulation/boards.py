@@ -7,7 +7,7 @@ the energy is that curve's integral, so that it does not depend on how often som
 import math
 import re
 import uuid as uuids
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from scheduler.errors import ConfigError, GpuReadError
@@ -97,6 +97,7 @@ class Board:
         self.power_limit_w = profile.power_limit_w_max
         self.power_w = profile.idle_w
         self.energy_mj = 0.0
+        self.on_change: Callable[[Board, float], None] | None = None  # its target draw may have moved
         self._at_s = now_s
         self._occupants: dict[int, Occupant] = {}
 
@@ -138,11 +139,13 @@ class Board:
         """A process comes, or changes what it takes."""
         self._advance(now_s)
         self._occupants[occupant.pid] = occupant
+        self._changed(now_s)
 
     def remove(self, pid: int, now_s: float) -> None:
         """A process and its memory are gone."""
         self._advance(now_s)
         self._occupants.pop(pid, None)
+        self._changed(now_s)
 
     def set_power_limit(self, power_limit_w: float, now_s: float) -> GpuLimit:
         """Limit the draw from now on.
@@ -158,6 +161,7 @@ class Board:
             )
         self._advance(now_s)
         self.power_limit_w = power_limit_w
+        self._changed(now_s)
         return GpuLimit(power_limit_w, power_limit_w)
 
     def sample(self, now_s: float) -> GpuSample:
@@ -176,6 +180,16 @@ class Board:
             sm_clock_mhz=self.profile.sm_clock_mhz if busy else _IDLE_CLOCK_MHZ,
         )
 
+    def energy_j(self, now_s: float) -> float:
+        """What it has used since its driver was loaded."""
+        self._advance(now_s)
+        return self.energy_mj / 1000.0
+
+    def restart(self, now_s: float) -> None:
+        """The driver is loaded anew: its energy counter begins at zero."""
+        self._advance(now_s)
+        self.energy_mj = 0.0
+
     def holders(self, now_s: float) -> GpuHolders:
         """Who is on it now, as the process lists say."""
         listed = tuple(
@@ -184,6 +198,10 @@ class Board:
             if o.is_listed
         )
         return GpuHolders(self.identity.uuid, now_s, listed, self.memory_used_mib)
+
+    def _changed(self, now_s: float) -> None:
+        if self.on_change is not None:
+            self.on_change(self, now_s)
 
     def _advance(self, now_s: float) -> None:
         elapsed_s = now_s - self._at_s

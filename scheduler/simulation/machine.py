@@ -7,7 +7,7 @@ between its attempts, and each start after the first works off the restart loss 
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from scheduler.effects.launcher import AttemptKey
@@ -20,6 +20,8 @@ SIGTERM = 15
 # Field 22 of /proc/<pid>/stat counts these since the boot.
 _TICKS_PER_S = 100
 _FIRST_PID = 1000
+_STRANGERS_COMMAND = "python3"
+_STRANGERS_USER = "somebody"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,10 @@ class Workload:
     stop_exit_code: int | None = None  # None = the signal ends it
     release_s: float = 0.0  # from the exit until its GPU memory is free
     fails_after_s: float | None = None  # ends with exit code 1 after so long in an attempt
+    acknowledges_s: float | None = None  # from SIGTERM until it says that it is ready to be stopped
+    stuck_s: float = 0.0  # from SIGKILL to the end: it hangs in the driver
+    start_error: str = ""  # no process comes to be; which `StartFailed.what` it is
+    failed_starts: int = 0  # of the first attempts, those that end so
 
 
 @dataclass(slots=True)
@@ -52,6 +58,7 @@ class Process:
     at_s: float  # up to when its work is counted
     speed: float = 1.0
     working: bool = True  # until it is told to go
+    killed: bool = False
     done: asyncio.TimerHandle | None = None
     ending: asyncio.TimerHandle | None = None
 
@@ -61,6 +68,7 @@ class Work:
     """What a job has got done in all its attempts, in seconds at full speed."""
 
     useful_s: float = 0.0
+    lost_s: float = 0.0  # restart losses worked off
     restarts: int = 0
 
 
@@ -78,7 +86,10 @@ class Machine:
     processes: dict[int, Process] = field(default_factory=dict)  # alive, by pid
     on_exit: OnExit | None = None
     boots: int = 0
-    _pids: "itertools.count[int]" = field(default_factory=lambda: itertools.count(_FIRST_PID))
+    strangers: dict[int, str] = field(default_factory=dict)  # processes of others: pid -> the GPU it is on
+    # The kernel's next choices; one that wraps gives pids of the dead again.
+    pids: Iterator[int] = field(default_factory=lambda: itertools.count(_FIRST_PID))
+    _left_behind: Iterator[int] = field(default_factory=lambda: itertools.count(-1, -1))
 
     @property
     def boot_id(self) -> str:
@@ -97,7 +108,7 @@ class Machine:
             work.restarts += 1
         process = Process(
             key=key,
-            pid=next(self._pids),
+            pid=self._free_pid(),
             workload=workload,
             gpus=gpus,
             started_s=now_s,
@@ -126,7 +137,7 @@ class Machine:
 
     def terminate(self, process: Process) -> None:
         """SIGTERM: it works no more, and ends when it likes."""
-        if process.pid not in self.processes or not process.working:
+        if process.pid not in self.processes or not process.working or process.killed:
             return
         stop_s = process.workload.stop_s
         if stop_s is None:
@@ -139,9 +150,40 @@ class Machine:
         process.ending = asyncio.get_running_loop().call_later(stop_s, self._end, process, code, signal)
 
     def kill(self, process: Process) -> None:
-        """SIGKILL."""
-        if process.pid in self.processes:
+        """SIGKILL: it works no more, and ends when the kernel can end it."""
+        if process.pid not in self.processes or process.killed:
+            return
+        process.killed = True
+        stuck_s = process.workload.stuck_s
+        if not stuck_s:
             self._end(process, None, SIGKILL)
+            return
+        self._count(process)
+        process.working = False
+        self._stop_timers(process)
+        process.ending = asyncio.get_running_loop().call_later(stuck_s, self._end, process, None, SIGKILL)
+
+    def fail(self, process: Process, exit_code: int = 1) -> None:
+        """It ends by itself, for reasons of its own."""
+        if process.pid in self.processes and not process.killed:
+            self._end(process, exit_code, None)
+
+    def intrude(self, uuid: str, memory_mib: int = PROCESS_MEMORY_MIB) -> int:
+        """A process that nobody here started comes onto a GPU; returns its pid."""
+        pid = self._free_pid()
+        self.strangers[pid] = uuid
+        self.boards[uuid].put(
+            Occupant(pid, _STRANGERS_COMMAND, _STRANGERS_USER, memory_mib), self.clock.true_s()
+        )
+        self._speeds_changed((uuid,))
+        return pid
+
+    def leave(self, pid: int) -> None:
+        """A process that nobody here started ends."""
+        uuid = self.strangers.pop(pid, None)
+        if uuid is not None:
+            self.boards[uuid].remove(pid, self.clock.true_s())
+            self._speeds_changed((uuid,))
 
     def set_power_limit(self, uuid: str, power_limit_w: float) -> None:
         """Limit a board; who works on it slows down with it."""
@@ -156,17 +198,32 @@ class Machine:
         work = self.work.get(job_id)
         return work.useful_s if work else 0.0
 
+    def settle(self) -> None:
+        """Count the work of all that runs until now."""
+        for process in self.processes.values():
+            self._count(process)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether nothing that runs would ever end by itself."""
+        return all(p.done is None and p.ending is None for p in self.processes.values())
+
     def reboot(self) -> None:
-        """Every process is gone at once and says nothing."""
+        """Every process is gone at once and says nothing; the boards' counters begin anew."""
         now_s = self.clock.true_s()
         for process in list(self.processes.values()):
             self._count(process)
             self._stop_timers(process)
         self.processes.clear()
+        self.strangers.clear()
         for board in self.boards.values():
             for occupant in board.occupants:
                 board.remove(occupant.pid, now_s)
+            board.restart(now_s)
         self.boots += 1
+
+    def _free_pid(self) -> int:
+        return next(pid for pid in self.pids if pid not in self.processes and pid not in self.strangers)
 
     def _speeds_changed(self, uuids: tuple[str, ...]) -> None:
         """Count what was done at the old speed, and say anew when each will be done."""
@@ -197,7 +254,9 @@ class Machine:
         process.at_s = now_s
         lost_s = min(did_s, process.restart_left_s)
         process.restart_left_s -= lost_s
-        self.work[process.key.job_id].useful_s += did_s - lost_s
+        work = self.work[process.key.job_id]
+        work.lost_s += lost_s
+        work.useful_s += did_s - lost_s
 
     def _end(self, process: Process, exit_code: int | None, signal: int | None) -> None:
         self._count(process)
@@ -207,11 +266,13 @@ class Machine:
         now_s, release_s = self.clock.true_s(), process.workload.release_s
         for uuid in process.gpus:
             board = self.boards[uuid]
+            board.remove(process.pid, now_s)
             if release_s:
-                board.put(_left_behind(process), now_s)
-                asyncio.get_running_loop().call_later(release_s, self._release, board, process.pid)
-            else:
-                board.remove(process.pid, now_s)
+                # Its pid may soon be another's.
+                memory_mib = process.workload.memory_mib
+                left = Occupant(next(self._left_behind), memory_mib=memory_mib, is_listed=False)
+                board.put(left, now_s)
+                asyncio.get_running_loop().call_later(release_s, self._release, board, left.pid)
         self._speeds_changed(process.gpus)
         if self.on_exit is not None:
             self.on_exit(process, exit_code, signal)
@@ -225,8 +286,3 @@ class Machine:
             if timer is not None:
                 timer.cancel()
         process.done = process.ending = None
-
-
-def _left_behind(process: Process) -> Occupant:
-    """Memory that the driver has not freed yet, though its process is in no list."""
-    return Occupant(process.pid, memory_mib=process.workload.memory_mib, is_listed=False)

@@ -1,11 +1,15 @@
 """The effects of a node whose machine is simulated: launcher, GPUs, processes, each behind its Protocol."""
 
 import asyncio
+import errno
+import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.launcher import (
+    Acknowledged,
     AttemptKey,
     Exited,
     HeldAttempt,
@@ -14,16 +18,20 @@ from scheduler.effects.launcher import (
     Report,
     Signalled,
     Started,
+    StartFailed,
     StartOrder,
     StopOrder,
+    TreeStuck,
 )
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuHolders, GpuLimit, GpuProcess
+from scheduler.model.gpus import GpuHolders, GpuLimit, GpuProcess, GpuSample
 from scheduler.simulation.boards import DRIVER_VERSION, Board
 from scheduler.simulation.machine import Machine, Process
 
 # From the order to the program's first line, as measured on a quiet machine.
 START_S = 0.002
+# From a SIGKILL that did not help to the report of it.
+STUCK_S = 5.0
 
 
 class SimulatedLauncher:
@@ -32,6 +40,7 @@ class SimulatedLauncher:
     def __init__(self, machine: Machine) -> None:
         """Take the machine; the launcher hears of each end there."""
         self._machine = machine
+        self.start_s = START_S
         machine.on_exit = self._exited
         self._generation = 1
         self._on_report: Callable[[Report], None] | None = None
@@ -54,35 +63,37 @@ class SimulatedLauncher:
         pass  # nothing of it would show
 
     def start(self, order: StartOrder) -> None:
-        if order.key in self._held:
-            return
+        if self._on_report is None or order.key in self._held:
+            return  # nobody is connected, or it was said before
         self._held[order.key] = []
         self._begun.add((order.key.job_id, order.key.attempt))
         named = order.environment["CUDA_VISIBLE_DEVICES"]
         gpus = tuple(named.split(",")) if named else ()
-        self._later(order.key, START_S, self._spawn, order.key, gpus)
+        self._later(order.key, self.start_s, self._spawn, order.key, gpus)
 
     def stop(self, order: StopOrder) -> None:
+        key, loop = order.key, asyncio.get_running_loop()
         left_s = max(0.0, order.deadline_s - self._machine.clock.now_s())
-        loop = asyncio.get_running_loop()
-        if order.key not in self._held or loop.time() + left_s >= self._deadlines.get(
-            order.key, float("inf")
-        ):
+        deadline_s = loop.time() + left_s
+        if self._on_report is None or not self._is_held(key):
             return
-        self._deadlines[order.key] = loop.time() + left_s
-        self._later(order.key, left_s, self.end_grace, order.key)
-        if not any(isinstance(report, Signalled) for report in self._held[order.key]):
-            self._later(order.key, 0.0, self._signal, order.key)
+        if deadline_s >= self._deadlines.get(key, math.inf):
+            return
+        self._deadlines[key] = deadline_s
+        if left_s > 0.0:
+            self._later(key, left_s, self._kill, key)
+        self._give_notice(key)
+        if left_s <= 0.0:
+            self._kill(key)
 
     def end_grace(self, key: AttemptKey) -> None:
-        process = self._running.get(key)
-        if process is not None:
-            self._machine.kill(process)
+        if self._on_report is not None:
+            self._kill(key)
 
     def forget(self, key: AttemptKey) -> None:
-        self._cancel(key)
-        self._held.pop(key, None)
-        self._deadlines.pop(key, None)
+        if self._on_report is not None and not self._is_held(key):  # what is not over is not forgotten
+            self._held.pop(key, None)
+            self._deadlines.pop(key, None)
 
     async def close(self) -> None:
         self._on_report = None
@@ -97,6 +108,10 @@ class SimulatedLauncher:
             self._running.pop(process.key)
             self._machine.kill(process)
         self._forget_all()
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """The connection breaks: nothing is told and no order comes until the next."""
         if self._on_report is not None:
             on_report, self._on_report = self._on_report, None
             on_report(LauncherGone(self._machine.clock.now_s()))
@@ -115,15 +130,57 @@ class SimulatedLauncher:
         self._deadlines.clear()
         self._generation += 1
 
+    def _is_held(self, key: AttemptKey) -> bool:
+        """Whether the attempt is held and not over."""
+        reports = self._held.get(key)
+        return reports is not None and not any(isinstance(one, Exited | StartFailed) for one in reports)
+
     def _spawn(self, key: AttemptKey, gpus: tuple[str, ...]) -> None:
+        workload = self._machine.workload(key.job_id)
+        if key.attempt <= workload.failed_starts:
+            self._fail(key, workload.start_error, errno.ENOENT)
+            return
         process = self._running[key] = self._machine.spawn(key, gpus)
         self._report(Started(key, self._machine.clock.now_s(), process.pid, process.start_ticks))
+        self._give_notice(key)
 
-    def _signal(self, key: AttemptKey) -> None:
-        self._report(Signalled(key, self._machine.clock.now_s()))
+    def _fail(self, key: AttemptKey, what: str, number: int) -> None:
+        message = f"{what}: {os.strerror(number)}"
+        self._report(StartFailed(key, self._machine.clock.now_s(), what, number, message))
+
+    def _give_notice(self, key: AttemptKey) -> None:
+        """Signal once, as soon as there is a stop and somebody to be told of it."""
         process = self._running.get(key)
-        if process is not None:
-            self._machine.terminate(process)
+        if process is None or key not in self._deadlines:
+            return
+        if any(isinstance(report, Signalled) for report in self._held[key]):
+            return
+        self._report(Signalled(key, self._machine.clock.now_s()))
+        self._machine.terminate(process)
+        acknowledges_s = process.workload.acknowledges_s
+        if acknowledges_s is not None:
+            self._later(key, acknowledges_s, self._acknowledged, key)
+
+    def _acknowledged(self, key: AttemptKey) -> None:
+        self._report(Acknowledged(key, self._machine.clock.now_s()))
+        self._kill(key)
+
+    def _kill(self, key: AttemptKey) -> None:
+        if not self._is_held(key):
+            return
+        process = self._running.get(key)
+        if process is None:  # it was about to start
+            self._cancel(key)
+            self._fail(key, "fork", errno.ECANCELED)
+            return
+        self._machine.kill(process)
+        if key in self._running:
+            self._later(key, STUCK_S, self._stuck, process)
+
+    def _stuck(self, process: Process) -> None:
+        if any(isinstance(report, TreeStuck) for report in self._held[process.key]):
+            return
+        self._report(TreeStuck(process.key, self._machine.clock.now_s(), (process.pid,)))
 
     def _exited(self, process: Process, exit_code: int | None, signal: int | None) -> None:
         if self._running.pop(process.key, None) is None:
@@ -190,7 +247,7 @@ class MachineGpus:
         boards = self._machine.boards.values()
         return GpuReadings(
             identities=tuple(board.identity for board in boards),
-            samples=tuple(replace(board.sample(true_s), at_s=now_s) for board in boards),
+            samples=tuple(_seen_at(board.sample(true_s), now_s) for board in boards),
             errors={},
             driver_version=DRIVER_VERSION,
         )
@@ -211,6 +268,11 @@ class MachineGpus:
         return self._machine.clock.now_s()
 
 
+def _seen_at(sample: GpuSample, now_s: float) -> GpuSample:
+    """The sample with the time that the daemon's clock tells."""
+    return sample if sample.at_s == now_s else replace(sample, at_s=now_s)
+
+
 class MachineProcesses:
     """A machine's processes, each a tree of one. Serves the Protocol `Processes`."""
 
@@ -218,14 +280,15 @@ class MachineProcesses:
         """Take the machine."""
         self._machine = machine
 
-    def belongs_to(self, pid: int, main_pid: int, main_start_ticks: int) -> bool:  # noqa: ARG002
-        # No PID is used again.
-        return pid == main_pid
+    def belongs_to(self, pid: int, main_pid: int, main_start_ticks: int) -> bool:
+        found = self._machine.processes.get(pid)
+        return found is not None and pid == main_pid and found.start_ticks == main_start_ticks
 
     def end(self, process: GpuProcess, *, at_once: bool) -> bool:
         found = self._machine.processes.get(process.pid)
         if found is not None:
             self._machine.kill(found) if at_once else self._machine.terminate(found)
+        self._machine.leave(process.pid)
         return True
 
     def named(self, pids: tuple[int, ...]) -> tuple[GpuProcess, ...]:

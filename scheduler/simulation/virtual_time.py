@@ -27,6 +27,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self._now_s = 0.0
+        # Called when nothing is left to do at this moment, before time goes on.
+        self.on_quiet: Callable[[], None] | None = None
         super().__init__(_Jump(self._jump))
         self._clock_resolution = _RESOLUTION_S
 
@@ -48,6 +50,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _jump(self, by_s: float | None) -> None:
         if by_s is None:
             raise SimulationStuck("everything waits and no timer is set: nothing will ever happen again")
+        if self.on_quiet is not None:
+            self.on_quiet()
         self._now_s += by_s
 
 

@@ -19,6 +19,9 @@ from scheduler.v1 import (
     node_pb2,
     node_service_pb2,
     node_service_pb2_grpc,
+    power_pb2,
+    power_service_pb2,
+    power_service_pb2_grpc,
     reason_pb2,
     usage_pb2,
     usage_service_pb2,
@@ -30,7 +33,7 @@ GIB_MIB = 1024
 
 
 class FakeDaemon:
-    """Serves all three services; what it was asked is in `requests`, by method."""
+    """Serves all services; what it was asked is in `requests`, by method."""
 
     def __init__(self, socket: Path) -> None:
         self.address = f"unix://{socket}"
@@ -40,6 +43,8 @@ class FakeDaemon:
         self.dropped_pieces = 0
         self.node = node_of(2)
         self.usage: list[usage_pb2.Usage] = []
+        self.power = power_of(2)
+        self.events: list[power_pb2.GridEvent] = []
         self.refusals: dict[str, list[tuple[grpc.StatusCode, str, Any]]] = defaultdict(list)
         self.dropped: set[str] = set()
         self.revision_kept_first = 0
@@ -71,6 +76,7 @@ class FakeDaemon:
         server = grpc.server(futures.ThreadPoolExecutor(16))
         job_service_pb2_grpc.add_JobServiceServicer_to_server(_Jobs(self), server)
         node_service_pb2_grpc.add_NodeServiceServicer_to_server(_Node(self), server)
+        power_service_pb2_grpc.add_PowerServiceServicer_to_server(_Power(self), server)
         usage_service_pb2_grpc.add_UsageServiceServicer_to_server(_Usage(self), server)
         assert server.add_insecure_port(self.address)
         server.start()
@@ -186,6 +192,26 @@ def node_of(gpus: int) -> node_pb2.Node:
             gpu.temperature_celsius = 61
         gpu.sampled_at.GetCurrentTime()
     return node
+
+
+def power_of(gpus: int) -> power_pb2.Power:
+    """The power of a node under a budget; the first GPU is loaded, the others can't be set."""
+    power = power_pb2.Power(budget_w=1500.5, draw_w=730, committed_w=900, floor_w=240, base_w=100, pue=1)
+    power.sources.add(kind=power_pb2.BUDGET_KIND_REQUESTED, budget_w=1500.5)
+    for index in range(gpus):
+        gpu = power.gpus.add(
+            uuid=f"GPU-{index:08x}-1111-2222-3333-444455556666",
+            index=index,
+            draw_w=70 if index else 560,
+            limit_w=700 if index else 616,
+            limit_w_min=200,
+            limit_w_max=700,
+        )
+        if index:
+            gpu.refusal = "no permission"
+        else:
+            gpu.limit_w_found = 700
+    return power
 
 
 class _Jobs(job_service_pb2_grpc.JobServiceServicer):
@@ -395,3 +421,38 @@ class _Usage(usage_service_pb2_grpc.UsageServiceServicer):
         return usage_service_pb2.ListUsageResponse(
             usage=page, next_page_token=str(start + len(page)) if more else ""
         )
+
+
+class _Power(power_service_pb2_grpc.PowerServiceServicer):
+    def __init__(self, daemon: FakeDaemon) -> None:
+        self.daemon = daemon
+
+    def GetPower(self, request: Any, context: Any) -> Any:
+        self.daemon.heard("GetPower", request, context)
+        return power_service_pb2.GetPowerResponse(power=self.daemon.power)
+
+    def SetPowerBudget(self, request: Any, context: Any) -> Any:
+        self.daemon.heard("SetPowerBudget", request, context)
+        return power_service_pb2.SetPowerBudgetResponse(power=self.daemon.power)
+
+    def SubmitGridEvent(self, request: Any, context: Any) -> Any:
+        self.daemon.heard("SubmitGridEvent", request, context)
+        event = power_pb2.GridEvent()
+        event.CopyFrom(request.event)
+        event.state = power_pb2.SHED_STATE_SCHEDULED
+        if not event.HasField("start"):
+            event.start.GetCurrentTime()
+        self.daemon.events.append(event)
+        return power_service_pb2.SubmitGridEventResponse(event=event)
+
+    def CancelGridEvent(self, request: Any, context: Any) -> Any:
+        self.daemon.heard("CancelGridEvent", request, context)
+        found = [event for event in self.daemon.events if event.id == request.event_id]
+        if not found:
+            abort(context, grpc.StatusCode.NOT_FOUND, f"no grid event {request.event_id!r}")
+        found[0].state = power_pb2.SHED_STATE_CANCELLED
+        return power_service_pb2.CancelGridEventResponse(event=found[0])
+
+    def ListGridEvents(self, request: Any, context: Any) -> Any:
+        self.daemon.heard("ListGridEvents", request, context)
+        return power_service_pb2.ListGridEventsResponse(events=self.daemon.events)

@@ -237,6 +237,15 @@ class Daemon:
         request = power_service_pb2.SubmitGridEventRequest(event=event)
         return self.power.SubmitGridEvent(request, timeout=CALL_S).event
 
+    def cancel_event(self, event_id: str) -> power_pb2.GridEvent:
+        """End a grid event."""
+        request = power_service_pb2.CancelGridEventRequest(event_id=event_id)
+        return self.power.CancelGridEvent(request, timeout=CALL_S).event
+
+    def release(self) -> node_pb2.Node:
+        """Let go of every GPU."""
+        return self.node.ReleaseNode(node_service_pb2.ReleaseNodeRequest(), timeout=CALL_S).node
+
     def grid_event(self, event_id: str) -> power_pb2.GridEvent:
         """A grid event as it is now, over or not."""
         request = power_service_pb2.ListGridEventsRequest(all=True)

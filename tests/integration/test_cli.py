@@ -503,7 +503,7 @@ def test_verify_is_0_only_for_a_whole_chain(
 def test_help_lists_every_command_with_a_whole_sentence(capsys: Run) -> None:
     text = printed(capsys, "--help")
     for name in ("submit", "preview", "jobs", "show", "explain", "wait", "logs", "cancel", "requeue", "top",
-                 "gpus", "cordon", "uncordon", "drain", "undrain", "release", "usage", "serve",
+                 "gpus", "cordon", "uncordon", "drain", "undrain", "release", "power", "usage", "serve",
                  "check-config", "journal", "completion", "version"):  # fmt: skip
         line = re.search(rf"^  {name} .*$", text, flags=re.MULTILINE)
         assert line, name

@@ -116,9 +116,11 @@ def test_jobs_run_on_through_a_reload_and_their_energy_is_counted_on(fake: FakeN
     for job in jobs:
         daemon.cancel(job.id)
         daemon.wait(job.id)
+    until("their energy is booked", lambda: {job.id for job in jobs} <= energy_j(daemon).keys())
     used_j = energy_j(daemon)
-    # 700 W for 2 s on the old counter and for 2 s on the new one.
-    assert all(2800 <= used_j[job.id] < ENERGY_J_MAX for job in jobs), used_j
+    # 700 W for 2 s on the old counter and for 2 s on the new one, less what a reading shares out to idle that
+    # began before the job did.
+    assert all(0.85 * 2800 <= used_j[job.id] < ENERGY_J_MAX for job in jobs), used_j
     assert daemon.finish("true", gpus=2).state == SUCCEEDED
 
 

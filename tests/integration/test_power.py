@@ -1,12 +1,16 @@
 """Budgets and grid events on the real daemon: simulated boards that draw, settle and obey their limits."""
 
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
-from scheduler.v1 import power_pb2
-from tests.harness.daemon import PENDING, RUNNING, Daemon, reason_of, until
+from scheduler.v1 import power_pb2, power_service_pb2
+from tests.harness.daemon import CANCELLED, PENDING, PREEMPTING, RUNNING, Daemon, reason_of, until
 
 MINER = "trap 'exit 0' TERM; while :; do sleep 0.2 & wait; done"
 MINERS = f"""
@@ -23,8 +27,16 @@ name = "miner"
 class = "mining"
 command = ["/bin/sh", "-c", "{MINER}"]
 """
-IDLE_W, LIMIT_W = 70.0, 700.0
+IDLE_W_UNKNOWN, LIMIT_W = 100.0, 700.0
 MET = power_pb2.SHED_STATE_MET
+LATER = Timestamp(seconds=int(time.time()) + 86_400)
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Daemon]:
+    """A daemon that several tests ask, each of which leaves it without budget and event."""
+    with Daemon(gpus="1xH100", config="[power]\nbase_w = 100.0\n").start() as daemon:
+        yield daemon
 
 
 def draws_at_most(daemon: Daemon, watts: float) -> bool:
@@ -48,6 +60,7 @@ def test_a_budget_sheds_until_the_measured_draw_is_inside_and_its_end_brings_the
         until("the draw is inside the budget", lambda: draws_at_most(daemon, 1200))
         power = daemon.get_power()
         assert power.committed_w <= power.budget_w == 1200
+        assert power.floor_w <= 4 * IDLE_W_UNKNOWN, "what a board draws as it cools down is not its idle draw"
         waiting = [job for job in daemon.all_jobs(name="miner") if job.state == PENDING]
         assert {reason_of(job) for job in waiting} == {"WAITING_FOR_POWER"}
 
@@ -72,7 +85,8 @@ def test_an_emergency_is_taken_whatever_it_asks_and_met_by_measured_watts() -> N
             "it says that it can't be met",
             lambda: (e := daemon.grid_event("e1")).state == power_pb2.SHED_STATE_FAILED and e,
         )
-        assert f"the least that can be reached is {2 * IDLE_W:.0f} W" in failed.reasons[0]
+        assert f"the least that can be reached is {2 * IDLE_W_UNKNOWN:.0f} W" in failed.reasons[0]
+        assert any("the power budget can't be kept" in text for text in daemon.get_node().problems)
 
         daemon.offer_event("e2", 200, until_s=60, emergency=True)
         met = until("it is met", lambda: (e := daemon.grid_event("e2")).state == MET and e)
@@ -121,3 +135,128 @@ def test_prices_steer_the_miners_and_come_from_the_command_line(tmp_path: Path) 
         wrong = daemon.cli("power", "prices", str(prices))
         assert wrong.returncode == 2
         assert "1 USD per kWh = 1000 USD per MWh" in wrong.stderr
+
+
+def test_an_emergency_cuts_the_grace_of_whoever_was_told_to_go_before_it() -> None:
+    with Daemon(gpus="1xH100", config=MINERS).start() as daemon:
+        deaf = daemon.run_ready("trap '' TERM; echo ready; while :; do sleep 0.1; done", grace_s=600.0)
+        daemon.set_budget(100)
+        daemon.wait(deaf.id, PREEMPTING)
+
+        daemon.offer_event("e1", 100, until_s=60, emergency=True)
+
+        waiting = daemon.wait(deaf.id, PENDING)
+        assert waiting.attempts[0].exit_code == 128 + signal.SIGKILL
+        until("it is met", lambda: daemon.grid_event("e1").state == MET)
+
+
+def test_budget_and_event_outlive_a_kill_and_the_event_goes_on() -> None:
+    with Daemon(gpus="2xH100", config=MINERS).start() as daemon:
+        until("all mine", lambda: mined(daemon) == 2)
+        daemon.set_budget(900)
+        daemon.offer_event("e1", 200, until_s=600, emergency=True)
+        until("it is met", lambda: daemon.grid_event("e1").state == MET)
+        met = daemon.grid_event("e1")
+
+        daemon.restart()
+
+        assert daemon.grid_event("e1") == met
+        kinds = [power_pb2.BudgetKind.Name(source.kind) for source in daemon.get_power().sources]
+        assert kinds == ["BUDGET_KIND_EMERGENCY", "BUDGET_KIND_REQUESTED"]
+        until("the draw is inside", lambda: draws_at_most(daemon, 200))
+        assert mined(daemon) == 0
+
+        cancelled = daemon.cancel_event("e1")
+        assert cancelled.state == power_pb2.SHED_STATE_CANCELLED
+        until("one mines again", lambda: mined(daemon) >= 1)
+        assert daemon.get_power().budget_w <= 900
+
+
+def test_watts_come_back_bit_by_bit() -> None:
+    slowly = MINERS.replace("return_w_per_s = 2000.0", "return_w_per_s = 1.0")
+    with Daemon(gpus="2xH100", config=slowly).start() as daemon:
+        until("all mine", lambda: mined(daemon) == 2)
+        daemon.set_budget(200)
+        until("all stopped", lambda: mined(daemon) == 0)
+
+        daemon.set_budget(None)
+
+        until("the budget rises", lambda: daemon.get_power().budget_w > 200.5)
+        assert daemon.get_power().budget_w < 300
+        assert mined(daemon) == 0
+
+
+def test_a_lost_signal_falls_back_to_the_safe_level() -> None:
+    safe = MINERS.replace("[power]", "[power]\nsafe_budget_w = 400.0")
+    with Daemon(gpus="2xH100", config=safe).start() as daemon:
+        daemon.set_budget(5000, valid_for_s=1.0)
+        until("the safe level holds", lambda: daemon.get_power().budget_w == 400)
+        (source,) = daemon.get_power().sources
+        assert source.kind == power_pb2.BUDGET_KIND_SAFE
+        daemon.set_budget(5000, valid_for_s=600.0)
+        until("it comes back", lambda: daemon.get_power().budget_w > 400)
+
+
+def test_a_released_node_has_the_limits_back_that_were_found() -> None:
+    config = MINERS.partition("[[standing_jobs]]")[0]
+    with Daemon(gpus="1xH100", config=config).start() as daemon:
+        daemon.set_budget(400)
+        job = daemon.run("/bin/sleep", "1000", draw_w=300.0)
+        until("its limit is set", lambda: daemon.get_power().gpus[0].limit_w == 330)
+        assert daemon.get_power().gpus[0].limit_w_found == LIMIT_W
+        daemon.cancel(job.id)
+        daemon.wait(job.id, CANCELLED)
+
+        daemon.release()
+
+        until("it is back", lambda: not daemon.get_power().gpus[0].HasField("limit_w_found"))
+
+
+@pytest.mark.parametrize(
+    ("event", "field"),
+    [
+        (power_pb2.GridEvent(id="a b", budget_w=100, end=LATER), "event.id"),
+        (power_pb2.GridEvent(id="e", budget_w=100), "event.end"),
+        (power_pb2.GridEvent(id="e", budget_w=100, end=Timestamp(seconds=1)), "event.end"),
+        (power_pb2.GridEvent(id="e", budget_w=100, start=LATER, end=LATER), "event.end"),
+        (power_pb2.GridEvent(id="e", budget_w=float("nan"), end=LATER), "event.budget_w"),
+        (power_pb2.GridEvent(id="e", budget_w=-1, end=LATER), "event.budget_w"),
+        (power_pb2.GridEvent(id="e", budget_w=99, end=LATER), "event.budget_w"),
+        (power_pb2.GridEvent(id="e", budget_w=1e12, end=LATER), "event.budget_w"),
+    ],
+)
+def test_a_wrong_event_is_refused_with_its_field_named(
+    node: Daemon, event: power_pb2.GridEvent, field: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        node.power.SubmitGridEvent(power_service_pb2.SubmitGridEventRequest(event=event), timeout=10)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details().startswith(f"{field}: ")
+    assert not node.power.ListGridEvents(power_service_pb2.ListGridEventsRequest(), timeout=10).events
+
+
+def test_the_same_event_twice_is_one_and_other_terms_are_refused(node: Daemon) -> None:
+    end = Timestamp(seconds=LATER.seconds + 60)
+    event = power_pb2.GridEvent(id="e", budget_w=500, start=LATER, end=end)
+    request = power_service_pb2.SubmitGridEventRequest(event=event)
+    first = node.power.SubmitGridEvent(request, timeout=10).event
+    assert node.power.SubmitGridEvent(request, timeout=10).event == first
+    request.event.budget_w = 600
+    with pytest.raises(grpc.RpcError) as refused:
+        node.power.SubmitGridEvent(request, timeout=10)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    node.cancel_event("e")
+    with pytest.raises(grpc.RpcError) as unknown:
+        node.cancel_event("nobody")
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_the_metrics_page_tells_of_power(node: Daemon) -> None:
+    node.set_budget(3000)
+    until("it is in force", lambda: "wattshift_power_budget_watts 3000.0" in node.metrics())
+    page = node.metrics()
+    for name in ("draw_watts", "committed_watts", "over_budget_seconds_total", "limit_set_seconds_count"):
+        assert f"\nwattshift_power_{name} " in page
+    assert "\nwattshift_grid_event_active 0.0" in page
+    assert "\nwattshift_grid_shed_seconds_count 0" in page
+    node.set_budget(None)

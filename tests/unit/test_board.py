@@ -12,7 +12,7 @@ from scheduler.control.meters import Meters
 from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
-from scheduler.model.events import GpuMarked
+from scheduler.model.events import DaemonStarted, GpuMarked
 from scheduler.model.gpus import PID_LIMIT, GpuIdentity, GpuProcess, GpuState
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
@@ -112,6 +112,15 @@ def test_a_baseline_outlives_the_daemon_but_not_its_driver(ledger: Ledger) -> No
     assert upgraded.empty_mib("GPU-a") == 700
 
 
+def test_a_baseline_does_not_outlive_a_reboot(board: GpuBoard, ledger: Ledger) -> None:
+    ledger.apply(DaemonStarted(1.0, "0", "boot-1", 1))
+    board.learn_baseline(A.uuid, 512, 1.0)
+    ledger.apply(DaemonStarted(2.0, "0", "boot-1", 2))
+    assert A.uuid in ledger.baselines
+    ledger.apply(DaemonStarted(3.0, "0", "boot-2", 3))
+    assert not ledger.baselines
+
+
 def test_a_baseline_that_was_not_kept_is_not_known(board: GpuBoard, ledger: Ledger) -> None:
     board.learn_baseline("GPU-a", 512, 1.0)
     ledger.abandon()
@@ -150,6 +159,19 @@ def test_an_ended_gang_occupies_each_gpu_until_that_gpu_is_proved_free(
     assert board.prove("GPU-b") == [("j1", 1)]
     ledger.apply(verified(1))
     assert states(board) == {"GPU-a": GpuState.FREE, "GPU-b": GpuState.FREE}
+
+
+def test_what_was_given_on_before_a_restart_had_been_proved(board: GpuBoard, ledger: Ledger) -> None:
+    for event in (submission(1, gpus=2), start(1, 1, 1.0, "GPU-a", "GPU-b"), started(1), end(1)):
+        ledger.apply(event)
+    assert board.prove("GPU-a") == []
+    for event in (submission(2), start(2, 1, 6.0, "GPU-a"), started(2)):
+        ledger.apply(event)
+    restarted = GpuBoard(ledger, board.sizes, Telemetry(Meters()))
+    restarted.read(GpuReadings((A, B), (), {}))
+    assert list(restarted.occupants()) == ["GPU-b"]
+    restarted.snapshot(0.0)
+    assert restarted.prove("GPU-b") == [], "the other still waits for its proof"
 
 
 def test_a_gpu_that_nobody_has_looked_at_is_not_given_out(board: GpuBoard) -> None:

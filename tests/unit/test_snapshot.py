@@ -11,6 +11,8 @@ from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import HoldingColumns, Snapshot
 from scheduler.planning.planner import plan
+from tests.fakes.power import B, P
+from tests.fakes.power import snapshot as powered
 from tests.fakes.worlds import (
     PREEMPTING,
     G,
@@ -179,3 +181,14 @@ HELD = running(1, "GPU-0", "GPU-1")
 )
 def test_nothing_to_give_and_nobody_to_serve_are_ordinary(world: W, waits: dict[int, Reason]) -> None:
     assert outcome(plan(snapshot(world), Policy())) == Outcome(waits=waits)
+
+
+def test_watts_that_cant_be_name_their_row() -> None:
+    power = P(W(gpus=gpus(1)), boards={"GPU-0": B(limit_w_min=800)})
+    with pytest.raises(SnapshotError, match="power row 0: limit_w_max is 700"):
+        powered(power)
+    with pytest.raises(SnapshotError, match="power row 0: idle_w is -1"):
+        powered(replace(power, boards={"GPU-0": B(idle_w=-1)}))
+    fine = powered(replace(power, boards={}))
+    with pytest.raises(SnapshotError, match=r"power.natural_w has 1 rows; there are 0"):
+        replace(fine, power=replace(fine.power, natural_w=np.array([1])))

@@ -1,0 +1,203 @@
+"""Watts in plans: limits, sheds and starts, a world at a time."""
+
+from dataclasses import replace
+
+from scheduler.model.actions import RequeueJob, SetPowerLimit, StartJob
+from scheduler.model.policy import Policy
+from scheduler.model.reasons import Reason
+from scheduler.planning.explain import Obstacle, Remedy, RemedyKind, Rule, explain
+from scheduler.planning.planner import plan
+from tests.fakes.power import B, P, applied, limits, snapshot
+from tests.fakes.worlds import (
+    BATCH,
+    INFERENCE,
+    MINING,
+    NOW_US,
+    SECOND_US,
+    TRAINING,
+    J,
+    Outcome,
+    W,
+    gpus,
+    outcome,
+    running,
+)
+
+LOWERED, RAISED = Reason.POWER_LIMIT_LOWERED, Reason.POWER_LIMIT_RAISED
+MINER = {"job_class": MINING, "value": 50_000}
+HOUR_US = 3600 * SECOND_US
+
+
+def planned(power: P) -> Outcome:
+    return outcome(plan(snapshot(power), Policy()))
+
+
+def miners(count: int) -> tuple[J, ...]:
+    return tuple(running(n + 1, f"GPU-{n}", **MINER) for n in range(count))
+
+
+def test_without_a_budget_no_limit_is_touched() -> None:
+    world = W(jobs=miners(2), gpus=gpus(2))
+    made = plan(replace(snapshot(P(world)), power=None), Policy())
+    assert made.actions == ()
+    assert made.power is None
+
+
+def test_a_limit_lies_a_margin_above_what_the_job_draws() -> None:
+    power = P(W(jobs=miners(2), gpus=gpus(2)), natural_w={1: 300, 2: 690})
+    assert planned(power).actions == (SetPowerLimit("GPU-0", 330, LOWERED),)
+
+
+def test_a_job_of_which_nothing_is_known_counts_with_all_that_its_board_may_draw() -> None:
+    power = P(W(jobs=miners(1), gpus=gpus(1)), boards={"GPU-0": B(limit_w=400)})
+    assert planned(power).actions == (SetPowerLimit("GPU-0", 700, RAISED),)
+
+
+def test_the_first_watts_are_taken_from_all_who_mine_before_one_stops() -> None:
+    power = P(W(jobs=miners(2), gpus=gpus(2)), budget_w=600, natural_w={1: 300, 2: 300})
+    made = planned(power)
+    assert limits(plan(snapshot(power), Policy())) == {"GPU-0": 300, "GPU-1": 300}
+    assert not [action for action in made.actions if isinstance(action, RequeueJob)]
+
+
+def test_mining_stops_before_training_is_slowed_by_much() -> None:
+    jobs = (running(1, "GPU-0", job_class=TRAINING), running(2, "GPU-1", **MINER))
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=400, natural_w={1: 300, 2: 300})
+    made = planned(power)
+    assert RequeueJob(2, Reason.SHED_FOR_POWER) in made.actions
+    assert RequeueJob(1, Reason.SHED_FOR_POWER) not in made.actions
+
+
+def test_of_equal_jobs_the_youngest_stops_unless_a_stop_costs_it_more() -> None:
+    power = P(W(jobs=miners(2), gpus=gpus(2)), budget_w=400, natural_w={1: 300, 2: 300})
+    assert RequeueJob(2, Reason.SHED_FOR_POWER) in planned(power).actions
+    first, second = miners(2)
+    dear = replace(second, restart_loss_us=HOUR_US // 2)
+    kept = planned(replace(power, world=W(jobs=(first, dear), gpus=gpus(2))))
+    assert [action for action in kept.actions if isinstance(action, RequeueJob)] == [
+        RequeueJob(1, Reason.SHED_FOR_POWER)
+    ]
+
+
+def test_a_gang_is_lowered_and_stopped_whole() -> None:
+    gang = running(1, "GPU-0", "GPU-1", job_class=BATCH, value=500_000)
+    power = P(W(jobs=(gang,), gpus=gpus(2)), budget_w=580, natural_w={1: 300})
+    assert limits(plan(snapshot(power), Policy())) == {"GPU-0": 290, "GPU-1": 290}
+    assert planned(replace(power, budget_w=300)).actions[-1] == RequeueJob(1, Reason.SHED_FOR_POWER)
+
+
+def test_below_the_boards_minimum_only_stopping_helps() -> None:
+    power = P(W(jobs=miners(1), gpus=gpus(1)), budget_w=190, natural_w={1: 210})
+    assert RequeueJob(1, Reason.SHED_FOR_POWER) in planned(power).actions
+
+
+def test_a_limit_that_cant_be_set_is_never_counted_on() -> None:
+    boards = {"GPU-0": B(limit_w_min=700)}
+    power = P(W(jobs=miners(1), gpus=gpus(1)), budget_w=600, boards=boards, natural_w={1: 300})
+    assert planned(power).actions == (RequeueJob(1, Reason.SHED_FOR_POWER),)
+
+
+def test_what_may_not_be_stopped_is_lowered_as_far_as_its_board_goes() -> None:
+    job = running(1, "GPU-0", job_class=TRAINING, preemptible=False)
+    power = P(W(jobs=(job,), gpus=gpus(1)), budget_w=150, natural_w={1: 600})
+    assert planned(power).actions == (SetPowerLimit("GPU-0", 200, LOWERED),)
+
+
+def test_inference_is_lowered_only_where_the_policy_says_so() -> None:
+    job = running(1, "GPU-0", job_class=INFERENCE, preemptible=False)
+    power = P(W(jobs=(job,), gpus=gpus(1)), budget_w=500, natural_w={1: 600})
+    assert limits(plan(snapshot(power), Policy())) == {"GPU-0": 660}
+    lowered = replace(power, limits_inference=True)
+    assert limits(plan(snapshot(lowered), Policy())) == {"GPU-0": 500}
+
+
+def test_a_start_waits_until_limits_have_fallen_and_then_comes() -> None:
+    world = W(jobs=(*miners(1), J(2, **MINER)), gpus=gpus(2))
+    power = P(world, budget_w=700, natural_w={1: 300, 2: 300})
+    first = planned(power)
+    assert first.waits == {2: Reason.WAITING_FOR_POWER}
+    assert limits(plan(snapshot(power), Policy())) == {"GPU-0": 330, "GPU-1": 330}
+    second = planned(applied(power, plan(snapshot(power), Policy())))
+    assert second.actions == (StartJob(2, ("GPU-1",), Reason.STARTED_ON_FREE_GPUS),)
+
+
+def test_a_start_that_doesnt_fit_waits_for_power_and_lowers_nobody_of_a_higher_class() -> None:
+    jobs = (running(1, "GPU-0", job_class=TRAINING), J(2, **MINER))
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=500, natural_w={1: 300, 2: 300})
+    power = power.with_limits({"GPU-0": 330})
+    made = planned(power)
+    assert made.actions == ()
+    assert made.waits == {2: Reason.WAITING_FOR_POWER}
+
+
+def test_a_job_of_higher_rank_takes_the_watts_of_lower_ones_and_no_more() -> None:
+    world = W(jobs=(*miners(2), J(3, job_class=TRAINING)), gpus=gpus(3))
+    power = P(world, budget_w=560, natural_w={1: 290, 2: 290, 3: 300}).with_limits(
+        {f"GPU-{n}": 319 for n in range(3)}
+    )
+    made = planned(power)
+    preempted = [action.job for action in made.actions if hasattr(action, "preemptor")]
+    assert preempted == [2]
+    assert made.waits == {3: Reason.WAITING_FOR_POWER}
+    assert made.awaited == {3: (2,)}
+
+
+def test_an_emergency_holds_everybody_down_until_whoever_stops_has_gone() -> None:
+    jobs = (running(1, "GPU-0", job_class=TRAINING), running(3, "GPU-1", **MINER))
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=450, natural_w={1: 300, 3: 300}, is_emergency=True)
+    made = planned(power)
+    assert RequeueJob(3, Reason.SHED_IN_EMERGENCY) in made.actions
+    assert limits(plan(snapshot(power), Policy())) == {"GPU-0": 200, "GPU-1": 200}
+
+
+def test_a_minimum_runtime_holds_but_in_an_emergency() -> None:
+    job = running(1, "GPU-0", ran_s=10, min_runtime_us=60 * SECOND_US, **MINER)
+    power = P(W(jobs=(job,), gpus=gpus(1)), budget_w=100, natural_w={1: 300})
+    assert planned(power).actions == (SetPowerLimit("GPU-0", 200, LOWERED),)
+    emergency = planned(replace(power, is_emergency=True))
+    assert emergency.actions[-1] == RequeueJob(1, Reason.SHED_IN_EMERGENCY)
+
+
+def test_no_start_makes_an_accepted_event_unreachable() -> None:
+    job = J(1, job_class=INFERENCE, preemptible=False)
+    power = P(W(jobs=(job,), gpus=gpus(1)), natural_w={1: 300}, promised_w=200, promised_us=NOW_US + HOUR_US)
+    assert planned(power).waits == {1: Reason.WAITING_FOR_POWER}
+    assert planned(replace(power, promised_w=330)).waits == {}
+    preemptible = replace(power, world=W(jobs=(replace(job, preemptible=True),), gpus=gpus(1)))
+    assert planned(preemptible).waits == {}
+
+
+def test_an_empty_board_that_still_draws_counts_with_what_it_draws() -> None:
+    power = P(W(jobs=(J(1, **MINER),), gpus=gpus(2)), budget_w=500, natural_w={1: 300})
+    power = power.with_limits({"GPU-0": 330, "GPU-1": 330})
+    assert planned(power).waits == {}
+    boards = {**power.boards, "GPU-1": replace(power.boards["GPU-1"], measured_w=250)}
+    assert planned(replace(power, boards=boards)).waits == {1: Reason.WAITING_FOR_POWER}
+
+
+def test_the_shadow_price_is_what_the_last_watt_costs() -> None:
+    power = P(W(jobs=miners(1), gpus=gpus(1)), budget_w=250, natural_w={1: 300})
+    made = plan(snapshot(power), Policy())
+    assert made.power is not None
+    # From 270 to 210 W a miner of 0.05 USD/h loses 12 % of its work: 6,000 micro-USD for 60 Wh.
+    assert 50 < made.power.shadow_microusd_per_wh < 200
+    relaxed = plan(snapshot(replace(power, budget_w=1000)), Policy())
+    assert relaxed.power is not None
+    assert relaxed.power.shadow_microusd_per_wh == 0
+
+
+def test_explain_says_what_is_missing_and_what_would_do() -> None:
+    jobs = (running(1, "GPU-0", job_class=TRAINING), J(2, **MINER))
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=500, natural_w={1: 300, 2: 300})
+    power = power.with_limits({"GPU-0": 330, "GPU-1": 330})
+    found = explain(snapshot(power), Policy(), 2)
+    assert found.reason is Reason.WAITING_FOR_POWER
+    assert found.obstacles == (Obstacle(Rule.POWER, lacking=160),)
+    kinds = {remedy.kind: remedy.amount for remedy in found.remedies}
+    # At 210 of 300 W it does most of its work, and that is let in first.
+    assert kinds[RemedyKind.MORE_POWER] == 40
+    assert RemedyKind.LESS_DRAW not in kinds, "no board takes a limit as low as that"
+    enough = explain(snapshot(replace(power, budget_w=540)), Policy(), 2)
+    assert enough.obstacles == enough.remedies == ()
+    declared = explain(snapshot(replace(power, budget_w=530)), Policy(), 2)
+    assert Remedy(RemedyKind.LESS_DRAW, 285) in declared.remedies
