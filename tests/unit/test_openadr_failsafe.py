@@ -3,8 +3,12 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from scheduler.control.board import NodeSize
 from scheduler.control.inbox import OfferGridEvent
+from scheduler.effects.openadr import HttpVtn, VtnObjects
+from scheduler.errors import FeedError
 from scheduler.model.power import GridEvent, ShedState
 from scheduler.model.settings import Config, OpenAdrConfig
 from scheduler.simulation.boards import PROFILES, boards
@@ -16,6 +20,16 @@ NOBODY = OpenAdrConfig(vtn_url="http://127.0.0.1:1", program="p", subscription_w
 HOUR_S = 3600.0
 LIMIT = GridEvent("openadr-limit-l-1", EPOCH_S, EPOCH_S + 9 * HOUR_S, 500.0, False, EPOCH_S)
 OTHERS = GridEvent("theirs", EPOCH_S, EPOCH_S + 9 * HOUR_S, 600.0, False, EPOCH_S)
+
+
+@pytest.fixture(autouse=True)
+def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a refused connection does, but at once: a thread takes any amount of virtual time."""
+
+    async def refused(_: HttpVtn) -> VtnObjects:
+        raise FeedError("connection refused")
+
+    monkeypatch.setattr(HttpVtn, "poll", refused)
 
 
 def daemon_of(tmp_path: Path, openadr: OpenAdrConfig) -> SimulatedDaemon:
