@@ -20,7 +20,7 @@
         │   └── StateLocked     another daemon owns the state directory
         ├── LauncherError       the launcher can't be reached or misbehaves
         ├── GpuReadError        a GPU could not be read
-        ├── FeedError           a source of prices could not be read or makes no sense
+        ├── FeedError           a source of prices or grid signals could not be read
         ├── BackendUnavailable  the array library that was asked for is not there, or has no GPU
         ├── InstallationError   this environment can't run the daemon
         └── SimulationStuck     a simulated world in which nothing can happen any more
@@ -151,7 +151,7 @@ class GpuReadError(NodeError):
 
 
 class FeedError(NodeError):
-    """A source of prices could not be read, or what it sent makes no sense."""
+    """A source of prices or grid signals could not be read, or what it sent makes no sense."""
 
 
 class BackendUnavailable(NodeError):

@@ -35,6 +35,13 @@ class NodeMetrics:
         self._put_jobs(page)
         put_power(page, control, now_s)
         self._put_meters(page)
+        openadr = control.openadr.view(now_s)
+        age_s = None if openadr is None else openadr.contact_age_s
+        page.gauge(
+            "openadr_contact_age_seconds",
+            "Time since the OpenADR VTN answered last; absent without one, and before it answered.",
+            [] if age_s is None else [((), age_s)],
+        )
         page.gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])
         page.gauge("problems", "Problems that an operator should look at.", [((), len(control.problems))])
         page.gauge("build_info", "This daemon.", [((control.site.version,), 1)], ("version",))

@@ -180,6 +180,21 @@ def power(control: Controller) -> power_pb2.Power:
         ],
         valid_until=convert.timestamp(state.budget_valid_until_s),
         price=_price(control),
+        openadr=_openadr(control),
+    )
+
+
+def _openadr(control: Controller) -> power_pb2.OpenAdr | None:
+    view = control.openadr.view(control.effects.clock.now_s())
+    if view is None:
+        return None
+    return power_pb2.OpenAdr(
+        vtn=view.vtn,
+        program=view.program,
+        contact_age_s=view.contact_age_s,
+        lost=view.lost,
+        problems=view.problems,
+        unused=view.unused,
     )
 
 

@@ -223,11 +223,25 @@ def _summary(power: power_pb2.Power) -> list[str]:
     ]
     if power.HasField("price"):
         lines.append(f"price      {_price_line(power.price)}")
+    if power.HasField("openadr"):
+        lines += _openadr_lines(power.openadr)
     for source in power.sources:
         kind = words.word(source, "kind").lower().replace("_", " ")
         name = f" {source.event_id}" if source.event_id else ""
         until = f" until {words.moment(source.until)}" if source.HasField("until") else ""
         lines.append(f"source     {kind}{name}: {source.budget_w:.0f} W{until}")
+    return lines
+
+
+def _openadr_lines(openadr: power_pb2.OpenAdr) -> list[str]:
+    """How it stands with the VTN."""
+    answered = openadr.HasField("contact_age_s")
+    contact = f"answered {words.span(openadr.contact_age_s)} ago" if answered else "has not answered yet"
+    lost = ", contact lost: limits run out, the subscription holds" if openadr.lost else ""
+    lines = [f"openadr    {openadr.vtn}, program {openadr.program}: {contact}{lost}"]
+    lines += [f"problem    {text}" for text in openadr.problems]
+    if openadr.unused:
+        lines.append(f"not used   {', '.join(openadr.unused)}")
     return lines
 
 

@@ -19,6 +19,7 @@ from scheduler.model.settings import (
     ForeignConfig,
     JobsConfig,
     NodeConfig,
+    OpenAdrConfig,
     PowerConfig,
     SamplingConfig,
     ServerConfig,
@@ -51,6 +52,7 @@ class Reader:
             sampling=self._table(("sampling",), SamplingConfig, document.get("sampling", {})),
             policy=replace(policy, classes=self._classes(document.get("classes", {}))),
             power=self._table(("power",), PowerConfig, document.get("power", {})),
+            openadr=self._table(("openadr",), OpenAdrConfig, document.get("openadr", {})),
             foreign=self._table(("foreign",), ForeignConfig, document.get("foreign", {})),
             standing_jobs=self._tables(("standing_jobs",), StandingJob, document.get("standing_jobs", [])),
         )

@@ -12,7 +12,14 @@ from scheduler.model.jobs import JobClass
 from scheduler.model.policy import PRIORITY_MAX
 from scheduler.model.power import CurvePoint
 from scheduler.model.prices import PRICE_USD_PER_KWH_MAX
-from scheduler.model.settings import Config, ForeignRule, StandingJob, is_loopback, split_host_port
+from scheduler.model.settings import (
+    Config,
+    ForeignRule,
+    StandingJob,
+    is_loopback,
+    split_host_port,
+    url_problem,
+)
 
 # A key and what would be right.
 Problem = tuple[KeyPath, str]
@@ -81,6 +88,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "power.price_poll_s": (1, _DAY_S),
     "power.price_max_age_s": (1, 30 * _DAY_S),
     "power.price_unknown_usd_per_kwh": (0, PRICE_USD_PER_KWH_MAX),
+    "openadr.poll_s": (1, 3600),
+    "openadr.contact_lost_s": (1, _DAY_S),
+    "openadr.subscription_w": (1, _SITE_W_MAX),
+    "openadr.normal_w": (1, _SITE_W_MAX),
+    "openadr.simple_moderate_w": (1, _SITE_W_MAX),
+    "openadr.simple_high_w": (1, _SITE_W_MAX),
+    "openadr.simple_emergency_w": (1, _SITE_W_MAX),
     "standing_jobs.*.value_usd_per_gpu_hour": (0, _USD_PER_GPU_HOUR_MAX),
     "standing_jobs.*.priority": (0, PRIORITY_MAX),
     "standing_jobs.*.gpu_memory_mib": (0, _MIB_MAX),
@@ -129,6 +143,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     yield from _server_problems(config)
     yield from _policy_problems(config)
     yield from _power_problems(config)
+    yield from _openadr_problems(config)
     yield from _foreign_problems(config)
     yield from _standing_problems(config)
 
@@ -257,6 +272,36 @@ def _power_problems(config: Config) -> Iterator[Problem]:
     if power.price_source and not power.price_source.startswith(("/", "http://", "https://")):
         words = f"must be an absolute path, or begin with http:// or https://, is {power.price_source!r}"
         yield ("power", "price_source"), words
+
+
+def _openadr_problems(config: Config) -> Iterator[Problem]:
+    openadr = config.openadr
+    if not openadr.vtn_url:
+        for name in ("program", "client_id", "webhook_listen"):
+            if getattr(openadr, name):
+                yield ("openadr", name), "does nothing without openadr.vtn_url; set that, or leave this out"
+        return
+    if remedy := url_problem(openadr.vtn_url):
+        yield ("openadr", "vtn_url"), remedy
+    if not openadr.program:
+        yield ("openadr",), "program is missing; give the name or the id of the VTN's program"
+    secret = openadr.client_secret_file
+    if (secret is None) != (not openadr.client_id):
+        yield ("openadr",), "client_id and client_secret_file go together; give both or none"
+    if secret is not None and not secret.is_absolute():
+        yield ("openadr", "client_secret_file"), f"must be an absolute path, is {shown(str(secret))}"
+    if bool(openadr.webhook_listen) != bool(openadr.webhook_url):
+        yield ("openadr",), "webhook_listen and webhook_url go together; give both or none"
+    if openadr.webhook_url and (remedy := url_problem(openadr.webhook_url)):
+        yield ("openadr", "webhook_url"), remedy
+    if openadr.webhook_listen:
+        try:
+            split_host_port(openadr.webhook_listen)
+        except ValueError as error:
+            words = f"must be host:port, is {shown(openadr.webhook_listen)}: {error}"
+            yield ("openadr", "webhook_listen"), words
+    if openadr.contact_lost_s <= openadr.poll_s:
+        yield ("openadr", "contact_lost_s"), f"must be more than openadr.poll_s ({openadr.poll_s:g} s)"
 
 
 def _grace_problem(grace_s: float, config: Config) -> str:

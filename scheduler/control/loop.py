@@ -41,6 +41,7 @@ from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
 from scheduler.control.observer import Observer
 from scheduler.control.occupancy import Occupancy
+from scheduler.control.openadr import OpenAdr
 from scheduler.control.orders import Orders
 from scheduler.control.pace import Pace
 from scheduler.control.power import PowerControl
@@ -133,6 +134,7 @@ class Controller:
         self.health = Health(self)
         self.power = PowerControl(self)
         self.prices = Prices(self)
+        self.openadr = OpenAdr(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.abilities = Abilities(self.problems)
@@ -172,6 +174,7 @@ class Controller:
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
         self.prices.start()
+        self.openadr.start()
         self._release_or_acquire()
         self._tick()
 
@@ -217,6 +220,7 @@ class Controller:
         self._running = False
         self.verifier.close()
         self.prices.stop()
+        self.openadr.stop()
         for task in self._looks:
             task.cancel()
         self._stop_lingering()
@@ -253,6 +257,7 @@ class Controller:
         )
         self.standing.reload()
         self.prices.reload()
+        self.openadr.reload()
         self.inbox.put(Elapsed())
 
     def reason(self, job: Job) -> Reason:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, JobClass, JobSpec, OnPreempt, RestartRule
 from scheduler.model.policy import Policy
@@ -141,6 +142,26 @@ class PowerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenAdrConfig:
+    """`[openadr]`: an OpenADR 3.1 VTN whose events are grid events here. Watts of the site."""
+
+    vtn_url: str = ""  # the API's base; empty = none
+    client_id: str = ""  # empty = the VTN asks for no token
+    client_secret_file: Path | None = None  # holds the secret and nothing else
+    program: str = ""  # name or id
+    targets: tuple[str, ...] = ()  # that the VTN has granted to this VEN
+    poll_s: float = 10.0
+    webhook_listen: str = ""  # host:port; empty = poll only
+    webhook_url: str = ""  # under which the VTN reaches it
+    contact_lost_s: float = 300.0  # without an answer for so long, contact is lost
+    subscription_w: float | None = None  # where the VTN names none; None = not known
+    normal_w: float | None = None  # what offsets and relative setpoints change; None = they can't be followed
+    simple_moderate_w: float | None = None  # SIMPLE 1; None = it can't be followed
+    simple_high_w: float | None = None
+    simple_emergency_w: float | None = None  # SIMPLE 3 and ALERT_GRID_EMERGENCY; None = as little as can be
+
+
+@dataclass(frozen=True, slots=True)
 class StandingJob:
     """`[[standing_jobs]]`: a job that is kept alive, one instance per idle GPU.
 
@@ -207,6 +228,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     policy: Policy = field(default_factory=Policy)  # with `[classes.*]`
     power: PowerConfig = field(default_factory=PowerConfig)
+    openadr: OpenAdrConfig = field(default_factory=OpenAdrConfig)
     foreign: ForeignConfig = field(default_factory=ForeignConfig)
     standing_jobs: tuple[StandingJob, ...] = ()
 
@@ -235,6 +257,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def url_problem(url: str) -> str:
+    """What is wrong with a URL that secrets may go to; empty where nothing is."""
+    try:
+        parts = urlsplit(url)
+        host, _port = parts.hostname or "", parts.port
+    except ValueError as error:
+        return f"must be a URL, is {url!r}: {error}"
+    if not host or parts.scheme not in ("http", "https") or parts.username or parts.query or parts.fragment:
+        return f"must be https://host/path without user, query and fragment, is {url!r}"
+    if parts.scheme == "http" and not is_loopback(host):
+        return f"must begin with https:// (http is for this machine only), is {url!r}"
+    return ""
 
 
 def _or(value: _T | None, default: _T) -> _T:

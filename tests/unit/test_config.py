@@ -498,3 +498,47 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 def test_loopback_is_what_this_machine_alone_reaches() -> None:
     assert [h for h in ("127.0.0.1", "127.9.9.9", "::1", "localhost") if not is_loopback(h)] == []
     assert [h for h in ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.evil") if is_loopback(h)] == []
+
+
+# A VTN ------------------------------------------------------------------------------------------
+
+VTN = '[openadr]\nvtn_url = "https://vtn.example/openadr3"\nprogram = "p"\n'
+
+
+def test_a_vtn_on_this_machine_may_be_spoken_to_in_the_clear() -> None:
+    assert parse(VTN.replace("https://vtn.example", "http://[::1]:8080")).openadr.program == "p"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (VTN.replace("https", "http"), "openadr.vtn_url: must begin with https://"),
+        (VTN.replace("https", "ftp"), "openadr.vtn_url: must be https://host/path"),
+        (
+            VTN.replace("vtn.example", "me:pw@vtn.example"),
+            "openadr.vtn_url: must be https://host/path without user",
+        ),
+        (VTN.replace("vtn.example", "vtn.example:port"), "openadr.vtn_url: must be a URL"),
+        (VTN.replace('program = "p"', ""), "openadr: program is missing"),
+        ('[openadr]\nprogram = "p"\n', "openadr.program: does nothing without openadr.vtn_url"),
+        (VTN + 'client_id = "c"\n', "client_id and client_secret_file go together"),
+        (VTN + 'client_secret_file = "/s"\n', "client_id and client_secret_file go together"),
+        (VTN + 'client_id = "c"\nclient_secret_file = "s"\n', "client_secret_file: must be an absolute path"),
+        (VTN + 'webhook_url = "https://me.example/"\n', "webhook_listen and webhook_url go together"),
+        (
+            VTN + 'webhook_listen = "1"\nwebhook_url = "https://me.example/"\n',
+            "webhook_listen: must be host:port",
+        ),
+        (
+            VTN + 'webhook_listen = "[::]:1"\nwebhook_url = "http://me.example/"\n',
+            "webhook_url: must begin with",
+        ),
+        (VTN + "poll_s = 400.0\n", "openadr.contact_lost_s: must be more than openadr.poll_s (400 s)"),
+        (
+            VTN + 'client_secret = "x"\n',
+            "openadr.client_secret: unknown key; did you mean client_secret_file?",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_vtn_is_named(text: str, words: str) -> None:
+    assert words in problem(text)
