@@ -14,11 +14,16 @@ INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
 
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
+# Processes that tests run in: most of them wait for daemons more than they compute.
+TEST_PROCESSES ?= 3
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py \
   tests/simulation/test_fault_seeds.py tests/simulation/test_scenarios.py)
-# Slow: these want root, Prometheus, systemd or a GPU with CuPy, and say so when they skip.
-SLOW_TESTS := $(wildcard tests/simulation tests/e2e tests/gpu)
+# Slow: fault simulation and published data.
+LONG_TESTS := $(wildcard tests/simulation)
+# These want root, Prometheus, systemd or a GPU with CuPy, say so when they skip, and have the machine to themselves.
+LONE_TESTS := $(wildcard tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
 RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
 RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
@@ -45,10 +50,11 @@ run: $(COMPILED) ## Serve on simulated GPUs (SIMULATE=8xH100)
 	$(VENV)/bin/wattshift serve --simulate $(SIMULATE)
 
 test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
-	$(PY) -m pytest $(FAST_TESTS)
+	$(PY) -m pytest $(PARALLEL) $(FAST_TESTS)
 
 test-all: $(COMPILED) ## All tests: also real Prometheus, real systemd, fault simulation
-	HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) $(PY) -m pytest $(FAST_TESTS) $(SLOW_TESTS)
+	HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) $(PY) -m pytest $(PARALLEL) $(FAST_TESTS) $(LONG_TESTS)
+	$(PY) -m pytest $(LONE_TESTS)
 
 sim: $(COMPILED) ## Print the story of one seed of the fault simulation (SEED=7); where it fails, the shortest that does
 	$(PY) -m tests.simulation $(SEED)

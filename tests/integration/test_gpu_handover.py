@@ -20,6 +20,8 @@ from tests.harness.fixtures import Make
 pytestmark = needs_gcc
 
 SLEEPS = "echo ready; exec sleep 600"
+# Takes a moment to go, in which the test can say what it leaves behind.
+LINGERS = "trap 'sleep 1; exit 0' TERM; echo ready; while :; do sleep 0.1; done"
 ALLOCATED = node_pb2.GPU_STATE_ALLOCATED
 FREE = node_pb2.GPU_STATE_FREE
 HANDOVER = node_pb2.GPU_STATE_HANDOVER
@@ -142,7 +144,7 @@ def test_a_process_that_outlives_its_job_is_named_and_nothing_is_booked_twice(
 ) -> None:
     daemon = served(make_daemon, fake, handover_timeout_s=1)
     with program(tmp_path, "trainer") as pid:
-        job = daemon.run_ready(SLEEPS, gpus=1)
+        job = daemon.run_ready(LINGERS, gpus=1)
         daemon.cancel(job.id)
         hold(fake, (pid, 2 * GIB))  # a container's, say, which nobody saw before
         waits = daemon.submit("true", gpus=1)
@@ -157,7 +159,7 @@ def test_a_process_that_outlives_its_job_is_named_and_nothing_is_booked_twice(
 
 def test_an_operator_may_end_the_quarantine_but_not_the_proof(make_daemon: Make, fake: FakeNvml) -> None:
     daemon = served(make_daemon, fake, handover_timeout_s=1)
-    job = daemon.run_ready(SLEEPS, gpus=1)
+    job = daemon.run_ready(LINGERS, gpus=1)
     daemon.cancel(job.id)
     hold(fake, used=9 * GIB)
     until("it is quarantined", lambda: gpus(daemon)[0].state == QUARANTINED)
