@@ -33,14 +33,14 @@ PATIENT_S = 600
 LOOKS = 5
 
 
-def config(handover_timeout_s: float, more: str = "") -> str:
+def config(handover_timeout_s: float, more: str = "", looks_every_s: int = 1) -> str:
     return f"""
 [jobs]
 user = "{getpass.getuser()}"
 
 [sampling]
 period_s = 0.1
-processes_period_s = 1
+processes_period_s = {looks_every_s}
 
 [policy]
 handover_timeout_s = {handover_timeout_s}
@@ -52,8 +52,10 @@ def fake(tmp_path: Path) -> FakeNvml:
     return FakeNvml(tmp_path)
 
 
-def served(make: Make, fake: FakeNvml, handover_timeout_s: float = PATIENT_S, more: str = "") -> Daemon:
-    daemon = make(gpus="", config=config(handover_timeout_s, more))
+def served(
+    make: Make, fake: FakeNvml, handover_timeout_s: float = PATIENT_S, more: str = "", looks_every_s: int = 1
+) -> Daemon:
+    daemon = make(gpus="", config=config(handover_timeout_s, more, looks_every_s))
     daemon.environment = fake.environment()
     daemon.start()
     until("every GPU is free", lambda: {gpu.state for gpu in gpus(daemon)} == {FREE})
@@ -142,9 +144,10 @@ def test_memory_that_stays_ends_in_quarantine_and_the_gpu_returns_when_it_is_bac
 def test_a_process_that_outlives_its_job_is_named_and_nothing_is_booked_twice(
     make_daemon: Make, fake: FakeNvml, tmp_path: Path
 ) -> None:
-    daemon = served(make_daemon, fake, handover_timeout_s=1)
+    daemon = served(make_daemon, fake, handover_timeout_s=1, looks_every_s=3)
     with program(tmp_path, "trainer") as pid:
         job = daemon.run_ready(LINGERS, gpus=1)
+        looked_again(fake)  # the next routine look comes when the job is gone
         daemon.cancel(job.id)
         hold(fake, (pid, 2 * GIB))  # a container's, say, which nobody saw before
         waits = daemon.submit("true", gpus=1)
