@@ -124,8 +124,8 @@ def test_a_descriptor_that_a_callback_stopped_watching_is_not_called_in_the_same
 
 def test_the_loop_sleeps_until_the_next_timer() -> None:
     loop = Loop(lambda: None)
-    loop.call_after(0.05, loop.stop)
     begun_s, begun_cpu_s = time.monotonic(), time.process_time()
+    loop.call_after(0.05, loop.stop)
     loop.run()
-    assert 0.05 <= time.monotonic() - begun_s < 1.0
+    assert 0.05 <= time.monotonic() - begun_s
     assert time.process_time() - begun_cpu_s < 0.04
