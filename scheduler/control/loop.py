@@ -450,7 +450,8 @@ class Controller:
             return None
         self.problems.pop("planner", None)
         self.meters.plan_s.observe(time.perf_counter() - begun)
-        self.last_plan, self._planned = made, (basis, now_s)
+        # What a plan under a budget rests on is in no basis: the draw of this moment, and the budget itself.
+        self.last_plan, self._planned = made, None if self.power.is_active else (basis, now_s)
         self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
             self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))
