@@ -154,13 +154,27 @@ class Invariants:
             case "end_grace":
                 over = job is None or attempt is None or not job.holds or attempt.exited_s is not None
                 ready = attempt is not None and attempt.acknowledged_s is not None
-                self._demand(over or ready, f"{said} acknowledgement")
+                capped = attempt is not None and self._is_capped(attempt)
+                self._demand(over or ready or capped, f"{said} acknowledgement and no emergency that cuts it")
                 self._may_end.add(key)
             case _:
                 over = job is None or attempt is None or attempt.exited_s is not None
                 self._demand(
                     over or not self._world.daemon.launcher.was_begun(key.job_id, key.attempt), f"{said} end"
                 )
+
+    def _is_capped(self, attempt: Attempt) -> bool:
+        """Whether a grid emergency that the journal knows has cut the attempt's grace by now."""
+        daemon = self._world.daemon
+        if attempt.notice is None or not daemon.runs:
+            return False
+        began = [
+            max(event.shed_began_s, attempt.notice.decided_s)
+            for event in daemon.journal.node_state().power.events
+            if event.emergency and event.binds and event.shed_began_s is not None
+        ]
+        grace_s = daemon.config.power.emergency_grace_s
+        return any(self._world.clock.now_s() >= begun_s + grace_s for begun_s in began)
 
     def _durable(self, key: AttemptKey) -> Job | None:
         number = job_number(key.job_id)
