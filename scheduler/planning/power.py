@@ -342,7 +342,7 @@ class PowerStage:
             job_class=min([request.job_class, *(unit.job_class for unit in beside)]),
             value=max(request.value, 0) * gpu_milli // WHOLE_MILLI + sum(unit.value for unit in beside),
             loss=int(value_of(max(request.value, 0), lost_gpu_ms)) + sum(unit.loss for unit in beside),
-            may_stop=request.preemptible and all(unit.may_stop for unit in beside),
+            may_stop=bool(self._may_stop[row]) and all(unit.may_stop for unit in beside),
             may_lower=bool(self._may_lower[row]) and all(unit.may_lower for unit in beside),
             full_w=tuple(full_w),
             natural_w=tuple(max(1, watts) for watts in each_w),

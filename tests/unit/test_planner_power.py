@@ -201,3 +201,14 @@ def test_explain_says_what_is_missing_and_what_would_do() -> None:
     assert enough.obstacles == enough.remedies == ()
     declared = explain(snapshot(replace(power, budget_w=530)), Policy(), 2)
     assert Remedy(RemedyKind.LESS_DRAW, 285) in declared.remedies
+
+
+def test_a_share_that_joins_one_just_started_is_judged_like_one_that_joins_later() -> None:
+    """Who can't be stopped within his minimum runtime can't from the plan on that starts him."""
+    said = {"value": 100_000, "min_runtime_us": 60 * SECOND_US}
+    shares = (J(1, share_milli=250, priority=700, **said), J(2, share_milli=500, **said))
+    power = P(W(jobs=shares, gpus=gpus(3)), budget_w=736, boards={"GPU-0": B(limit_w=596)})
+    first = plan(snapshot(power), Policy())
+    again = plan(snapshot(applied(power, first)), Policy())
+    assert [action.job for action in first.actions if isinstance(action, StartJob)] == [1, 2]
+    assert not [action for action in again.actions if not isinstance(action, SetPowerLimit)]
