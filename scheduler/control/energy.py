@@ -71,7 +71,7 @@ class EnergyMeter:
         waited_s = at_s - self.at_s
         energy_mj, self.fault = self._by_counter(counter_mj, waited_s)
         if energy_mj is None:
-            if self.counter_mj is not None and waited_s < PATIENCE_S:
+            if self.counter_mj is not None and 0.0 <= waited_s < PATIENCE_S:
                 return ()
             energy_mj = self._by_draw
         used = [Used(self.at_s, at_s, energy_mj)]
@@ -105,7 +105,9 @@ class EnergyMeter:
         if counter_mj is None or counter_mj == self.counter_mj:
             return None, COUNTER_SILENT if waited_s >= SILENT_S else ""
         difference_mj = counter_mj - self.counter_mj
-        possible_mj = POWER_W_MAX * (max(0.0, waited_s) + LAG_S) * _MJ_PER_J
+        # Where the clock was set back nobody knows how long it was, and waiting might take a day.
+        lasted_s = waited_s if waited_s >= 0.0 else BRIDGED_S_MAX
+        possible_mj = POWER_W_MAX * (lasted_s + LAG_S) * _MJ_PER_J
         if difference_mj > 0:
             return (difference_mj, "") if difference_mj <= possible_mj else (None, COUNTER_JUMPED)
         # The draw knows what was used before a counter began anew, but not even whether the GPU was on where

@@ -178,3 +178,17 @@ def test_nothing_negative_and_nothing_impossible_is_ever_booked() -> None:
                 for at_s, value in ((1.0, second), (2.0, third), (90.0, first), (91.0, second)):
                     for used in meter.read(at_s, value, 500.0):
                         assert 0 <= used.energy_mj <= 5_000_000 * (used.until_s - used.since_s + 1)
+
+
+def test_a_clock_set_back_while_nobody_looked_costs_no_energy_and_no_waiting() -> None:
+    meter = EnergyMeter(100_000.0, OLD_MJ, 700.0)
+    # Twenty seconds at 700 W, and a day back: more than a second could have used.
+    assert meter.read(13_620.0, OLD_MJ + 14_000_000, 700.0) == (Used(100_000.0, 13_620.0, 14_000_000),)
+    assert meter.read(13_621.0, OLD_MJ + 14_700_000, 700.0) == (Used(13_620.0, 13_621.0, 700_000),)
+
+
+def test_where_the_clock_was_set_back_a_counter_that_can_not_be_is_not_waited_for() -> None:
+    meter = EnergyMeter(100_000.0, OLD_MJ, 700.0)
+    (used,) = meter.read(13_620.0, OLD_MJ + 10**12, 700.0)
+    assert (used.energy_mj, meter.fault) == (0, COUNTER_JUMPED)
+    assert meter.read(13_621.0, OLD_MJ + 10**12 + 700_000, 700.0) == (Used(13_620.0, 13_621.0, 700_000),)
