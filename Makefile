@@ -16,7 +16,7 @@ COMPILED := $(VENV)/.compiled
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
 # Processes that tests run in: most of them wait for daemons more than they compute.
 TEST_PROCESSES ?= 3
-PARALLEL := -n $(TEST_PROCESSES) --dist loadfile
+PARALLEL := -n $(TEST_PROCESSES) --dist worksteal
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py \
   tests/simulation/test_fault_seeds.py tests/simulation/test_scenarios.py)
