@@ -11,23 +11,9 @@ import pytest
 
 from scheduler.v1 import power_pb2, power_service_pb2
 from tests.harness.daemon import Daemon, until
+from tests.harness.miners import MINERS, mined
 from tests.harness.vtn import CLIENT_ID, PROGRAM, SECRET, Vtn, event
 
-MINER = "trap 'exit 0' TERM; while :; do sleep 0.2 & wait; done"
-MINERS = f"""
-[sampling]
-period_s = 0.1
-processes_period_s = 1.0
-
-[power]
-return_jitter_s = 0.0
-return_w_per_s = 2000.0
-
-[[standing_jobs]]
-name = "miner"
-class = "mining"
-command = ["/bin/sh", "-c", "{MINER}"]
-"""
 MET = power_pb2.SHED_STATE_MET
 FOUR_IDLE_W = 280.0
 
@@ -54,10 +40,6 @@ poll_s = 1.0
 contact_lost_s = 2.0
 normal_w = 2000.0
 """
-
-
-def mined(daemon: Daemon) -> int:
-    return len(daemon.running("miner"))
 
 
 def inside(daemon: Daemon, watts: float) -> bool:

@@ -11,22 +11,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from scheduler.v1 import power_pb2, power_service_pb2
 from tests.harness.daemon import CANCELLED, PENDING, PREEMPTING, RUNNING, Daemon, reason_of, until
+from tests.harness.miners import MINERS, mined
 
-MINER = "trap 'exit 0' TERM; while :; do sleep 0.2 & wait; done"
-MINERS = f"""
-[sampling]
-period_s = 0.1
-processes_period_s = 1.0
-
-[power]
-return_jitter_s = 0.0
-return_w_per_s = 2000.0
-
-[[standing_jobs]]
-name = "miner"
-class = "mining"
-command = ["/bin/sh", "-c", "{MINER}"]
-"""
 IDLE_W_UNKNOWN, LIMIT_W = 100.0, 700.0
 MET = power_pb2.SHED_STATE_MET
 LATER = Timestamp(seconds=int(time.time()) + 86_400)
@@ -42,10 +28,6 @@ def node() -> Iterator[Daemon]:
 def draws_at_most(daemon: Daemon, watts: float) -> bool:
     power = daemon.get_power()
     return power.HasField("draw_w") and power.draw_w <= watts
-
-
-def mined(daemon: Daemon) -> int:
-    return len(daemon.running("miner"))
 
 
 def test_a_budget_sheds_until_the_measured_draw_is_inside_and_its_end_brings_the_work_back(

@@ -127,5 +127,5 @@ def test_the_loop_sleeps_until_the_next_timer() -> None:
     begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     loop.call_after(0.05, loop.stop)
     loop.run()
-    assert 0.05 <= time.monotonic() - begun_s
+    assert time.monotonic() - begun_s >= 0.05
     assert time.process_time() - begun_cpu_s < 0.04

@@ -1,33 +1,26 @@
 """The loop plans when a plan could say something new, and only then."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scheduler.control import loop
-from scheduler.control.board import NodeSize
-from scheduler.control.inbox import Submission, Submit
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.errors import JournalFull, Unavailable
 from scheduler.model.jobs import JobState
 from scheduler.model.settings import Config, SamplingConfig
-from scheduler.simulation.boards import PROFILES, boards
-from scheduler.simulation.daemon import SimulatedDaemon
-from scheduler.simulation.machine import Machine, Workload
-from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
-from tests.harness.values import SPEC
+from scheduler.simulation.machine import Workload
+from scheduler.simulation.virtual_time import run
+from tests.harness.simulated import SimulatedNode
+
+EACH_SECOND = Config(sampling=SamplingConfig(period_s=1.0))
 
 
-class World:
+class World(SimulatedNode):
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        machine = Machine(
-            boards([PROFILES["H100"]], "n", EPOCH_S), VirtualClock(), lambda _: Workload(duration_s=1000.0)
-        )
-        config = Config(sampling=SamplingConfig(period_s=1.0))
-        self.daemon = SimulatedDaemon(machine, tmp_path, config, (NodeSize(8, 1024, 8),))
+        super().__init__(tmp_path, lambda _: Workload(duration_s=1000.0), config=EACH_SECOND)
         self.plans = 0
         made = loop.plan
 
@@ -36,15 +29,6 @@ class World:
             return made(*arguments)
 
         monkeypatch.setattr(loop, "plan", counted)
-
-    async def submit(self) -> str:
-        (job,) = await self.daemon.ask(Submit((Submission(replace(SPEC), {}),)))
-        return str(job.id)
-
-    def state(self, job_id: str) -> JobState:
-        job = self.daemon.controller.ledger.by_id(job_id)
-        assert job is not None
-        return job.state
 
 
 def test_a_job_that_waits_is_not_planned_for_at_every_reading(

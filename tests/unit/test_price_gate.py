@@ -1,59 +1,45 @@
 """Prices in the loop: set or read, kept, told to the planner; miners follow them in virtual time."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from scheduler.control.board import NodeSize
-from scheduler.control.inbox import SetPrices, Submission, Submit
+from scheduler.control.inbox import SetPrices
 from scheduler.errors import IllegalMove
-from scheduler.model.jobs import Job, JobClass, JobState
+from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.prices import PricePoint
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import Config, PowerConfig, SamplingConfig
-from scheduler.simulation.boards import PROFILES, boards
-from scheduler.simulation.daemon import SimulatedDaemon
-from scheduler.simulation.machine import Machine, Workload
-from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
-from tests.harness.values import SPEC
+from scheduler.simulation.machine import Workload
+from scheduler.simulation.virtual_time import EPOCH_S, run
+from tests.harness.simulated import SimulatedNode
 
 HOUR_S = 3600.0
-# A miner of 0.03 USD per GPU-hour at 500 W breaks even at 0.06 USD per kWh.
-MINER = replace(
-    SPEC,
-    job_class=JobClass.MINING,
-    value_microusd_per_gpu_hour=30_000,
-    draw_w=500.0,
-    grace_s=2.0,
-    restart_loss_s=300.0,
-)
+# At 0.03 USD per GPU-hour and 500 W it breaks even at 0.06 USD per kWh.
+MINER: dict[str, Any] = {
+    "job_class": JobClass.MINING,
+    "value_microusd_per_gpu_hour": 30_000,
+    "draw_w": 500.0,
+    "grace_s": 2.0,
+    "restart_loss_s": 300.0,
+}
 
 
-class World:
+class World(SimulatedNode):
     def __init__(self, tmp_path: Path, power: PowerConfig | None = None) -> None:
-        clock = VirtualClock()
-        machine = Machine(
-            boards([PROFILES["H100"]], "n", EPOCH_S), clock, lambda _: Workload(draw_w=500.0, stop_s=0.5)
-        )
         config = Config(power=power or PowerConfig(), sampling=SamplingConfig(period_s=30.0))
-        self.daemon = SimulatedDaemon(machine, tmp_path, config, (NodeSize(8, 1024, 8),))
+        super().__init__(tmp_path, lambda _: Workload(draw_w=500.0, stop_s=0.5), config=config)
 
     async def mine(self) -> str:
-        (job,) = await self.daemon.ask(Submit((Submission(MINER, {}),)))
-        return str(job.id)
+        return await self.submit(**MINER)
 
     async def price(self, *usd_per_kwh: float) -> None:
         """One price an hour, from now on."""
-        now_s = self.daemon.machine.clock.now_s()
+        now_s = self.machine.clock.now_s()
         points = (PricePoint(now_s + hour * HOUR_S, usd) for hour, usd in enumerate(usd_per_kwh))
         await self.daemon.ask(SetPrices(tuple(points)))
-
-    def job(self, job_id: str) -> Job:
-        job = self.daemon.controller.ledger.by_id(job_id)
-        assert job is not None
-        return job
 
     def waits_for(self, job_id: str) -> Reason:
         return self.daemon.controller.reason(self.job(job_id))
@@ -158,10 +144,9 @@ def test_inference_runs_at_any_price(tmp_path: Path) -> None:
         world = World(tmp_path)
         await world.daemon.start()
         await world.price(50.0)
-        spec = replace(SPEC, job_class=JobClass.INFERENCE, draw_w=500.0)
-        (job,) = await world.daemon.ask(Submit((Submission(spec, {}),)))
+        job = await world.submit(job_class=JobClass.INFERENCE, draw_w=500.0)
         await asyncio.sleep(1.0)
-        assert world.job(job.id).state is JobState.RUNNING
+        assert world.state(job) is JobState.RUNNING
         world.daemon.stop()
 
     run(story())

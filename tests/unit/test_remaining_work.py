@@ -1,26 +1,21 @@
 """Remaining work: what is saved of ended attempts, how long the next takes, what it is worth by value."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scheduler.control.board import NodeSize
-from scheduler.control.inbox import Submission, Submit
 from scheduler.control.table import value_of_what_is_left
 from scheduler.model.events import fold, submitted
 from scheduler.model.jobs import Job, JobClass, JobState, RestartRule
 from scheduler.model.policy import Order, Policy
 from scheduler.model.settings import Config
-from scheduler.simulation.boards import PROFILES, boards
-from scheduler.simulation.daemon import SimulatedDaemon
-from scheduler.simulation.machine import Machine, Workload
-from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
+from scheduler.simulation.machine import Workload
+from scheduler.simulation.virtual_time import EPOCH_S, run
 from tests.fakes.worlds import NOW_US, SECOND_US, J, W, gpus, running, snapshot
 from tests.harness import values
-from tests.harness.values import SPEC
+from tests.harness.simulated import SimulatedNode
 
 UNKNOWN = -1
 HOUR_S = 3600.0
@@ -72,30 +67,24 @@ def test_by_value_a_job_near_its_end_is_not_displaced_and_a_deadline_counts_what
 ) -> None:
     async def story() -> None:
         work = {"j1": 2 * HOUR_S, "j2": HOUR_S, "j3": HOUR_S}
-        machine = Machine(
-            boards([PROFILES["H100"]], "n", EPOCH_S),
-            VirtualClock(),
+        node = SimulatedNode(
+            tmp_path,
             lambda job_id: Workload(duration_s=work[job_id], restart_loss_s=60.0),
+            config=Config(policy=Policy(order=Order.VALUE)),
         )
-        config = Config(policy=Policy(order=Order.VALUE))
-        daemon = SimulatedDaemon(machine, tmp_path, config, (NodeSize(8, 1024, 8),))
-        await daemon.start()
+        await node.daemon.start()
 
         async def submit(hours: float, value: int, deadline_s: float | None = None) -> None:
-            spec = replace(
-                SPEC,
+            await node.submit(
                 job_class=JobClass.BATCH,
                 expected_duration_s=hours * HOUR_S,
                 value_microusd_per_gpu_hour=value,
                 restart_loss_s=60.0,
                 deadline_s=deadline_s,
             )
-            await daemon.ask(Submit((Submission(spec, {}),)))
 
         def state(number: int) -> JobState:
-            job = daemon.controller.ledger.job(number)
-            assert job is not None
-            return job.state
+            return node.state(f"j{number}")
 
         await submit(2, 1_000_000, EPOCH_S + 4 * HOUR_S)
         await asyncio.sleep(0.5 * HOUR_S)
@@ -111,6 +100,6 @@ def test_by_value_a_job_near_its_end_is_not_displaced_and_a_deadline_counts_what
         assert (state(1), state(3)) == (JobState.RUNNING, JobState.PENDING)
         await asyncio.sleep(0.5 * HOUR_S)
         assert (state(1), state(3)) == (JobState.SUCCEEDED, JobState.RUNNING)
-        daemon.stop()
+        node.daemon.stop()
 
     run(story())

@@ -1,55 +1,38 @@
 """The real loop on a simulated machine: it preempts, is killed, comes back, and every job's work is right."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scheduler.control.board import NodeSize
-from scheduler.control.inbox import Submission, Submit
 from scheduler.errors import Unavailable
-from scheduler.model.jobs import Job, JobClass, JobState, RestartRule
-from scheduler.model.settings import Config
-from scheduler.simulation.boards import PROFILES, Board, boards
-from scheduler.simulation.daemon import SimulatedDaemon
-from scheduler.simulation.machine import Machine, Workload
-from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
-from tests.harness.values import SPEC
+from scheduler.model.jobs import JobClass, JobState, RestartRule
+from scheduler.simulation.machine import Workload
+from scheduler.simulation.virtual_time import EPOCH_S, run
+from tests.harness.simulated import SimulatedNode
 
 
-class World:
+class World(SimulatedNode):
     def __init__(self, tmp_path: Path, gpus: int = 1, nodes: int = 1) -> None:
         self.workloads: dict[str, Workload] = {}
-        clock = VirtualClock()
-        made: dict[str, Board] = {}
-        for row in range(nodes):
-            made |= boards([PROFILES["H100"]] * gpus, f"n{row}", EPOCH_S, row)
-        machine = Machine(made, clock, self.workloads.__getitem__)
-        self.daemon = SimulatedDaemon(machine, tmp_path, Config(), (NodeSize(64, 512_000, 100),) * nodes)
+        super().__init__(tmp_path, self.workloads.__getitem__, gpus=gpus, nodes=nodes)
 
-    async def submit(self, workload: Workload, job_class: JobClass, **fields: Any) -> str:
-        submission = Submission(replace(SPEC, job_class=job_class, **fields), {})
-        (job,) = await self.daemon.ask(Submit((submission,)))
-        self.workloads[job.id] = workload
-        return str(job.id)
-
-    def job(self, job_id: str) -> Job:
-        job = self.daemon.controller.ledger.by_id(job_id)
-        assert job is not None
-        return job
+    async def submit_work(self, workload: Workload, job_class: JobClass, **fields: Any) -> str:
+        job_id = await self.submit(job_class=job_class, **fields)
+        self.workloads[job_id] = workload
+        return job_id
 
 
 def test_a_miner_gives_way_and_goes_on_where_it_was(tmp_path: Path) -> None:
     async def story() -> None:
         world = World(tmp_path)
         await world.daemon.start()
-        miner = await world.submit(
+        miner = await world.submit_work(
             Workload(duration_s=3600.0, stop_s=1.0, restart_loss_s=10.0), JobClass.MINING, grace_s=2.0
         )
         await asyncio.sleep(600.0)
-        urgent = await world.submit(Workload(duration_s=100.0), JobClass.INFERENCE)
+        urgent = await world.submit_work(Workload(duration_s=100.0), JobClass.INFERENCE)
         await asyncio.sleep(50.0)
         assert world.job(miner).state is JobState.PENDING
         assert world.job(miner).attempts[0].preempted_by == urgent
@@ -70,13 +53,13 @@ def test_a_killed_daemon_adopts_what_runs_and_learns_what_ended(tmp_path: Path) 
     async def story() -> None:
         world = World(tmp_path, gpus=2)
         await world.daemon.start()
-        short = await world.submit(Workload(duration_s=100.0, exit_code=7), JobClass.TRAINING)
-        long = await world.submit(Workload(duration_s=1000.0), JobClass.TRAINING)
+        short = await world.submit_work(Workload(duration_s=100.0, exit_code=7), JobClass.TRAINING)
+        long = await world.submit_work(Workload(duration_s=1000.0), JobClass.TRAINING)
         await asyncio.sleep(10.0)
         pid = world.job(long).attempts[0].pid
         world.daemon.crash()
         with pytest.raises(Unavailable):
-            await world.submit(Workload(), JobClass.TRAINING)
+            await world.submit_work(Workload(), JobClass.TRAINING)
         await asyncio.sleep(300.0)
         await world.daemon.start()
         await asyncio.sleep(1.0)
@@ -93,7 +76,7 @@ def test_a_launcher_that_dies_and_a_reboot_lose_attempts_and_no_job(tmp_path: Pa
     async def story() -> None:
         world = World(tmp_path)
         await world.daemon.start()
-        job = await world.submit(
+        job = await world.submit_work(
             Workload(duration_s=1000.0), JobClass.TRAINING, restart=RestartRule.ON_FAILURE
         )
         await asyncio.sleep(100.0)
@@ -115,9 +98,9 @@ def test_one_planner_serves_several_nodes_and_gangs_stay_on_one(tmp_path: Path) 
     async def story() -> None:
         world = World(tmp_path, gpus=4, nodes=3)
         await world.daemon.start()
-        gangs = [await world.submit(Workload(), JobClass.BATCH, gpus=3) for _ in range(3)]
-        cpu = [await world.submit(Workload(), JobClass.BATCH, gpus=0, cpus=40) for _ in range(4)]
-        urgent = await world.submit(Workload(), JobClass.INFERENCE, gpus=4)
+        gangs = [await world.submit_work(Workload(), JobClass.BATCH, gpus=3) for _ in range(3)]
+        cpu = [await world.submit_work(Workload(), JobClass.BATCH, gpus=0, cpus=40) for _ in range(4)]
+        urgent = await world.submit_work(Workload(), JobClass.INFERENCE, gpus=4)
         await asyncio.sleep(60.0)
         boards_of = world.daemon.machine.boards
         nodes = {
