@@ -154,6 +154,8 @@ class Accounts:
                 continue
             newest = max(samples, key=lambda sample: sample.at_s)
             power_w = _sum(sample.power_w for sample in samples)
+            for part, _ in parts:
+                self._meters.gpu_energy_j[(part,)] += 0.0  # a series that begins at 0 shows its first increase
             gpu = self._gpus.get(uuid)
             if gpu is None:
                 meter = EnergyMeter(newest.at_s, newest.energy_mj, power_w)
