@@ -19,7 +19,7 @@ _ACTIVE = tuple(state for state in JobState if state not in FINAL_STATES)
 
 
 class NodeMetrics:
-    """Renders what DESIGN calls the metrics contract."""
+    """Renders the page of metrics."""
 
     def __init__(self, controller: Controller) -> None:
         self._control = controller

@@ -53,11 +53,11 @@ if TYPE_CHECKING:
 
 # A reading this old says nothing of now: two periods, and a moment to arrive.
 FRESH_S = 1.0
-# Boards settle within this after a change [FIELD sections 3.4 and 3.5: 0.3 to 1 s].
+# Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
 # An empty board of which nothing is known yet: no common one draws more when idle.
 IDLE_W_UNKNOWN = 100.0
-# A V100S drew twice its idle watts for several seconds after the work had ended [FIELD section 3.5].
+# A V100S drew twice its idle watts for several seconds after the work had ended (NVIDIA/cuda-samples#74).
 IDLE_AFTER_S = 10.0
 # The planner sees these in steps, so that no limit follows every flicker.
 IDLE_STEP_W = 5

@@ -9,7 +9,8 @@ exact to the watt for a node, and to 1/4096 of the need for a site.
 What would not be saved is not counted: a full limit lies at the natural draw and a margin, so that a limit
 above the draw saves nothing. Below the last point of a curve nothing is known. Such a limit, down to the
 board's minimum, is an option only of who may not be stopped, and reckoned as all work lost: the lowest clock
-of a V100 cost 82 % of the work for 70 % of the watts [FIELD section 4.1], so that a stop was better.
+of a V100 cost 82 % of the work for 70 % of the watts (the shipped table: arXiv 2605.26384), so that a stop was
+better.
 """
 
 from collections.abc import Sequence
@@ -33,8 +34,7 @@ LOSS_MAX = 1 << 40
 _RUNGS = 16
 _UNREACHABLE = 1 << 61
 
-# Of equal losses the gentler rung: DESIGN section 7. By class: lowered while work is nearly whole, stopped,
-# lowered further.
+# Of equal losses the gentler rung. By class: lowered while work is nearly whole, stopped, lowered further.
 _LOWERED_GENTLY = {JobClass.MINING: 1, JobClass.BATCH: 2, JobClass.TRAINING: 3, JobClass.INFERENCE: 9}
 _STOPPED = {JobClass.MINING: 5, JobClass.BATCH: 6, JobClass.TRAINING: 8, JobClass.INFERENCE: 11}
 _LOWERED_FAR = {JobClass.MINING: 4, JobClass.BATCH: 4, JobClass.TRAINING: 7, JobClass.INFERENCE: 10}

@@ -24,7 +24,7 @@ pytestmark = [
 GPUS = "2xH100"
 CONFIG = "[sampling]\nperiod_s = 0.1\n"
 
-# DESIGN section 8, as far as it does not need a power budget or real GPUs.
+# What needs neither a power budget nor real GPUs.
 SERIES = (
     "wattshift_gpu_info",
     "wattshift_gpu_utilization_ratio",

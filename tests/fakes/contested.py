@@ -25,7 +25,7 @@ from tests.fakes.worlds import (
 )
 
 CLASSES = (INFERENCE, TRAINING, TRAINING, BATCH, BATCH, MINING)
-# What a job of each class earns where it says nothing (DESIGN section 4), in micro-USD per GPU-hour.
+# What a job of each class earns where it says nothing, in micro-USD per GPU-hour.
 VALUE = {INFERENCE: 4_000_000, TRAINING: 2_000_000, BATCH: 500_000, MINING: 50_000}
 # A job is worth up to e^0.7, twice, what its class is, or as little as half.
 VALUE_SPREAD = 0.7

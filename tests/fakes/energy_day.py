@@ -22,7 +22,8 @@ PERIOD_S = 10.0  # a tenth of the usual rate: every error of the splitting is te
 BEGIN_S = 1_700_000_000.0
 LAYOUTS = ((("MIG-3", 3), ("MIG-4", 4)), (("MIG-1", 1), ("MIG-2", 2), ("MIG-5", 4)))
 WRAP = 2**32
-# Sensors differ from board to board by so much [FIELD: -6 to +11 %]; the counter is of the same sensor.
+# Sensors differ from board to board by so much (-6 to +11 %: JimZeyuYang/GPU_Power_Benchmark); the counter is
+# of the same sensor.
 GAINS = (0.94, 1.11)
 NOISE_W = 5.0
 # How often it happens to a node, on average.

@@ -1,4 +1,4 @@
-"""How a gang that no node can hold may be divided, written from DESIGN section 6: every way, by search."""
+"""How a gang that no node can hold may be divided, written from the rules: every way, by search."""
 
 from collections.abc import Iterator
 from dataclasses import replace

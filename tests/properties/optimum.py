@@ -2,8 +2,8 @@
 
 **Worth of a plan**, in micro-USD: what all jobs that hold GPUs after it earn in one hour, less what its
 victims lose. A job earns its value for each GPU-hour, a share its part; a victim loses its work since the
-last checkpoint and its restart loss, priced at its value (DESIGN section 5). The hour is the one over which
-the same section spreads a restart loss. Plan and optimum are judged by this one function, `worth_microusd`.
+last checkpoint and its restart loss, priced at its value. The hour is the one over which
+the planner spreads a restart loss. Plan and optimum are judged by this one function, `worth_microusd`.
 
 **What the program may choose**: who is served, on which GPUs, and who is displaced for whom. It serves jobs
 in the order of rank, like the planner, but may leave out whom it likes (`Rules.ANY`), or only those that do

@@ -30,7 +30,7 @@ from tests.properties.strategies import policies, worlds
 
 MICRO_PER_HOUR = HOUR_US
 NATURALS = (UNKNOWN, 60, 250, 300, 520, 700, 900)
-RUNGS = {  # DESIGN section 7, by class: lowered gently, lowered far, stopped
+RUNGS = {  # by class: lowered gently, lowered far, stopped
     MINING: (1, 4, 5),
     BATCH: (2, 4, 6),
     TRAINING: (3, 7, 8),
@@ -99,7 +99,7 @@ def any_powered() -> st.SearchStrategy[P]:
 
 
 class Sums:
-    """Watts of a world, from DESIGN section 7."""
+    """Watts of a world, from the rules and not from the planner."""
 
     def __init__(self, power: P, made: Plan) -> None:
         self.power = power

@@ -1,4 +1,4 @@
-"""DESIGN section 6, rule by rule, against an exhaustive search."""
+"""The rules of planning, one by one, against an exhaustive search."""
 
 from hypothesis import given, settings
 
