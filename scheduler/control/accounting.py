@@ -155,7 +155,7 @@ class Accounts:
             newest = max(samples, key=lambda sample: sample.at_s)
             power_w = _sum(sample.power_w for sample in samples)
             for part, _ in parts:
-                self._meters.gpu_energy_j[(part,)] += 0.0  # a series that begins at 0 shows its first increase
+                self._meters.gpu_energy_j[(part,)] += 0.0  # from 0 on, for rates
             gpu = self._gpus.get(uuid)
             if gpu is None:
                 meter = EnergyMeter(newest.at_s, newest.energy_mj, power_w)

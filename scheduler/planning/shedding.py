@@ -9,8 +9,7 @@ exact to the watt for a node, and to 1/4096 of the need for a site.
 What would not be saved is not counted: a full limit lies at the natural draw and a margin, so that a limit
 above the draw saves nothing. Below the last point of a curve nothing is known. Such a limit, down to the
 board's minimum, is an option only of who may not be stopped, and reckoned as all work lost: the lowest clock
-of a V100 cost 82 % of the work for 70 % of the watts (the shipped table: arXiv 2605.26384), so that a stop was
-better.
+of a V100 cost 82 % of the work for 70 % of the watts (arXiv 2605.26384, shipped): a stop was better.
 """
 
 from collections.abc import Sequence

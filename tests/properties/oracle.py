@@ -1,4 +1,4 @@
-"""A second opinion on a plan, by exhaustive search over small worlds, written from the rules and not from the planner.
+"""A second opinion on a plan, by exhaustive search over small worlds, written from the rules.
 
 It shares no code with the planner. It goes through the pending jobs in the order of rank, searches all ways
 to serve each, demands that the plan did the least disruptive one, then takes the plan's own choice of GPUs
