@@ -237,12 +237,14 @@ class GpuBoard:
             return GpuState.LOST, Reason.GPU_NOT_SEEN, code or "not in the driver's list"
         if mark is not None:
             return mark.state, Reason(mark.reason), mark.detail
+        failure = self._telemetry.silent.get(uuid)
+        detail = "" if failure is None else f"it does not answer: {failure}"
         if held:
-            return GpuState.ALLOCATED, Reason.GPU_HELD, ""
+            return GpuState.ALLOCATED, Reason.GPU_HELD, detail
         if self.foreign.get(uuid):
             return GpuState.FOREIGN, Reason.FOREIGN_PROCESS, describe(self.foreign[uuid])
-        if leaving:
-            return GpuState.HANDOVER, Reason.HANDOVER_PENDING, ""
+        if leaving or detail:
+            return GpuState.HANDOVER, Reason.HANDOVER_PENDING, detail
         return GpuState.FREE, Reason.GPU_FREE, ""
 
     def views(self, now_s: float) -> list[GpuView]:
@@ -291,7 +293,7 @@ class GpuBoard:
 
     def _gpu_columns(self) -> GpuColumns:
         """The GPUs' columns; made again only when something in them changed."""
-        closed = {*self._ledger.marks, *self.foreign}
+        closed = {*self._ledger.marks, *self.foreign, *self._telemetry.silent}
         key = (
             self.identities,
             self.released,

@@ -154,6 +154,14 @@ class HoldersSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class LookFailed:
+    """A routine look could not tell who is on a GPU; `code` says why."""
+
+    uuid: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
 class LauncherBack:
     """A launcher answers again after the connection had broken."""
 
@@ -193,7 +201,8 @@ class PricesRead:
 
 PowerItem = LimitSet | LimitsGivenBack
 DaemonItem = LauncherBack | PricesRead | Elapsed
-Item = Asked | Report | GpuReadings | HandoverResult | HoldersSeen | PowerItem | DaemonItem
+GpuItem = GpuReadings | HandoverResult | HoldersSeen | LookFailed
+Item = Asked | Report | GpuItem | PowerItem | DaemonItem
 
 
 @dataclass(slots=True)

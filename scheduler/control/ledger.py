@@ -5,7 +5,7 @@ everything back as it was, so that a full disk loses nothing that was acknowledg
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.control.table import JobTable
 from scheduler.effects.journal import Derived, Journal, NodeState, UsageBooking
@@ -152,7 +152,9 @@ class Ledger:
                 self.baselines = {**known, event.uuid: GpuBaseline(event.used_mib, event.driver_version)}
             case DaemonStarted():
                 if event.boot_id != self.boot_id:
-                    self.baselines = {}  # nothing of ours outlives a reboot: whatever is used is the driver's
+                    # Nothing of ours outlives a reboot: what is used is the driver's, and limits are its own.
+                    self.baselines = {}
+                    self.power = replace(self.power, limits={})
                 self.boot_id = event.boot_id
             case NodeDrainChanged():
                 self.drain = event if event.draining else None

@@ -37,6 +37,7 @@ class Limits:
         self._refused: dict[str, tuple[str, float]] = {}  # why, and until when it is not tried again
         self._theirs: dict[str, float] = {}  # limits that somebody else set, and that are respected
         self._to_send: list[tuple[str, float]] = []
+        self._told: dict[str, str] = {}  # by UUID: what kind of trouble the log has last
 
     def in_force_w(self, gpu: GpuIdentity) -> float:
         """The most that the board may draw now, as far as is known."""
@@ -119,13 +120,9 @@ class Limits:
             self._refused[result.uuid] = (result.message, float("inf") if forever else now_s + RETRY_S)
             self._control.meters.power_limit_errors[(result.error,)] += 1
             problem = f"the power limit of GPU {result.uuid} can't be set: {result.message}"
-            if (
-                self._control.problems.get(_problem(result.uuid)) != problem
-            ):  # told once, tried again and again
-                log.error("%s", problem)
-            self._control.problems[_problem(result.uuid)] = problem
+            self._complain(result.uuid, result.error, problem)
             return
-        self._control.problems.pop(_problem(result.uuid), None)
+        self._is_well(result.uuid)
         self._refused.pop(result.uuid, None)
         watts = result.limit.power_limit_w or result.asked_w
         self._answered[result.uuid] = (watts, now_s)
@@ -176,15 +173,27 @@ class Limits:
         for uuid in uuids:
             self._theirs.pop(uuid, None)
             self._answered.pop(uuid, None)
-            self._control.problems.pop(_problem(uuid), None)
+            self._is_well(uuid)
 
     async def _given_back(self, uuid: str, watts: float) -> bool:
         try:
             await self._control.effects.gpus.set_power_limit(uuid, watts)
         except GpuReadError as error:
-            log.error("GPU %s could not be given its power limit of %g W back: %s", uuid, watts, error)
+            problem = f"GPU {uuid} could not be given its power limit of {watts:g} W back: {error}"
+            self._complain(uuid, f"back {error.code}", problem)
             return False
         return True
+
+    def _complain(self, uuid: str, kind: str, problem: str) -> None:
+        """Tell it while it lasts; in the log once, for it is tried again and again."""
+        if self._told.get(uuid) != kind:
+            log.error("%s", problem)
+        self._told[uuid] = kind
+        self._control.problems[_problem(uuid)] = problem
+
+    def _is_well(self, uuid: str) -> None:
+        self._told.pop(uuid, None)
+        self._control.problems.pop(_problem(uuid), None)
 
 
 def _problem(uuid: str) -> str:

@@ -31,6 +31,7 @@ from scheduler.control.inbox import (
     LauncherBack,
     LimitSet,
     LimitsGivenBack,
+    LookFailed,
     PowerCommand,
     PricesRead,
     SetPrices,
@@ -391,6 +392,8 @@ class Controller:
                 self.occupancy.handover(item, now_s)
             case HoldersSeen():
                 self.occupancy.seen(item.holders, now_s)
+            case LookFailed():
+                self.occupancy.unseen(item.uuid, item.code)
             case LauncherGone():
                 self.launcher_id = ""
                 self.problems["launcher"] = "the launcher is gone; starting another"
@@ -546,6 +549,7 @@ class Controller:
 
     def _read(self, readings: GpuReadings, now_s: float) -> None:
         self.telemetry.read(readings, now_s)
+        silent = self.telemetry.listen(readings, now_s, self.config.sampling.period_s)
         fresh = self.board.read(readings)
         if unused := self.telemetry.nameless(self.board.row):
             self.problems["telemetry"] = unused
@@ -553,6 +557,7 @@ class Controller:
             self.problems.pop("telemetry", None)
         self.abilities.read(readings, self.board)
         self.occupancy.fresh(fresh)
+        self.occupancy.silent(silent)
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
@@ -578,6 +583,7 @@ class Controller:
             self.inbox.put(HoldersSeen(await self.witness.holders(uuid)))
         except GpuReadError as error:
             self.meters.telemetry_errors[(error.code,)] += 1
+            self.inbox.put(LookFailed(uuid, error.code))
 
     def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
         self.inbox.put(HandoverResult(uuid, look, error))

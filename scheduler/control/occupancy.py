@@ -22,6 +22,8 @@ log = logging.getLogger("wattshift.occupancy")
 
 # Quarantines of GPUs that are well: only somebody was left on them. They end when nobody is.
 _UNTIL_FREE = frozenset({Reason.HANDOVER_TIMED_OUT, Reason.PROCESS_TREE_STUCK})
+# Of a GPU that takes its time, and while nobody has the driver open.
+LATE = frozenset({"ERROR_TIMEOUT", "ERROR_UNINITIALIZED"})
 _GOING = frozenset({JobState.PREEMPTING, JobState.STOPPING})
 
 
@@ -78,6 +80,20 @@ class Occupancy:
         if fresh:
             control.standing.reload()
 
+    def silent(self, uuids: frozenset[str]) -> None:
+        """GPUs that do not answer any more: nobody knows who will be on them when they do."""
+        for uuid in sorted(uuids):
+            if self._control.board.is_present(uuid):
+                self.prove_again(uuid)
+
+    def unseen(self, uuid: str, code: str) -> None:
+        """A routine look failed. What is only late is silent soon; else nobody knows who is on the GPU."""
+        control = self._control
+        if code in LATE or control.board.is_held(uuid) or uuid in control.ledger.marks:
+            return
+        if not control.verifier.is_watched(uuid):
+            self.prove_again(uuid)
+
     def prove_again(self, uuid: str) -> None:
         """Give the GPU to nobody before it is proved free; who is on it and not ours is foreign at once."""
         control = self._control
@@ -107,8 +123,9 @@ class Occupancy:
             self._verify(uuid, now_s)
             control.board.foreign[uuid] = look.strangers
         elif mark is None:
-            found = _left(look) if look is not None else f"it can't be read: {result.error}"
-            self._mark(uuid, Reason.HANDOVER_TIMED_OUT, f"still held by {found}", now_s)
+            failure = f"it can't be read: {result.error}"
+            found = failure if look is None else f"still held by {_left(look)}"
+            self._mark(uuid, Reason.HANDOVER_TIMED_OUT, found, now_s)
 
     def _is_free(self, uuid: str, look: Look, now_s: float) -> None:
         control = self._control

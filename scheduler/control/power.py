@@ -26,6 +26,7 @@ from scheduler.control.inbox import (
 from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.power_view import GpuPowerView, PowerView
 from scheduler.control.sheds import Sheds
+from scheduler.control.telemetry import fresh_s
 from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
@@ -51,8 +52,6 @@ from scheduler.planning.power import floor_w, shed_grace_us
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
 
-# A reading this old says nothing of now: two periods, and a moment to arrive.
-FRESH_S = 1.0
 # Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
 # An empty board of which nothing is known yet: no common one draws more when idle.
@@ -134,7 +133,7 @@ class PowerControl:
 
     def _fresh_w(self, uuid: str, now_s: float) -> float | None:
         sample = self._control.board.samples.get(uuid)
-        age_max_s = 2 * self._control.config.sampling.period_s + FRESH_S
+        age_max_s = fresh_s(self._control.config.sampling.period_s)
         return None if sample is None or now_s - sample.at_s > age_max_s else sample.power_w
 
     @property

@@ -54,6 +54,21 @@ def test_a_gpu_that_says_it_is_lost_is_not_there(board: GpuBoard) -> None:
     assert board.read(GpuReadings((A, B), (), {})) == (A,)
 
 
+def test_a_gpu_that_does_not_answer_is_given_to_nobody_and_says_so(board: GpuBoard, ledger: Ledger) -> None:
+    telemetry = Telemetry(Meters())
+    board = GpuBoard(ledger, board.sizes, telemetry)
+    board.read(GpuReadings((A, B), (), {}))
+    for event in (submission(1), start(1, 1, 1.0, "GPU-b"), started(1)):
+        ledger.apply(event)
+    telemetry.silent.update({"GPU-a": "ERROR_TIMEOUT", "GPU-b": "ERROR_TIMEOUT"})
+    assert board.snapshot(0.0).gpus.state.tolist() == [CLOSED, CLOSED]
+    shown = [(view.state, view.detail) for view in board.views(0.0)]
+    why = "it does not answer: ERROR_TIMEOUT"
+    assert shown == [(GpuState.HANDOVER, why), (GpuState.ALLOCATED, why)]
+    telemetry.silent.clear()
+    assert board.snapshot(0.0).gpus.state.tolist() == [OPEN, OPEN]
+
+
 def test_what_a_gpu_learns_of_its_place_later_is_taken(board: GpuBoard) -> None:
     placed = replace(A, switch=0, island=0)
     assert board.read(GpuReadings((placed, B), (), {})) == (), "it is no new GPU for that"

@@ -168,6 +168,30 @@ def test_a_look_from_before_the_proof_or_while_a_job_starts_says_nothing(place: 
     assert (place.board.foreign, place.ended) == ({}, [])
 
 
+def test_a_free_gpu_whose_lists_can_not_be_read_is_given_to_nobody_before_it_is_proved_free(
+    place: Place,
+) -> None:
+    for code in ("ERROR_TIMEOUT", "ERROR_UNINITIALIZED"):  # late, or let go of
+        place.occupancy.unseen("GPU-a", code)
+    assert (place.board.state("GPU-a", False, False)[0], place.watched) == (GpuState.FREE, [])
+    place.occupancy.unseen("GPU-a", "ERROR_UNKNOWN")
+    assert place.watched == ["GPU-a"]
+    assert [view.state for view in place.board.views(0.0)] == [GpuState.HANDOVER]
+
+
+def test_a_held_gpu_whose_lists_can_not_be_read_is_its_jobs(place: Place) -> None:
+    place.run_job()
+    place.occupancy.unseen("GPU-a", "ERROR_UNKNOWN")
+    assert place.watched == []
+
+
+def test_a_gpu_that_does_not_answer_must_be_proved_free_and_one_that_is_gone_when_it_is_back(
+    place: Place,
+) -> None:
+    place.occupancy.silent(frozenset({"GPU-a", "GPU-elsewhere"}))
+    assert place.watched == ["GPU-a"]
+
+
 def test_who_is_sent_away_is_asked_once_and_then_made_to_go_whatever_other_gpus_show(place: Place) -> None:
     for _ in range(2):
         place.see(STRANGER)
