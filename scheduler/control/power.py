@@ -235,6 +235,8 @@ class PowerControl:
             if sample is None:
                 continue
             self.limits.read(sample, now_s)
+            if self._fresh_w(gpu.uuid, now_s) is None:
+                continue  # the same old reading teaches nothing twice
             held = control.board.holders(gpu.uuid)
             if len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING:
                 limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio

@@ -58,9 +58,10 @@ class Sheds:
         return max(event.start_s, event.shed_began_s) + PATIENCE_S
 
     def _is_news(self, event: GridEvent) -> bool:
-        """Whether every board was read after the shed began."""
-        samples = self._control.board.samples.values()
-        return all(sample.at_s >= (event.shed_began_s or 0.0) for sample in samples)
+        """Whether every board that is there was read after the shed began; one that is lost never is again."""
+        board, began_s = self._control.board, event.shed_began_s or 0.0
+        there = (sample for uuid, sample in board.samples.items() if board.is_present(uuid))
+        return all(sample.at_s >= began_s for sample in there)
 
     def _move(
         self,

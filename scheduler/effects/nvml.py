@@ -509,13 +509,13 @@ def _fields(handle: Any, ids: list[Any]) -> dict[int, int]:
     Raises:
         GpuReadError: The GPU or the driver is gone.
     """
+    answers = unless_dead("nvmlDeviceGetFieldValues", handle, ids) or b""
     found = {}
-    for value in unless_dead("nvmlDeviceGetFieldValues", handle, ids) or ():
-        code = value.nvmlReturn
+    for field, _, _, _, kind, code, value in fields.ANSWER.iter_unpack(answers):
         if code and (name := _error_name(code)) in DEAD:
-            raise GpuReadError(name, f"field {value.fieldId}: {name}")
-        if not code and 0 <= value.valueType < len(fields.VALUE_MEMBERS):
-            found[value.fieldId] = int(getattr(value.value, fields.VALUE_MEMBERS[value.valueType]))
+            raise GpuReadError(name, f"field {field}: {name}")
+        if not code and kind < len(fields.VALUES):
+            found[field] = int(fields.VALUES[kind].unpack_from(value)[0])
     return found
 
 

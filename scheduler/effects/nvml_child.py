@@ -34,6 +34,7 @@ from scheduler.effects.nvml_protocol import (
     decode,
     encode,
     holders_to_json,
+    sample_to_row,
     value_to_json,
 )
 from scheduler.effects.nvml_topology import Neighbours
@@ -48,7 +49,7 @@ COUNT_CHANGED = "GPU_COUNT_CHANGED"  # ours: the driver has more GPUs, or fewer,
 COUNTS_AGREED = 3  # so many times in a row; a count that comes and goes costs nothing
 GPUS_MAX = 64  # a lane each; the largest boards hold 16
 # Ends the sampling and the library before the process: killing a client in mid-call has frozen GPUs.
-ORDERLY_END_S = 0.5
+ORDERLY_END_S = 1.0
 
 Readable = nvml.OpenGpu | Instance
 
@@ -74,6 +75,8 @@ class Server:
         self._gpus = GpuLanes(lambda: self._send({"wake": True}))
         # Rounds wait for lanes; holders are answered meanwhile.
         self._rounds = Lane("rounds")
+        self._listed: tuple[GpuIdentity, ...] = ()
+        self._list_number = 0
 
     def serve(self) -> None:
         """Return when the daemon closed its end, and the library is closed as far as it lets itself."""
@@ -101,7 +104,16 @@ class Server:
     def _round(self, request: Message) -> None:
         readings = self._gpus.readings(request["within_s"], request["stuck_s"])
         events = self._gpus.events_after(request["events_after"])
-        self._send({"id": request["id"], **readings, "events": events})
+        identities = self._list(readings.pop("identities"), request["list"])
+        self._send({"id": request["id"], **readings, **identities, "events": events})
+
+    def _list(self, identities: tuple[GpuIdentity, ...], known: int) -> Message:
+        """Return the list of GPUs, unless the daemon has it."""
+        if not self._list_number or identities != self._listed:
+            self._list_number, self._listed = self._list_number + 1, identities
+        if self._list_number == known:
+            return {"list": known, "identities": None}
+        return {"list": self._list_number, "identities": [value_to_json(gpu) for gpu in identities]}
 
     def _ask_gpu(self, request: Message, work: Callable[[Readable], Message]) -> None:
         """Answer with what the work returns, done in the GPU's lane: one call after the other."""
@@ -179,7 +191,9 @@ class Driver:
 class GpuLane:
     """One GPU by its index: opened when it is first read, then read again and again."""
 
-    def __init__(self, index: int, driver: "Driver", changed: threading.Condition) -> None:
+    def __init__(
+        self, index: int, driver: "Driver", changed: threading.Condition, awaited: set[int]
+    ) -> None:
         self.index = index
         self.gpu: nvml.OpenGpu | None = None
         self._instances: Instances | None = None
@@ -187,6 +201,7 @@ class GpuLane:
         self._driver = driver
         self._registered = 0  # the generation of events in which it is heard
         self._changed = changed
+        self._awaited = awaited
         self.is_sampling = False
         self._result: tuple[tuple[GpuSample, ...], str] | None = None
 
@@ -256,7 +271,9 @@ class GpuLane:
             with self._changed:
                 self.is_sampling = False
                 self._result = result
-                self._changed.notify_all()
+                self._awaited.discard(self.index)
+                if not self._awaited:  # only the last wakes the round that waits for all
+                    self._changed.notify_all()
 
     def _register(self, gpu: nvml.OpenGpu) -> str:
         """Have its events heard; return the failure that keeps them from it until the next try, or ""."""
@@ -276,6 +293,7 @@ class GpuLanes:
         """Read GPUs; `tell` is called when the driver told something that the next round will carry."""
         self._log = EventLog(tell)
         self._changed = threading.Condition()  # guards what lanes hand over
+        self._awaited: set[int] = set()  # by index: the GPUs whose samples a round waits for
         self._opening = Lane("driver")
         self._is_opening = False
         self._failure = ""  # why the library isn't open
@@ -354,8 +372,9 @@ class GpuLanes:
         if self._has_other_count:
             return self._lose_driver(COUNT_CHANGED, stuck_s)
         self._count()
-        begun = [gpu for gpu in self._gpus if gpu.begin_sample()]
-        self._wait(lambda: not any(gpu.is_sampling for gpu in begun), until_s)
+        self._awaited.clear()
+        self._awaited.update(gpu.index for gpu in self._gpus if gpu.begin_sample())
+        self._wait(lambda: not self._awaited, until_s)
         return self._collect(stuck_s)
 
     @property
@@ -393,7 +412,9 @@ class GpuLanes:
             nvml.close_library()
             driver = self._driver = Driver(self._log)
             count = driver.library.gpu_count
-            gpus = tuple(GpuLane(index, driver, self._changed) for index in range(min(count, GPUS_MAX)))
+            gpus = tuple(
+                GpuLane(index, driver, self._changed, self._awaited) for index in range(min(count, GPUS_MAX))
+            )
             failure = "" if count else NO_GPU
         except GpuReadError as error:
             failure = error.code
@@ -416,9 +437,9 @@ class GpuLanes:
         }
         errors |= {name: failure for gpu, _, failure in results if failure for name in gpu.names}
         return {
-            "identities": [value_to_json(identity) for identity in identities],
+            "identities": identities,
             "samples": [
-                value_to_json(sample) for gpu, samples, _ in results if gpu not in twice for sample in samples
+                sample_to_row(sample) for gpu, samples, _ in results if gpu not in twice for sample in samples
             ],
             "errors": errors | {f"index {gpu.index}": TWICE for gpu in twice},
             "driver_version": self._driver_version,
@@ -455,7 +476,7 @@ class GpuLanes:
 
     def _without_driver(self, failure: str, stuck_s: float) -> Message:
         return {
-            "identities": [],
+            "identities": (),
             "samples": [],
             "errors": {"driver": failure},
             "driver_version": self._driver_version,

@@ -23,9 +23,10 @@ from scheduler.effects.nvml_protocol import (
     decode,
     encode,
     holders_from_json,
+    sample_from_row,
 )
 from scheduler.errors import GpuReadError
-from scheduler.model.gpus import GpuEvent, GpuHolders, GpuIdentity, GpuLimit, GpuSample
+from scheduler.model.gpus import GpuEvent, GpuHolders, GpuIdentity, GpuLimit
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class NvmlLimits:
     silence_s: float = 5.0
     # A dead GSP lets go of a call after 45 s; what hangs longer will not come back.
     stuck_s: float = 60.0
-    end_s: float = 2.0  # to end by itself, before SIGKILL; it uses 0.5 s
+    end_s: float = 2.0  # to end by itself, before SIGKILL; it uses 1 s
     killed_s: float = 1.0  # to vanish after SIGKILL, before it counts as left behind
     backoff_s_first: float = 0.25
     backoff_s_max: float = 60.0
@@ -197,9 +198,10 @@ class NvmlGpus:
                 "within_s": within_s,
                 "stuck_s": limits.stuck_s,
                 "events_after": child.events_seen,
+                "list": child.list_number,
             }
             answer = await child.ask(request, within_s + limits.silence_s)
-            readings = _readings_from_json(answer)
+            readings = child.readings(answer)
             child.events_seen = max((number for number, _ in answer["events"]), default=child.events_seen)
             is_lost = answer["replace_me"]
         except TimeoutError:
@@ -270,6 +272,8 @@ class _Child:
         self._reader = reader
         self._writer = writer
         self.events_seen = 0
+        self.list_number = 0  # of the identities
+        self._identities: tuple[GpuIdentity, ...] = ()
         self.woken = asyncio.Event()
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
@@ -320,6 +324,23 @@ class _Child:
         finally:
             del self._waiting[request_id]
 
+    def readings(self, answer: Message) -> GpuReadings:
+        """Return the round that the answer tells.
+
+        Raises:
+            KeyError, TypeError: It is none of this version's.
+        """
+        if answer["identities"] is not None:
+            self._identities = tuple(GpuIdentity(**fields) for fields in answer["identities"])
+            self.list_number = answer["list"]
+        return GpuReadings(
+            identities=self._identities,
+            samples=tuple(map(sample_from_row, answer["samples"])),
+            errors=answer["errors"],
+            driver_version=answer["driver_version"],
+            events=tuple(GpuEvent(**fields) for _, fields in answer["events"]),
+        )
+
     async def end(self, limits: NvmlLimits) -> None:
         """Return when the process is gone: by itself if it can, else killed."""
         self._writer.transport.abort()  # the end of the stream tells it
@@ -363,12 +384,3 @@ class _Child:
         if answer is not None and not answer.done():
             answer.set_result(message)
 
-
-def _readings_from_json(message: Message) -> GpuReadings:
-    return GpuReadings(
-        identities=tuple(GpuIdentity(**fields) for fields in message["identities"]),
-        samples=tuple(GpuSample(**fields) for fields in message["samples"]),
-        errors=message["errors"],
-        driver_version=message["driver_version"],
-        events=tuple(GpuEvent(**fields) for _, fields in message["events"]),
-    )

@@ -51,7 +51,7 @@ class Child:
     def sample(self, within_s: float) -> Message:
         """Return one round."""
         self._asked += 1
-        request = {"do": "sample", "within_s": within_s, "stuck_s": 1e9, "events_after": 0}
+        request = {"do": "sample", "within_s": within_s, "stuck_s": 1e9, "events_after": 0, "list": 0}
         self._end.sendall(encode({"id": self._asked, **request}))
         return decode(self._lines.readline(LINE_BYTES_MAX))
 
@@ -147,7 +147,7 @@ def _hanging(bench: "Bench", rounds: int) -> Figure:
             seen = 0
             due_s = time.perf_counter()
             for _ in range(rounds):
-                seen += sum(sample["uuid"] != hung for sample in child.sample(PERIOD_S)["samples"])
+                seen += sum(hung not in sample for sample in child.sample(PERIOD_S)["samples"])
                 due_s += PERIOD_S
                 time.sleep(max(0.0, due_s - time.perf_counter()))
             return seen

@@ -9,9 +9,11 @@ import pytest
 from scheduler.control.ledger import Committed, Ledger
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.errors import JournalFull
-from scheduler.model.events import Event, GpuMarked, NodeDrainChanged
+from scheduler.model.events import DaemonStarted, Event, GpuMarked, NodeDrainChanged
 from scheduler.model.jobs import Job, JobState
 from scheduler.model.policy import Policy
+from scheduler.model.power import LimitKept
+from scheduler.model.power_events import LimitChange, LimitsDecided
 from scheduler.model.reasons import Reason
 from tests.harness.values import end, start, started, stop, submission, verified
 
@@ -134,3 +136,12 @@ def test_an_environment_is_kept_with_its_job_or_not_at_all(ledger: Ledger, journ
     ledger.keep_environment(2, {"TOKEN": "y"})
     ledger.commit()
     assert journal.environment(2) == {"TOKEN": "y"}
+
+
+def test_limits_that_were_set_outlive_the_daemon_and_no_reboot(ledger: Ledger) -> None:
+    commit(ledger, DaemonStarted(1.0, "1", "boot-1", 7))
+    commit(ledger, LimitsDecided(2.0, (LimitChange("GPU-a", 700.0, 300.0),)))
+    commit(ledger, DaemonStarted(3.0, "1", "boot-1", 8))
+    assert Ledger(ledger.journal, Policy()).power.limits == {"GPU-a": LimitKept(700.0, 300.0)}
+    commit(ledger, DaemonStarted(4.0, "1", "boot-2", 7))
+    assert Ledger(ledger.journal, Policy()).power.limits == {}

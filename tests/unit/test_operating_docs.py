@@ -15,6 +15,19 @@ PAGES = sorted(OPERATING.glob("*.md"))
 # Of every process, by prometheus_client; and Prometheus's own.
 OTHERS_METRICS = {"process_start_time_seconds", "up"}
 
+# Fields by which the pages translate, as NVIDIA's dcgm_fields.py names them [as triton-model-analyzer 1.58
+# bundles it].
+DCGM_FIELDS = """
+DEV_CLOCK_THROTTLE_REASONS DEV_CORRECTABLE_REMAPPED_ROWS DEV_DEC_UTIL DEV_ECC_DBE_VOL_TOTAL
+DEV_ECC_SBE_VOL_TOTAL DEV_ENC_UTIL DEV_ENFORCED_POWER_LIMIT DEV_FAN_SPEED DEV_FB_FREE DEV_FB_TOTAL
+DEV_FB_USED DEV_GPU_TEMP DEV_GPU_UTIL DEV_MAX_SM_CLOCK DEV_MEMORY_TEMP DEV_MEM_CLOCK DEV_MEM_COPY_UTIL
+DEV_NVLINK_BANDWIDTH_TOTAL DEV_PCIE_REPLAY_COUNTER DEV_PCIE_RX_THROUGHPUT DEV_PCIE_TX_THROUGHPUT
+DEV_POWER_MGMT_LIMIT DEV_POWER_MGMT_LIMIT_DEF DEV_POWER_MGMT_LIMIT_MAX DEV_POWER_MGMT_LIMIT_MIN
+DEV_POWER_USAGE DEV_POWER_VIOLATION DEV_ROW_REMAP_FAILURE DEV_SHUTDOWN_TEMP DEV_SLOWDOWN_TEMP
+DEV_SM_CLOCK DEV_TOTAL_ENERGY_CONSUMPTION DEV_UNCORRECTABLE_REMAPPED_ROWS DEV_VGPU_LICENSE_STATUS
+DEV_VIDEO_CLOCK DEV_XID_ERRORS PROF_DRAM_ACTIVE PROF_GR_ENGINE_ACTIVE
+""".split()
+
 
 def alerts() -> list[str]:
     return re.findall(r"- alert: (\w+)", RULES.read_text())
@@ -65,3 +78,8 @@ def test_every_metric_that_an_alert_asks_for_is_documented() -> None:
 def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_names_of_dcgm_are_those_of_its_fields() -> None:
+    named = {name for page in PAGES for name in re.findall(r"DCGM_FI_(\w+)", page.read_text())}
+    assert named == set(DCGM_FIELDS)
