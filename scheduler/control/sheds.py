@@ -58,7 +58,7 @@ class Sheds:
         return max(event.start_s, event.shed_began_s) + PATIENCE_S
 
     def _is_news(self, event: GridEvent) -> bool:
-        """Whether every board that is there was read after the shed began; one that is lost never is again."""
+        """Whether every board that is there was read after the shed began."""
         board, began_s = self._control.board, event.shed_began_s or 0.0
         there = (sample for uuid, sample in board.samples.items() if board.is_present(uuid))
         return all(sample.at_s >= began_s for sample in there)

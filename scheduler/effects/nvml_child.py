@@ -191,9 +191,7 @@ class Driver:
 class GpuLane:
     """One GPU by its index: opened when it is first read, then read again and again."""
 
-    def __init__(
-        self, index: int, driver: "Driver", changed: threading.Condition, awaited: set[int]
-    ) -> None:
+    def __init__(self, index: int, driver: "Driver", changed: threading.Condition, awaited: set[int]) -> None:
         self.index = index
         self.gpu: nvml.OpenGpu | None = None
         self._instances: Instances | None = None

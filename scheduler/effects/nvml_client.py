@@ -383,4 +383,3 @@ class _Child:
         answer = self._waiting.get(message["id"])
         if answer is not None and not answer.done():
             answer.set_result(message)
-

@@ -11,11 +11,10 @@
 
     child:   {"wake": true}                   there are events: ask for a sample now, not at your next time
 
-Answers come in any order. Events are numbered, and told until a request says that they arrived. So are the
-lists of GPUs: to a request that names the list that it has the answer has none (`"identities": null`). A sample
-is a row: its fields in their order, without names. The end of the stream, from either side, is the end of the
-child. The version is checked although both ends are one package: an upgrade exchanges the files beneath a
-daemon that runs.
+Answers come in any order. Events are numbered, and told until a request says that they arrived. Lists of GPUs
+are numbered, too, and told once (then `"identities": null`). A sample is a row: its fields in their order,
+without names. The end of the stream, from either side, is the end of the child. The version is checked
+although both ends are one package: an upgrade exchanges the files beneath a daemon that runs.
 """
 
 import json

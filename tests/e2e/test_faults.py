@@ -229,13 +229,15 @@ def refused_start(daemon: Daemon) -> str:
     return said
 
 
-def used(daemon: Daemon) -> Path:
-    """A journal with some life in it, and nobody there."""
-    daemon.start()
-    for code in range(3):
-        daemon.finish(script=f"exit {code}")
-    daemon.terminate()
-    return daemon.state / "journal.sqlite"
+@pytest.fixture(scope="module")
+def used_journal() -> Iterator[bytes]:
+    """A journal with some life in it."""
+    with Daemon(gpus="1xT4") as daemon, logged(daemon):
+        daemon.start()
+        for code in range(3):
+            daemon.finish(script=f"exit {code}")
+        daemon.terminate()
+        yield (daemon.state / "journal.sqlite").read_bytes()
 
 
 def damage(path: Path, how: str) -> None:
@@ -284,17 +286,20 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_journal_is_refused_and_nothing_of_it_is_overwritten(make_daemon: Make, how: str) -> None:
+def test_a_damaged_journal_is_refused_and_nothing_of_it_is_overwritten(
+    make_daemon: Make, used_journal: bytes, how: str
+) -> None:
     daemon = make_daemon(gpus="1xT4")
-    path = used(daemon)
-    whole = path.read_bytes()
+    daemon.state.mkdir(mode=0o700)
+    path = daemon.state / "journal.sqlite"
+    path.write_bytes(used_journal)
     damage(path, how)
     assert daemon.verify().returncode != 0
     broken = path.read_bytes()
     said = refused_start(daemon)
     assert str(path) in said
     assert path.read_bytes() == broken
-    path.write_bytes(whole)  # the operator's copy
+    path.write_bytes(used_journal)  # the operator's copy
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     daemon.start()

@@ -26,7 +26,7 @@ DEV_POWER_MGMT_LIMIT DEV_POWER_MGMT_LIMIT_DEF DEV_POWER_MGMT_LIMIT_MAX DEV_POWER
 DEV_POWER_USAGE DEV_POWER_VIOLATION DEV_ROW_REMAP_FAILURE DEV_SHUTDOWN_TEMP DEV_SLOWDOWN_TEMP
 DEV_SM_CLOCK DEV_TOTAL_ENERGY_CONSUMPTION DEV_UNCORRECTABLE_REMAPPED_ROWS DEV_VGPU_LICENSE_STATUS
 DEV_VIDEO_CLOCK DEV_XID_ERRORS PROF_DRAM_ACTIVE PROF_GR_ENGINE_ACTIVE
-""".split()
+"""
 
 
 def alerts() -> list[str]:
@@ -82,4 +82,4 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
 
 def test_names_of_dcgm_are_those_of_its_fields() -> None:
     named = {name for page in PAGES for name in re.findall(r"DCGM_FI_(\w+)", page.read_text())}
-    assert named == set(DCGM_FIELDS)
+    assert named == set(DCGM_FIELDS.split())
