@@ -91,7 +91,7 @@ def gpu_remark(gpu: node_pb2.Gpu) -> str:
         if str(process.pid) not in gpu.detail
     ]
     parts += [", ".join(processes)] if processes else []
-    parts += [words.clean(problem) for problem in gpu.telemetry_problems]
+    parts += [words.clean(problem) for problem in gpu.telemetry_problems if problem not in gpu.detail]
     if gpu.HasField("sampled_at") and time.time() - words.epoch_s(gpu.sampled_at) > SAMPLE_AGE_S_MAX:
         parts.append(f"last read {words.since(gpu.sampled_at)} ago")
     return "; ".join(part for part in parts if part)

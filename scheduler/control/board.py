@@ -92,6 +92,7 @@ class GpuBoard:
         self._present: frozenset[str] = frozenset()
         self._read: tuple[GpuIdentity, ...] = ()
         self._absent: frozenset[str] = frozenset()  # known, and not in the last round
+        self.vanished: frozenset[str] = frozenset()  # in the last round: no more, and nobody can be on them
         self._gpus: tuple[object, GpuColumns] | None = None
         self._nodes: tuple[object, NodeColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
@@ -115,9 +116,11 @@ class GpuBoard:
         if readings.driver_version:
             self.driver_version = readings.driver_version
         # What a GPU says of itself grows: its switch is known once its neighbour is there.
-        if present != self._present or readings.identities != self._read:
+        # Who is absent may have been held until now by a job that is gone.
+        if present != self._present or readings.identities != self._read or self._absent:
             known = {gpu.uuid: gpu for gpu in (*self.identities, *readings.identities)}
-            for uuid in self._cut_away(known.values(), readings.identities):
+            self.vanished = self._cut_away(known.values(), readings.identities)
+            for uuid in self.vanished:
                 del known[uuid]
                 self.samples.pop(uuid, None)
                 self._unproved.discard(uuid)
@@ -129,17 +132,18 @@ class GpuBoard:
             self._ledger.table.see_gpus(self.identities)
         return fresh
 
-    def _cut_away(self, known: Iterable[GpuIdentity], there: tuple[GpuIdentity, ...]) -> set[str]:
+    def _cut_away(self, known: Iterable[GpuIdentity], there: tuple[GpuIdentity, ...]) -> frozenset[str]:
         """Those that a new MIG layout ended and nobody holds: they are not lost, they are no more."""
         names = {gpu.uuid for gpu in there}
         parents = {gpu.parent_uuid for gpu in there if gpu.parent_uuid}
-        leaving = {uuid for uuid, occupants in self.occupants().items() if any(o.job_id for o in occupants)}
         # A layout is only known of a GPU that is there: whole, or in other parts.
-        return {
+        return frozenset(
             gpu.uuid
             for gpu in known
-            if gpu.uuid not in names and (gpu.uuid in parents or gpu.parent_uuid in names | parents)
-        } - {*self._ledger.table.holdings.by_gpu, *leaving}
+            if gpu.uuid not in names
+            and (gpu.uuid in parents or gpu.parent_uuid in names | parents)
+            and not self.is_held(gpu.uuid)
+        )
 
     def is_present(self, uuid: str) -> bool:
         """Whether the last round of readings saw the GPU."""

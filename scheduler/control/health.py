@@ -215,7 +215,7 @@ class Health:
         self._returns_s[uuid].append(now_s)
         control.ledger.apply(GpuUnmarked(now_s, uuid, Reason.GPU_RECOVERED))
         control.occupancy.prove_again(uuid)
-        log.warning("GPU %s is well again: %s", uuid, mark.detail)
+        log.warning("GPU %s is well again; it was quarantined: %s", uuid, mark.detail)
 
     def _may_return(self, reason: Reason, sample: GpuSample) -> bool:
         outcome = _OUTCOMES.get(reason)

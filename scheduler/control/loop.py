@@ -558,6 +558,7 @@ class Controller:
         self.abilities.read(readings, self.board)
         self.occupancy.fresh(fresh)
         self.occupancy.silent(silent)
+        self.occupancy.vanished(now_s)
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)

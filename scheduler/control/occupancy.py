@@ -80,6 +80,16 @@ class Occupancy:
         if fresh:
             control.standing.reload()
 
+    def vanished(self, now_s: float) -> None:
+        """What a new MIG layout ended is free of whoever left it: nobody can be on it."""
+        control = self._control
+        for uuid in sorted(control.board.vanished):
+            control.verifier.forget(uuid)
+            mark = control.ledger.marks.get(uuid)
+            if mark is not None and mark.reason in _UNTIL_FREE:
+                control.ledger.apply(GpuUnmarked(now_s, uuid, Reason.GPU_RECOVERED))
+            self._verify(uuid, now_s)
+
     def silent(self, uuids: frozenset[str]) -> None:
         """GPUs that do not answer any more: nobody knows who will be on them when they do."""
         for uuid in sorted(uuids):
@@ -141,7 +151,7 @@ class Occupancy:
             and not any(job.state in _GOING for job in holders)
         ):
             control.ledger.apply(GpuUnmarked(now_s, uuid, Reason.GPU_RECOVERED))
-            log.warning("GPU %s is free at last: %s", uuid, mark.detail)
+            log.warning("GPU %s is free at last; it was quarantined: %s", uuid, mark.detail)
 
     def _verify(self, uuid: str, now_s: float) -> None:
         self._verified_s[uuid] = now_s

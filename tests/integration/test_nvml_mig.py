@@ -194,6 +194,28 @@ def test_a_layout_that_an_admin_changes_after_a_release_is_the_new_one(
     assert not any(uuid in daemon.metrics() for uuid in before), "a label for each layout has no bound"
 
 
+@pytest.mark.parametrize("is_left", [False, True])
+def test_an_instance_that_a_new_layout_ended_is_gone_when_its_job_is(
+    fake: FakeNvml, daemon: Daemon, is_left: bool
+) -> None:
+    """Its layout is changed while the job runs, or while what it left keeps the instance."""
+    job = daemon.run("sleep", "600", gpus=1, gpu_models=["1g.10gb"])
+    (uuid,) = job.attempts[-1].gpus
+    if is_left:
+        fake.gpus[1].instances[2].memory_used = 2 * GIB
+        daemon.cancel(job.id)
+        until("it is in hand-over", lambda: node_pb2.GPU_STATE_HANDOVER in states(daemon))
+        fake.gpus[1].partition(7)
+    else:
+        fake.gpus[1].partition(7)
+        until("it is lost", lambda: node_pb2.GPU_STATE_LOST in states(daemon))
+        assert uuid in uuids(daemon)
+        daemon.cancel(job.id)
+    until("it is gone", lambda: uuids(daemon) == [fake.gpus[0].uuid, *instances_of(fake)])
+    until("its job is proved gone", lambda: daemon.get(job.id).attempts[0].HasField("verified_at"))
+    assert uuid not in daemon.metrics()
+
+
 def test_a_job_of_several_gpus_is_refused_where_only_instances_would_do(daemon: Daemon) -> None:
     """One GPU is whole here, three are instances."""
     with pytest.raises(grpc.RpcError) as refused:
