@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -230,14 +231,14 @@ def refused_start(daemon: Daemon) -> str:
 
 
 @pytest.fixture(scope="module")
-def used_journal() -> Iterator[bytes]:
-    """A journal with some life in it."""
+def used_state() -> Iterator[Path]:
+    """A state directory with some life in it, and nobody there."""
     with Daemon(gpus="1xT4") as daemon, logged(daemon):
         daemon.start()
         for code in range(3):
             daemon.finish(script=f"exit {code}")
         daemon.terminate()
-        yield (daemon.state / "journal.sqlite").read_bytes()
+        yield daemon.state
 
 
 def damage(path: Path, how: str) -> None:
@@ -287,19 +288,19 @@ DAMAGES = [
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_journal_is_refused_and_nothing_of_it_is_overwritten(
-    make_daemon: Make, used_journal: bytes, how: str
+    make_daemon: Make, used_state: Path, how: str
 ) -> None:
     daemon = make_daemon(gpus="1xT4")
-    daemon.state.mkdir(mode=0o700)
+    shutil.copytree(used_state, daemon.state, ignore=shutil.ignore_patterns("*.sock"))
     path = daemon.state / "journal.sqlite"
-    path.write_bytes(used_journal)
+    whole = path.read_bytes()
     damage(path, how)
     assert daemon.verify().returncode != 0
     broken = path.read_bytes()
     said = refused_start(daemon)
     assert str(path) in said
     assert path.read_bytes() == broken
-    path.write_bytes(used_journal)  # the operator's copy
+    path.write_bytes(whole)  # the operator's copy
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     daemon.start()
