@@ -7,6 +7,8 @@ now half a microsecond each. What stands before a value changes rarely and is ke
 import functools
 from collections.abc import Iterable, Mapping
 
+from prometheus_client.metrics_core import Metric
+
 from scheduler.control.meters import Histogram, Labels
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,6 +53,12 @@ class Page:
             lines.append(f"{_start(f'{name}_sum', labels, key)}{histogram.total!r}\n")
             lines.append(f"{_start(f'{name}_count', labels, key)}{running}\n")
         self._add(name, "histogram", text, lines)
+
+    def family(self, metric: Metric) -> None:
+        """Add one of prometheus_client's, without labels, under its own name."""
+        name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+        self._parts.append(f"# HELP {name} {metric.documentation}\n# TYPE {name} {metric.type}\n")
+        self._parts += [f"{sample.name} {float(sample.value)!r}\n" for sample in metric.samples]
 
     def _add(self, name: str, kind: str, text: str, lines: list[str]) -> None:
         if lines:

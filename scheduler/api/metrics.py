@@ -6,7 +6,7 @@ Nothing is kept here: a label combination that is gone in the state is gone on t
 from collections import Counter
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import ProcessCollector
 
 from scheduler.api.exposition import Page
 from scheduler.api.gpu_metrics import GPU, put_gpus
@@ -23,8 +23,7 @@ class NodeMetrics:
 
     def __init__(self, controller: Controller) -> None:
         self._control = controller
-        self._process = CollectorRegistry()
-        ProcessCollector(registry=self._process)
+        self._process = ProcessCollector(registry=None)
 
     def page(self) -> bytes:
         """Return all metrics as they are now, those of the process last."""
@@ -45,7 +44,9 @@ class NodeMetrics:
         page.gauge("inbox_depth", "Items that wait for the next tick.", [((), len(control.inbox))])
         page.gauge("problems", "Problems that an operator should look at.", [((), len(control.problems))])
         page.gauge("build_info", "This daemon.", [((control.site.version,), 1)], ("version",))
-        return page.encoded() + generate_latest(self._process)
+        for metric in self._process.collect():
+            page.family(metric)
+        return page.encoded()
 
     def _put_jobs(self, page: Page) -> None:
         jobs = Counter((job.spec.job_class, job.state) for job in self._control.ledger.jobs.values())

@@ -1,4 +1,9 @@
-"""What a scrape of the metrics page costs, beside nvitop-exporter on the same fake driver."""
+"""What a scrape of the metrics page costs, beside nvitop-exporter on the same fake driver.
+
+Compared is all processor time of the processes concerned: the daemon with its NVML child, which schedule, keep
+accounts and serve gRPC besides, and the exporter. Both read all GPUs once a second, whoever scrapes. So there
+are three figures: scrapes one upon the other; readings with a scrape each second; readings alone.
+"""
 
 import getpass
 import time
@@ -44,19 +49,26 @@ def scrape(bench: "Bench") -> Figure:
         until("the exporter has read all", lambda: _page(theirs_url).count("gpu_power_usage_W{") == GPUS)
         ours, theirs = (ours_url, (daemon.process.pid, daemon.nvml_child())), (theirs_url, (theirs_pid,))
         at_once = _compare(ours, theirs, 40 if bench.quick else 200, pace_s=0.0)
-        each_second = _compare(ours, theirs, 2 if bench.quick else 12, pace_s=READ_PERIOD_S)
+        seconds = 2 if bench.quick else 12
+        each_second = _compare(ours, theirs, seconds, pace_s=READ_PERIOD_S)
+        unscraped = _compare(ours, theirs, seconds, pace_s=READ_PERIOD_S, is_scraped=False)
     ratio = at_once["of_theirs_ratio"]
     return {
         "one_after_the_other": at_once,
         "one_a_second_with_the_reading": each_second,
+        "a_second_of_reading": unscraped,
         "targets": [at_most("a scrape of 8 GPUs", ratio, OF_THEIRS_RATIO, "of nvitop-exporter's CPU")],
     }
 
 
 def _compare(
-    ours: tuple[str, tuple[int, ...]], theirs: tuple[str, tuple[int, ...]], scrapes: int, pace_s: float
+    ours: tuple[str, tuple[int, ...]],
+    theirs: tuple[str, tuple[int, ...]],
+    scrapes: int,
+    pace_s: float,
+    is_scraped: bool = True,
 ) -> Figure:
-    """Scrape each so many times in each block."""
+    """Scrape each so many times in each block, or only let as much time pass."""
     used_s = {ours: 0.0, theirs: 0.0}
     for _ in range(BLOCKS):
         for each in used_s:
@@ -64,7 +76,8 @@ def _compare(
             before_s = cpu_time(*pids).used_s
             for _ in range(scrapes):
                 due_s = time.monotonic() + pace_s
-                _page(url)
+                if is_scraped:
+                    _page(url)
                 time.sleep(max(0.0, due_s - time.monotonic()))
             used_s[each] += cpu_time(*pids).used_s - before_s
     per_scrape_ms = {each: MS_PER_S * spent_s / (BLOCKS * scrapes) for each, spent_s in used_s.items()}
@@ -73,9 +86,13 @@ def _compare(
         "cpu_ms": round(per_scrape_ms[ours], 3),
         "cpu_ms_of_nvitop_exporter": round(per_scrape_ms[theirs], 3),
         "of_theirs_ratio": round(per_scrape_ms[ours] / per_scrape_ms[theirs], 3),
-        "lines": _page(ours[0]).count("\n"),
-        "lines_of_nvitop_exporter": _page(theirs[0]).count("\n"),
+        "figures": _figures(_page(ours[0])),
+        "figures_of_nvitop_exporter": _figures(_page(theirs[0])),
     }
+
+
+def _figures(page: str) -> int:
+    return sum(not line.startswith("#") for line in page.splitlines())
 
 
 def _page(url: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.api.exposition import Page
@@ -66,3 +67,14 @@ def test_a_family_without_values_is_not_on_the_page() -> None:
     page.gauge("gpu_fan_speed_ratio", "Fans.", [], ("gpu",))
     page.histogram("wait_seconds", "Waits.", {})
     assert page.encoded() == b""
+
+
+def test_what_prometheus_client_says_of_the_process_keeps_its_own_names() -> None:
+    page = Page()
+    page.family(GaugeMetricFamily("process_open_fds", "Open files.", value=7))
+    page.family(CounterMetricFamily("process_cpu_seconds", "Time spent.", value=0.1 + 0.2))
+    nothing: frozenset[tuple[str, str]] = frozenset()
+    assert read_back(page) == {
+        ("process_open_fds", nothing): 7.0,
+        ("process_cpu_seconds_total", nothing): 0.1 + 0.2,
+    }
