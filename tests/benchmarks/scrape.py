@@ -1,8 +1,8 @@
 """What a scrape of the metrics page costs, beside nvitop-exporter on the same fake driver.
 
-Compared is all processor time of the processes concerned: the daemon with its NVML child, which schedule, keep
-accounts and serve gRPC besides, and the exporter. Both read all GPUs once a second, whoever scrapes. So there
-are three figures: scrapes one upon the other; readings with a scrape each second; readings alone.
+Compared is all processor time of the processes concerned: the daemon with its NVML child, which schedule,
+keep accounts and serve gRPC besides, and the exporter. Both read all GPUs once a second, whoever scrapes. So
+there are three figures: scrapes one upon the other; readings with a scrape each second; readings alone.
 """
 
 import getpass

@@ -4,7 +4,8 @@ import json
 import pytest
 
 from scheduler.cli import output
-from scheduler.v1 import job_pb2, job_service_pb2
+from scheduler.cli.node import gpu_remark
+from scheduler.v1 import job_pb2, job_service_pb2, node_pb2, reason_pb2
 
 JOBS = output.table(
     ("ID", "NAME", "STATE", "GPUS", "REASON"),
@@ -93,3 +94,14 @@ def _without_style(line: str) -> str:
     import re
 
     return re.sub(r"\x1b\[[0-9;]*m", "", line)
+
+
+def test_a_gpus_trouble_is_not_told_twice() -> None:
+    gpu = node_pb2.Gpu(
+        state=node_pb2.GPU_STATE_HANDOVER,
+        reason=reason_pb2.REASON_HANDOVER_PENDING,
+        detail="it does not answer: ERROR_TIMEOUT",
+        telemetry_problems=["ERROR_TIMEOUT", "IMPLAUSIBLE: power_w=0.0"],
+    )
+    told = "handover pending: it does not answer: ERROR_TIMEOUT; IMPLAUSIBLE: power_w=0.0"
+    assert gpu_remark(gpu) == told
