@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.v1 import node_pb2
+from scheduler.v1 import job_service_pb2, node_pb2
 from tests.fakes.nvml.fake import GIB, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc
 from tests.harness.daemon import FAILED, PENDING, RUNNING, Daemon, reason_of, until, word
@@ -211,6 +211,10 @@ def test_a_quarantined_gpu_says_why_and_an_operator_may_end_it(fake: FakeNvml, d
     until("it is quarantined", lambda: gpus(daemon)[0].state == QUARANTINED)
     gpu = gpus(daemon)[0]
     assert (reason_of(gpu), gpu.detail.partition(" (")[0]) == ("GPU_NEEDS_SERVICE", "XID 54")
+    waits = daemon.submit(script=SLEEPS, gpus=2)
+    answer = daemon.jobs.ExplainJob(job_service_pb2.ExplainJobRequest(job_id=waits.id))
+    assert f"GPU 0 is quarantined ({gpu.detail})" in [obstacle.detail for obstacle in answer.obstacles]
+    daemon.cancel(waits.id)
     assert daemon.cli("uncordon", gpu.uuid).returncode == 0
     until("it is free again", lambda: gpus(daemon)[0].state == FREE)
     assert daemon.run_ready(SLEEPS, gpus=2).state == RUNNING

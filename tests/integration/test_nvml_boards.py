@@ -151,6 +151,20 @@ async def test_a_limit_that_is_set_is_read_back_and_lowers_the_draw(tmp_path: Pa
         assert other.power_capped_s == 1.0
 
 
+async def test_a_gpu_has_one_writer_and_each_reads_back_its_own_limit(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    async with reading(fake, dataclasses.replace(LIMITS, set_s=60.0, holders_s=0.3)) as read:
+        rule = fake.rule("nvmlDeviceSetPowerManagementLimit", gpu=0, hang=True)
+        wanted_w = (300.0, 400.0, 350.0)
+        sets = [asyncio.create_task(read.gpus.set_power_limit(fake.gpus[0].uuid, w)) for w in wanted_w]
+        await eventually(lambda: rule.inside == 1)
+        with pytest.raises(GpuReadError):  # by now the others wait, too
+            await read.gpus.holders(fake.gpus[0].uuid)
+        assert (rule.inside, rule.calls) == (1, 1)
+        rule.hang = 0
+        assert [(await one).power_limit_w for one in sets] == list(wanted_w)
+
+
 async def test_somebody_elses_lower_limit_shows_after_a_set(tmp_path: Path) -> None:
     fake = FakeNvml(tmp_path)
     fake.gpus[0].limit_outside_mw = 300_000
