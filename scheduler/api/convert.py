@@ -197,11 +197,20 @@ def _energy_j(identity: GpuIdentity, sample: GpuSample) -> float | None:
 
 
 def usage(row: UsageRow) -> usage_pb2.Usage:
-    """A sum of usage."""
+    """A sum of usage; the cost of energy whose price nobody knew stays unset, it is not zero."""
+    is_priced = row.unpriced_mj < row.energy_mj or not row.energy_mj
+    cost_microusd = row.cost_microusd if is_priced else None
     return usage_pb2.Usage(
         key=row.key,
         gpu_seconds=row.gpu_ms / 1000.0,
         energy_wh=row.energy_mj / MJ_PER_WH,
         value_usd=row.value_microusd / MICROUSD_PER_USD,
         preemptions=row.preemptions,
+        cost_usd=_usd(cost_microusd),
+        unpriced_energy_wh=row.unpriced_mj / MJ_PER_WH,
+        profit_usd=_usd(None if cost_microusd is None else row.value_microusd - cost_microusd),
     )
+
+
+def _usd(microusd: int | None) -> float | None:
+    return None if microusd is None else microusd / MICROUSD_PER_USD

@@ -37,6 +37,8 @@ class UsageRow:
     energy_mj: int
     value_microusd: int
     preemptions: int
+    cost_microusd: int
+    unpriced_mj: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,12 +164,14 @@ class SqliteJournal:
                 e.energy_mj,
                 e.value_microusd,
                 u.preemptions,
+                e.cost_microusd,
+                e.unpriced_mj,
             )
             for u in derived.usage
             for e in (u.entry,)
         ]
         if booked:
-            db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", booked)
+            db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", booked)
         if derived.node:
             db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (encode(derived.node),))
         if self._staged:
@@ -233,7 +235,8 @@ class SqliteJournal:
     ) -> list[UsageRow]:
         assert group in ("job_id", "tenant", "class", "uuid")
         rows = self._db.execute(
-            f"SELECT {group}, sum(gpu_ms), sum(energy_mj), sum(value_microusd), sum(preemptions) FROM usage"
+            f"SELECT {group}, sum(gpu_ms), sum(energy_mj), sum(value_microusd), sum(preemptions),"
+            " sum(cost_microusd), sum(unpriced_mj) FROM usage"
             f" WHERE at_s >= ? AND at_s < ? AND (? IS NULL OR {group} > ?)"
             f" GROUP BY {group} ORDER BY {group} LIMIT ?",
             (start_s, end_s, after, after, limit),

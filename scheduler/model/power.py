@@ -104,6 +104,7 @@ class PowerState:
     return_began_s: float = 0.0
     prices: tuple[PricePoint, ...] = ()
     prices_from: str = ""  # the file or URL; empty = a client set them
+    prices_past: tuple[PricePoint, ...] = ()  # that were known for the time before those, each with its end
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from scheduler.model.power import (
     PowerState,
     ShedState,
 )
-from scheduler.model.prices import PricePoint
+from scheduler.model.prices import PricePoint, past
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,8 @@ def folded(state: PowerState, event: PowerEvent) -> PowerState:
             draws = {name: w for name, w in {**state.draws_w, **event.draws_w}.items() if w}
             return replace(state, draws_w=draws)
         case PricesSet():
-            return replace(state, prices=event.points, prices_from=event.source)
+            before = past(state.prices_past, state.prices, event.at_s)
+            return replace(state, prices=event.points, prices_from=event.source, prices_past=before)
         case BudgetReturns():
             return replace(state, returned_from_w=event.from_w, return_began_s=event.began_s)
 
