@@ -8,9 +8,10 @@ from scheduler.control.board import GpuView
 from scheduler.effects.journal import UsageRow
 from scheduler.model.gpus import GpuIdentity, GpuSample, GpuState
 from scheduler.model.jobs import Attempt, Job, JobClass, JobSpec, JobState, OnPreempt, RestartRule
+from scheduler.model.power import GridEvent, ShedState
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import MICROUSD_PER_USD
-from scheduler.v1 import job_pb2, node_pb2, reason_pb2, usage_pb2
+from scheduler.v1 import job_pb2, node_pb2, power_pb2, reason_pb2, usage_pb2
 
 MJ_PER_J = 1000.0
 MJ_PER_WH = 3_600_000.0
@@ -28,6 +29,9 @@ _ON_PREEMPT: dict[OnPreempt, Any] = {
 }
 _RESTART: dict[RestartRule, Any] = {
     rule: job_pb2.RestartRule.Value(f"RESTART_RULE_{rule.value}") for rule in RestartRule
+}
+SHED_STATES: dict[ShedState, Any] = {
+    state: power_pb2.ShedState.Value(f"SHED_STATE_{state.value}") for state in ShedState
 }
 
 
@@ -214,3 +218,22 @@ def usage(row: UsageRow) -> usage_pb2.Usage:
 
 def _usd(microusd: int | None) -> float | None:
     return None if microusd is None else microusd / MICROUSD_PER_USD
+
+
+def grid_event(event: GridEvent) -> power_pb2.GridEvent:
+    """A grid event as clients see it."""
+    return power_pb2.GridEvent(
+        id=event.id,
+        start=timestamp(event.start_s),
+        end=timestamp(event.end_s),
+        budget_w=event.budget_w,
+        emergency=event.emergency,
+        floor_w=event.floor_w,
+        state=SHED_STATES[event.state],
+        accepted_at=timestamp(event.accepted_s),
+        shed_began_at=timestamp(event.shed_began_s),
+        shed_ended_at=timestamp(event.shed_ended_s),
+        measured_w=event.measured_w,
+        reasons=event.reasons,
+        over=event.is_over,
+    )

@@ -232,6 +232,7 @@ class Controller:
         now_s = self.effects.clock.now_s()
         self.accounts.settle()
         self.accounts.book_all(now_s)
+        self.power.log.write(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -351,7 +352,7 @@ class Controller:
         self.reports.recall_victims()
         self.standing.reload()
         self.rebooted, self._gpus_before = self._before
-        self.power.limits.clear()
+        self.power.undo()
         self._planned = None  # the numbers of dropped events come again
         self._release_or_acquire()
 

@@ -48,6 +48,10 @@ CREATE TABLE usage (
     gpu_ms INTEGER NOT NULL, energy_mj INTEGER NOT NULL, value_microusd INTEGER NOT NULL,
     preemptions INTEGER NOT NULL, cost_microusd INTEGER NOT NULL, unpriced_mj INTEGER NOT NULL);
 CREATE INDEX usage_at ON usage (at_s);
+CREATE TABLE draws (
+    seq INTEGER PRIMARY KEY, at_s REAL NOT NULL, first_s INTEGER NOT NULL, baseline_w REAL,
+    draw_w BLOB NOT NULL);
+CREATE INDEX draws_at ON draws (at_s);
 """
 
 _EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
