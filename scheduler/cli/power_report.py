@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
     from scheduler.v1 import power_report_pb2, power_service_pb2
 
-JOB_TITLES = ("JOB", "CLASS", "WHAT", "AT", "WATTS", "REMARK")
-DRAW_TITLES = ("FROM", "SECONDS", "MISSING", "MEAN W", "LEAST W", "MOST W")
+# Seconds here are counted from the begin of the shed.
+JOB_TITLES = ("AT S", "JOB", "CLASS", "WHAT", "WATTS", "REMARK")
+JOB_NUMBERS = ("AT S", "WATTS")
+DRAW_TITLES = ("FROM S", "TO S", "MEAN W", "LEAST W", "MOST W", "MISSING S")
 # The draw is shown in so many stretches of time.
 ROWS_MAX = 24
 GAPS_SHOWN = 8
@@ -55,10 +58,12 @@ def report(session: Session, event_id: str, offline: bool, state_dir: Path | Non
         print(words.clean(line))
     if shown.jobs:
         print()
-        output.print_table(output.table(JOB_TITLES, map(_job, shown.jobs), right=("WATTS",)))
+        began_s = words.epoch_s(shown.event.shed_began_at)
+        rows = [_job(job, began_s) for job in shown.jobs]
+        output.print_table(output.table(JOB_TITLES, rows, right=JOB_NUMBERS))
     if shown.draw:
         print()
-        output.print_table(output.table(DRAW_TITLES, _draw(shown), right=DRAW_TITLES[1:]))
+        output.print_table(output.table(DRAW_TITLES, _draw(shown), right=DRAW_TITLES))
     print()
     for line in shown.limits:
         print(line)
@@ -104,7 +109,7 @@ def _lines(report: power_report_pb2.GridEventReport) -> Iterator[str]:
     began = event.shed_began_at
     yield f"shed began  {words.moment(began)}"
     if report.HasField("first_fall_at"):
-        yield f"fell        {_after(report.first_fall_at, began)}: the first second below the baseline"
+        yield f"fell        {_after(report.first_fall_at, began)}: the first whole second below the baseline"
     for move in report.moves:
         state = words.word(move, "state")
         if state in ("MET", "FAILED") and not move.over:
@@ -135,7 +140,7 @@ def _figures(report: power_report_pb2.GridEventReport) -> Iterator[str]:
             f"            {one.delivered_wh:.1f} Wh in {one.seconds_known} s{missing}; "
             f"{one.over_wh:.1f} Wh beyond what was asked"
         )
-        yield f"above       {one.seconds_short} s above the event's watts, {one.short_wh:.2f} Wh"
+        yield f"short       {one.seconds_short} s above the event's watts, by {one.short_wh:.2f} Wh"
     if report.HasField("rebound"):
         back = report.rebound
         yield (
@@ -146,10 +151,11 @@ def _figures(report: power_report_pb2.GridEventReport) -> Iterator[str]:
     if report.other_events:
         yield f"meanwhile   in force, too: {', '.join(report.other_events)}"
     if report.missing:
-        gaps = [f"{words.moment(gap.start)} {_seconds(gap.start, gap.end)} s" for gap in report.missing]
+        began = report.event.shed_began_at
+        gaps = [f"{_seconds(began, gap.start)} to {_seconds(began, gap.end)}" for gap in report.missing]
         more = f", and {len(gaps) - GAPS_SHOWN} more" if len(gaps) > GAPS_SHOWN else ""
         total = sum(_seconds(gap.start, gap.end) for gap in report.missing)
-        yield f"missing     {total} s of the draw below: {', '.join(gaps[:GAPS_SHOWN])}{more}"
+        yield f"missing     {total} s of the draw: {', '.join(gaps[:GAPS_SHOWN])}{more} s"
     if report.cut:
         yield "cut         only its first day is reported"
 
@@ -180,7 +186,7 @@ def _back_test(one: power_report_pb2.BaselineBackTest) -> str:
     )
 
 
-def _job(one: power_report_pb2.TouchedJob) -> tuple[str, ...]:
+def _job(one: power_report_pb2.TouchedJob, began_s: float) -> tuple[str, ...]:
     kind = words.word(one, "kind").lower()
     remark = one.reason.lower().replace("_", " ")
     if kind == "limited":
@@ -189,29 +195,31 @@ def _job(one: power_report_pb2.TouchedJob) -> tuple[str, ...]:
     elif one.HasField("again_at"):
         remark += f"; started again {_after(one.again_at, one.at)} later"
     return (
+        f"{words.epoch_s(one.at) - began_s:.1f}",
         one.job_id,
         words.word(one, "class") or words.NONE,
         kind,
-        words.moment(one.at),
         f"{one.draw_w:.0f}" if one.HasField("draw_w") else words.NONE,
         remark,
     )
 
 
 def _draw(report: power_report_pb2.GridEventReport) -> Iterator[tuple[str, ...]]:
-    """The draw in stretches of equal length."""
-    step = math.ceil(len(report.draw) / ROWS_MAX)
-    for place in range(0, len(report.draw), step):
-        stretch = report.draw[place : place + step]
-        known = [one.draw_w for one in stretch if one.HasField("draw_w")]
-        figures = (sum(known) / len(known), min(known), max(known)) if known else ()
-        yield (
-            words.moment(stretch[0].at),
-            str(len(stretch)),
-            str(len(stretch) - len(known)) if len(known) < len(stretch) else words.NONE,
-            *(f"{watts:.0f}" for watts in figures),
-            *([] if known else [words.NONE] * 3),
-        )
+    """The draw in stretches of equal length; what is missing altogether is one."""
+    began, step = report.event.shed_began_at, math.ceil(len(report.draw) / ROWS_MAX)
+    stretches = [report.draw[place : place + step] for place in range(0, len(report.draw), step)]
+    for is_known, run in groupby(stretches, lambda part: any(one.HasField("draw_w") for one in part)):
+        for stretch in run if is_known else [list(chain.from_iterable(run))]:
+            known = [one.draw_w for one in stretch if one.HasField("draw_w")]
+            first_s, missing = _seconds(began, stretch[0].at), len(stretch) - len(known)
+            figures = (sum(known) / len(known), min(known), max(known)) if known else ()
+            yield (
+                str(first_s),
+                str(first_s + len(stretch)),
+                *(f"{watts:.0f}" for watts in figures),
+                *([] if known else [words.NONE] * 3),
+                str(missing) if missing else words.NONE,
+            )
 
 
 def _after(one: Timestamp, other: Timestamp) -> str:

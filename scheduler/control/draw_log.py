@@ -74,7 +74,9 @@ class DrawLog:
         first, last = next(iter(self._seconds)), next(reversed(self._seconds))
         means = {second: round(sum_w / count, 1) for second, (sum_w, count) in self._seconds.items()}
         draw_w = tuple(means.get(second) for second in range(first, last + 1))
-        return DrawRecorded(now_s, first, draw_w, self.baseline(now_s).site_w)
+        # What a daemon has seen for a moment only is no trial of the method.
+        has_seen = now_s - self._rounds[0][0] >= BASELINE_S / 2
+        return DrawRecorded(now_s, first, draw_w, self.baseline(now_s).site_w if has_seen else None)
 
     def write(self, now_s: float) -> None:
         """Put what is not written yet into the ledger's transaction."""

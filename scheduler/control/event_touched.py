@@ -1,5 +1,6 @@
 """Which jobs a grid event touched, and what was done to each: read off the events of its time."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -68,13 +69,14 @@ class _Looking:
         self._others: dict[tuple[str, Deed], Touched] = {}
 
     def found(self) -> list[Touched]:
-        """All, by time; a job that was stopped is not delayed as well."""
-        others = [
+        """All, by time; who was stopped waits, and his boards' limits fall, of course."""
+        stopped_s = {job_id: one.at_s for (job_id, deed), one in self._others.items() if deed is Deed.STOPPED}
+        found = [
             one
-            for (job_id, deed), one in self._others.items()
-            if deed is not Deed.DELAYED or (job_id, Deed.STOPPED) not in self._others
+            for one in (*self._limited.values(), *self._others.values())
+            if one.deed not in (Deed.DELAYED, Deed.LIMITED) or one.at_s < stopped_s.get(one.job_id, math.inf)
         ]
-        return sorted((*self._limited.values(), *others), key=lambda one: (one.at_s, one.job_id, one.gpu))
+        return sorted(found, key=lambda one: (one.at_s, one.job_id, one.gpu))
 
     def see(self, one: Event) -> None:
         """Take the next event."""

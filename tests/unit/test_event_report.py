@@ -31,7 +31,6 @@ from tests.harness.simulated import SimulatedNode
 MINUTE_S = 60.0
 DRAWS_W = {"j1": 600.0, "j2": 400.0, "j3": 300.0}
 POWER = PowerConfig(base_w=300.0, pue=1.1, return_jitter_s=0.0, return_w_per_s=1000.0)
-IDLE_W = (4 * 70.0 + 300.0) * 1.1
 # Two boards of the gang, the miner's, the batch job's.
 BASELINE_W = (2 * 600.0 + 400.0 + 300.0 + 300.0) * 1.1
 
@@ -151,15 +150,14 @@ def test_the_back_test_of_a_steady_site_finds_next_to_no_error_and_leaves_events
         assert (early.window_s, early.bias_w, early.error_w) == (60, None, None), "not enough history"
         await asyncio.sleep(40 * MINUTE_S)
         await site.offer(1600.0, in_s=60.0, for_s=60.0, name="e2")
-        await asyncio.sleep(30 * MINUTE_S)
+        await asyncio.sleep(5 * MINUTE_S)
 
         found = site.report("e2").back_test
 
-        assert found.windows >= 20
+        assert found.windows >= 10
         assert found.mean_w == pytest.approx(BASELINE_W, rel=1e-3)
         assert (found.error_w or 0.0) < 5.0
-        # The first window began before the first job did.
-        assert found.bias_w == pytest.approx(-(BASELINE_W - IDLE_W) / found.windows, rel=0.03)
+        assert abs(found.bias_w or 0.0) < 1.0
         site.daemon.stop()
 
     run(story())
