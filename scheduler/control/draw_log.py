@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from scheduler.model.actions import WAIT_REASONS
 from scheduler.model.gpus import GpuIdentity
 from scheduler.model.jobs import job_id
-from scheduler.model.power import Baseline, BaselineJob, GridEvent
+from scheduler.model.power import GRID_EVENT_REPORTED_S, Baseline, BaselineJob, GridEvent
 from scheduler.model.power_events import DrawRecorded, GridEventDelayed
 from scheduler.model.reasons import Reason
 
@@ -61,7 +61,7 @@ class DrawLog:
         if draw_w is not None:
             sum_w, count = self._seconds.get(second, (0.0, 0))
             self._seconds[second] = sum_w + draw_w, count + 1
-        in_force = [event for event in self._control.ledger.power.events if _is_shed(event)]
+        in_force = [event for event in self._control.ledger.power.events if _is_shed(event, now_s)]
         if in_force:
             self._note_delayed(min(in_force, key=lambda event: (event.budget_w, event.id)), now_s)
         if not 0.0 <= now_s - self._written_s < (EVENT_PERIOD_S if in_force else PERIOD_S):
@@ -164,5 +164,7 @@ class DrawLog:
             self._control.ledger.apply(GridEventDelayed(now_s, event.id, ids))
 
 
-def _is_shed(event: GridEvent) -> bool:
-    return event.binds and event.shed_began_s is not None
+def _is_shed(event: GridEvent, now_s: float) -> bool:
+    """Whether its shed is reported now."""
+    began_s = event.shed_began_s
+    return event.binds and began_s is not None and now_s - began_s < GRID_EVENT_REPORTED_S

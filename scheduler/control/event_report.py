@@ -20,14 +20,12 @@ from scheduler.effects.journal import DrawPiece, History
 from scheduler.effects.journal_history import draw_piece
 from scheduler.errors import NotFound
 from scheduler.model.events import AttemptEnded, StartDecided, StopDecided
-from scheduler.model.power import Baseline, GridEvent
+from scheduler.model.power import GRID_EVENT_REPORTED_S, Baseline, GridEvent
 from scheduler.model.power_events import DrawRecorded, GridEventDelayed, GridEventMoved, LimitsDecided
 
 # Shown before the shed began, and after the end: what comes back too fast shows in a quarter of an hour.
 BEFORE_S = 300.0
 AFTER_S = 900.0
-# Of an event that lasts longer only so much is reported.
-SPAN_S_MAX = 86_400.0
 # The draw has begun to fall when it is below the baseline by more than both: the noise of a reading.
 FALL_W = 5.0
 FALL_RATIO = 0.02
@@ -128,7 +126,7 @@ def event_report(
         return EventReport(
             event, (), None, 0, np.empty(0), (), None, None, None, BackTest(0, 0), (), (), is_cut=False
         )
-    ended_s = min(now_s, event.ended_s or now_s, began_s + SPAN_S_MAX)
+    ended_s = min(now_s, event.ended_s or now_s, began_s + GRID_EVENT_REPORTED_S)
     happened = history.events(began_s, min(now_s, ended_s + AFTER_S), _KINDS)
     moves = tuple(one for one in happened if isinstance(one, GridEventMoved) and one.id == event_id)
     baseline = next((move.baseline for move in moves if move.baseline is not None), None)
@@ -260,11 +258,12 @@ def _rebound(draw_w: Any, since_s: int, base_w: float) -> Rebound | None:
 
 
 def _busy(events: Iterable[GridEvent], now_s: float) -> list[tuple[float, float]]:
-    """The times in which an event shed, or what it shed came back."""
+    """The times in which an event shed, or what it shed came back; under a standing limit life goes on."""
+    times = [(one.shed_began_s, one.ended_s or now_s) for one in events]
     return [
-        (event.shed_began_s, (event.ended_s or now_s) + AFTER_S)
-        for event in events
-        if event.shed_began_s is not None
+        (began_s, ended_s + AFTER_S)
+        for began_s, ended_s in times
+        if began_s is not None and ended_s - began_s <= GRID_EVENT_REPORTED_S
     ]
 
 

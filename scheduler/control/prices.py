@@ -98,6 +98,8 @@ class Prices:
         what was known then counts, for the latest hour.
         """
         power, config = self._control.ledger.power, self._control.config.power
+        if not power.prices and not power.prices_past:
+            return [(until_s, None)]
         past_s = power.prices_past[-1].end_s if power.prices_past else None
         found: list[tuple[float, int | None]] = []
         at_s = since_s

@@ -25,6 +25,8 @@ from scheduler.model.power_events import DrawRecorded
 DRAWS_KEPT_S = 35 * 86_400.0
 # Draws are recorded at least so often while there are readings.
 _SLACK_S = 60.0
+# What could not be written in time, as the disk was full, is looked for so long after; later it is not found.
+_LATE_S = 3600.0
 
 
 class JournalHistory:
@@ -44,7 +46,7 @@ class JournalHistory:
     def draws(self, since_s: float, until_s: float) -> list[DrawPiece]:
         rows = self._db.execute(
             "SELECT at_s, first_s, baseline_w, draw_w FROM draws WHERE at_s >= ? AND at_s < ? ORDER BY seq",
-            (since_s, until_s + 2 * _SLACK_S),
+            (since_s, until_s + _LATE_S),
         )
         return [
             DrawPiece(at_s, first_s, array("f", draw_w), baseline_w)

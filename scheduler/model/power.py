@@ -15,6 +15,8 @@ CurvePoint = tuple[float, float]
 BUDGET_INTERVALS_MAX = 1024
 GRID_EVENTS_MAX = 256
 GRID_EVENTS_OVER_KEPT = 64
+# An event that lasts longer is a standing limit, such as a subscription: its report ends here.
+GRID_EVENT_REPORTED_S = 86_400.0
 
 
 class ShedState(StrEnum):

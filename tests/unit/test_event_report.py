@@ -21,8 +21,8 @@ from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.errors import JournalError, NotFound
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Policy
-from scheduler.model.power import GridEvent, ShedState
-from scheduler.model.power_events import DrawRecorded
+from scheduler.model.power import GRID_EVENT_REPORTED_S, GridEvent, ShedState
+from scheduler.model.power_events import DrawRecorded, GridEventAccepted
 from scheduler.model.settings import Config, PowerConfig, SamplingConfig
 from scheduler.simulation.machine import Workload
 from scheduler.simulation.virtual_time import EPOCH_S, run
@@ -409,3 +409,25 @@ def test_draws_are_kept_for_a_month_and_then_dropped(journals: Any) -> None:
     assert len(journal.draws(0.0, 1000.0)) == 3
     journal.expire(DRAWS_KEPT_S + 130.0, kept_s=10 * DRAWS_KEPT_S, kept_max=100)
     assert [piece.first_s for piece in journal.draws(0.0, 1000.0)] == [120]
+
+
+def test_a_standing_limit_is_no_event_to_the_back_test_and_its_report_ends_with_its_first_day(
+    tmp_path: Path,
+) -> None:
+    began_s, now_s = 1000.0, 1000.0 + 3 * GRID_EVENT_REPORTED_S
+    standing = GridEvent("s", began_s, 1e9, 2000.0, False, 900.0, shed_began_s=began_s)
+    short = GridEvent("e", 5000.0, 6000.0, 500.0, False, 900.0, shed_began_s=5000.0, ended_s=6000.0)
+    journal = SqliteJournal(tmp_path, now_s=0.0)
+    ledger = Ledger(journal, Policy())
+    for event in (standing, short):
+        ledger.apply(GridEventAccepted(900.0, event))
+    for minute in range(60):
+        at_s = now_s - 3600.0 + 60.0 * minute
+        ledger.apply(DrawRecorded(at_s, int(at_s) - 60, (1000.0,) * 60, 1000.0))
+    ledger.commit()
+    report = event_report(journal, "s", now_s)
+    assert report.is_cut
+    assert len(report.draw_w) == 300 + GRID_EVENT_REPORTED_S + 900
+    assert event_report(journal, "e", now_s).back_test.windows >= 3
+    assert event_report(journal, "e", now_s).others == ("s",)
+    journal.close()
