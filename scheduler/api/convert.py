@@ -8,9 +8,10 @@ from scheduler.control.board import GpuView
 from scheduler.effects.journal import UsageRow
 from scheduler.model.gpus import GpuIdentity, GpuSample, GpuState
 from scheduler.model.jobs import Attempt, Job, JobClass, JobSpec, JobState, OnPreempt, RestartRule
+from scheduler.model.power import GridEvent, ShedState
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import MICROUSD_PER_USD
-from scheduler.v1 import job_pb2, node_pb2, reason_pb2, usage_pb2
+from scheduler.v1 import job_pb2, node_pb2, power_pb2, reason_pb2, usage_pb2
 
 MJ_PER_J = 1000.0
 MJ_PER_WH = 3_600_000.0
@@ -28,6 +29,9 @@ _ON_PREEMPT: dict[OnPreempt, Any] = {
 }
 _RESTART: dict[RestartRule, Any] = {
     rule: job_pb2.RestartRule.Value(f"RESTART_RULE_{rule.value}") for rule in RestartRule
+}
+SHED_STATES: dict[ShedState, Any] = {
+    state: power_pb2.ShedState.Value(f"SHED_STATE_{state.value}") for state in ShedState
 }
 
 
@@ -197,11 +201,39 @@ def _energy_j(identity: GpuIdentity, sample: GpuSample) -> float | None:
 
 
 def usage(row: UsageRow) -> usage_pb2.Usage:
-    """A sum of usage."""
+    """A sum of usage; the cost of energy whose price nobody knew stays unset, it is not zero."""
+    is_priced = row.unpriced_mj < row.energy_mj or not row.energy_mj
+    cost_microusd = row.cost_microusd if is_priced else None
     return usage_pb2.Usage(
         key=row.key,
         gpu_seconds=row.gpu_ms / 1000.0,
         energy_wh=row.energy_mj / MJ_PER_WH,
         value_usd=row.value_microusd / MICROUSD_PER_USD,
         preemptions=row.preemptions,
+        cost_usd=_usd(cost_microusd),
+        unpriced_energy_wh=row.unpriced_mj / MJ_PER_WH,
+        profit_usd=_usd(None if cost_microusd is None else row.value_microusd - cost_microusd),
+    )
+
+
+def _usd(microusd: int | None) -> float | None:
+    return None if microusd is None else microusd / MICROUSD_PER_USD
+
+
+def grid_event(event: GridEvent) -> power_pb2.GridEvent:
+    """A grid event as clients see it."""
+    return power_pb2.GridEvent(
+        id=event.id,
+        start=timestamp(event.start_s),
+        end=timestamp(event.end_s),
+        budget_w=event.budget_w,
+        emergency=event.emergency,
+        floor_w=event.floor_w,
+        state=SHED_STATES[event.state],
+        accepted_at=timestamp(event.accepted_s),
+        shed_began_at=timestamp(event.shed_began_s),
+        shed_ended_at=timestamp(event.shed_ended_s),
+        measured_w=event.measured_w,
+        reasons=event.reasons,
+        over=event.is_over,
     )

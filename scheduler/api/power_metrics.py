@@ -41,6 +41,12 @@ def put_power(page: Page, control: Controller, now_s: float) -> None:
         ),
     ):
         page.gauge(name, text, [] if value is None else [((), value)])
+    for name, text, total in (
+        ("energy_cost_usd", "What energy cost at prices above zero.", meters.energy_cost_usd),
+        ("energy_credit_usd", "What energy earned at prices below zero.", meters.energy_credit_usd),
+        ("energy_unpriced_joules", "Energy whose price nobody knew.", meters.energy_unpriced_j),
+    ):
+        page.counter(name, text, [((), total)])
     page.counter(
         "power_over_budget_seconds",
         "Time for which the measured draw was above the budget.",

@@ -5,11 +5,13 @@ import re
 from typing import Any
 
 from scheduler.api import convert
+from scheduler.api.power_report import report_message
 from scheduler.api.rpc import Context, unary
 from scheduler.api.submission import DURATION_S_MAX, Violations
 from scheduler.control import inbox
+from scheduler.control.event_report import event_report
 from scheduler.control.loop import Controller
-from scheduler.model.power import BUDGET_INTERVALS_MAX, BudgetInterval, BudgetKind, GridEvent, ShedState
+from scheduler.model.power import BUDGET_INTERVALS_MAX, BudgetInterval, BudgetKind, GridEvent
 from scheduler.model.prices import PricePoint, checked
 from scheduler.model.settings import MICROUSD_PER_USD
 from scheduler.v1 import power_pb2, power_service_pb2, power_service_pb2_grpc
@@ -21,9 +23,6 @@ AHEAD_S_MAX = DURATION_S_MAX
 
 _KINDS: dict[BudgetKind, Any] = {
     kind: power_pb2.BudgetKind.Value(f"BUDGET_KIND_{kind.value}") for kind in BudgetKind
-}
-_STATES: dict[ShedState, Any] = {
-    state: power_pb2.ShedState.Value(f"SHED_STATE_{state.value}") for state in ShedState
 }
 
 
@@ -71,16 +70,26 @@ class PowerService(power_service_pb2_grpc.PowerServiceServicer):
         one = self._interval(wanted, "event", found, now_s)
         found.check()
         assert one.end_s is not None
-        event = GridEvent(wanted.id, one.start_s, one.end_s, one.budget_w, wanted.emergency, accepted_s=now_s)
+        event = GridEvent(wanted.id, one.start_s, one.end_s, one.budget_w, wanted.emergency, now_s, now_s)
         answer = await self._control.ask(inbox.OfferGridEvent(event))
-        return power_service_pb2.SubmitGridEventResponse(event=grid_event(answer))
+        return power_service_pb2.SubmitGridEventResponse(event=convert.grid_event(answer))
 
     @unary
     async def CancelGridEvent(
         self, request: power_service_pb2.CancelGridEventRequest, context: Context
     ) -> power_service_pb2.CancelGridEventResponse:
         answer = await self._control.ask(inbox.CancelGridEvent(request.event_id))
-        return power_service_pb2.CancelGridEventResponse(event=grid_event(answer))
+        return power_service_pb2.CancelGridEventResponse(event=convert.grid_event(answer))
+
+    @unary
+    async def GetGridEventReport(
+        self, request: power_service_pb2.GetGridEventReportRequest, context: Context
+    ) -> power_service_pb2.GetGridEventReportResponse:
+        control = self._control
+        now_s = control.effects.clock.now_s()
+        unwritten = control.power.log.unwritten(now_s)
+        report = event_report(control.effects.journal, request.event_id, now_s, unwritten)
+        return power_service_pb2.GetGridEventReportResponse(report=report_message(report))
 
     @unary
     async def SetPrices(
@@ -112,7 +121,7 @@ class PowerService(power_service_pb2_grpc.PowerServiceServicer):
     ) -> power_service_pb2.ListGridEventsResponse:
         events = sorted(self._control.ledger.power.events, key=lambda event: (event.start_s, event.id))
         return power_service_pb2.ListGridEventsResponse(
-            events=[grid_event(event) for event in events if request.all or event.binds]
+            events=[convert.grid_event(event) for event in events if request.all or event.binds]
         )
 
     def _interval(self, message: Any, field: str, found: Violations, now_s: float) -> BudgetInterval:
@@ -216,23 +225,4 @@ def _price(control: Controller) -> power_pb2.ElectricityPrice | None:
             )
             for one in prices.points
         ],
-    )
-
-
-def grid_event(event: GridEvent) -> power_pb2.GridEvent:
-    """A grid event as clients see it."""
-    return power_pb2.GridEvent(
-        id=event.id,
-        start=convert.timestamp(event.start_s),
-        end=convert.timestamp(event.end_s),
-        budget_w=event.budget_w,
-        emergency=event.emergency,
-        floor_w=event.floor_w,
-        state=_STATES[event.state],
-        accepted_at=convert.timestamp(event.accepted_s),
-        shed_began_at=convert.timestamp(event.shed_began_s),
-        shed_ended_at=convert.timestamp(event.shed_ended_s),
-        measured_w=event.measured_w,
-        reasons=event.reasons,
-        over=event.is_over,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from scheduler.cli import output, words
+from scheduler.cli.power_report import report
 from scheduler.cli.session import Session, talks
 from scheduler.cli.values import DURATION_S, time_s, typed, watts
 from scheduler.errors import FeedError
@@ -32,6 +33,9 @@ EVENT_NUMBERS = ("BUDGET W", "MEASURED W", "SHED")
 @click.group()
 def power() -> None:
     """Show and set what the site may draw."""
+
+
+power.add_command(report)
 
 
 @power.command()

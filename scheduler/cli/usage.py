@@ -19,7 +19,7 @@ GROUPS = ("job", "tenant", "class", "gpu")
 PAGE_SIZE = 1000
 ROWS_MAX = 100_000  # a year of jobs of a busy node; more is a question for --since
 PAST = typed("time", lambda text: past_s(text, time.time()))
-NUMBERS = ("GPU-HOURS", "ENERGY WH", "VALUE USD", "PREEMPTIONS")
+NUMBERS = ("GPU-HOURS", "ENERGY WH", "UNPRICED WH", "COST USD", "VALUE USD", "PROFIT USD", "PREEMPTIONS")
 
 
 @click.command()
@@ -38,7 +38,8 @@ NUMBERS = ("GPU-HOURS", "ENERGY WH", "VALUE USD", "PREEMPTIONS")
 def usage(session: Session, group_by: str, start_s: float | None, end_s: float | None) -> None:
     """Say who used what.
 
-    GPU time, energy, value, and how often they gave way to others.
+    GPU time, energy, its cost, value, and how often they gave way to others. What energy cost whose price
+    nobody knew is in no COST and PROFIT.
     """
     from scheduler.v1 import usage_service_pb2
 
@@ -59,7 +60,10 @@ def usage(session: Session, group_by: str, start_s: float | None, end_s: float |
             entry.key or words.NONE,
             f"{entry.gpu_seconds / words.HOUR_S:.3f}",
             f"{entry.energy_wh:.1f}",
+            f"{entry.unpriced_energy_wh:.1f}" if entry.unpriced_energy_wh else words.NONE,
+            words.usd(entry.cost_usd) if entry.HasField("cost_usd") else words.NONE,
             words.usd(entry.value_usd),
+            words.usd(entry.profit_usd) if entry.HasField("profit_usd") else words.NONE,
             str(entry.preemptions),
         )
         for entry in answer.usage

@@ -3,15 +3,17 @@
 A job holds its GPUs from the decision to start it until its last process is gone. What a GPU used between two
 readings is split by the time within that interval for which each job held it, and its share; the rest is
 idle's. A MIG instance has of its GPU's energy what it has of the compute slices. All is whole millijoules and
-adds up to the counter. `docs/operating/energy.md` has the rules for operators.
+adds up to the counter. What it costs is booked with it, at the price of the moment of use, and adds up to a
+micro-USD per GPU. `docs/operating/energy.md` has the rules for operators.
 
 What was used since the last booking is in memory, and up to where each GPU is booked in the journal: a daemon
 that starts, whatever became of the one before, goes on from there.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field
+from typing import Protocol
 
 from scheduler.control.board import GpuBoard
 from scheduler.control.energy import EnergyMeter, Used
@@ -25,16 +27,31 @@ from scheduler.model.jobs import SHARE_MILLI_WHOLE, Attempt, Job
 from scheduler.model.reasons import Reason
 
 IDLE = "IDLE"
+# What the node draws beside its boards, as configured; its account is kept under no UUID.
+BASE = "BASE"
+BASE_UUID = ""
 # Of attempts that ended when nobody looked: the launcher was gone, too.
 UNKNOWN = "UNKNOWN"
 BOOKING_PERIOD_S = 60.0
 # A GPU that was taken out of the node is remembered for so long.
 FORGOTTEN_S = 7 * 86_400.0
 _MS_PER_HOUR = 3_600_000
+_MJ_PER_MWH = 3_600_000_000_000
 # Utilisation below this on a held GPU counts as nothing running on it.
 _IDLE_UTILIZATION = 0.005
 
 _Part = tuple[str, int]  # a GPU or a MIG instance, and its compute slices
+
+
+class Tariff(Protocol):
+    """What the node draws beside its boards, and what all of it costs."""
+
+    @property
+    def base_w(self) -> float:
+        """What the node draws beside its boards."""
+
+    def pieces(self, since_s: float, until_s: float) -> list[tuple[float, int | None]]:
+        """The pieces of a time by their ends, and what energy cost then, micro-USD per MWh; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +70,8 @@ class _Sums:
 
     gpu_ms: float = 0.0
     energy_mj: int = 0
+    cost: int = 0  # millijoules times micro-USD per MWh
+    unpriced_mj: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +109,23 @@ class _Gpu:
     meter: EnergyMeter
     parts: tuple[_Part, ...]  # at the last reading: whoever is newer can't have been held before
     timed_s: float
+    cost_rest: int = 0  # less than a micro-USD, not booked yet
     used: dict[_User, _Sums] = field(default_factory=dict)
 
-    def add(self, user: _User, gpu_ms: float = 0.0, energy_mj: int = 0) -> None:
-        if gpu_ms or energy_mj:
+    def add(self, user: _User, more: _Sums) -> None:
+        if more.gpu_ms or more.energy_mj:
             sums = self.used.setdefault(user, _Sums())
-            sums.gpu_ms += gpu_ms
-            sums.energy_mj += energy_mj
+            sums.gpu_ms += more.gpu_ms
+            sums.energy_mj += more.energy_mj
+            sums.cost += more.cost
+            sums.unpriced_mj += more.unpriced_mj
+
+    def charge(self, user: _User, energy_mj: int, rate: int | None) -> None:
+        """Energy at a price in micro-USD per MWh; None: nobody knows it."""
+        if rate is None:
+            self.add(user, _Sums(energy_mj=energy_mj, unpriced_mj=energy_mj))
+        else:
+            self.add(user, _Sums(energy_mj=energy_mj, cost=energy_mj * rate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +134,17 @@ class _Booking:
 
     seq: int
     entries: tuple[UsageEntry, ...]
-    used: tuple[tuple[_Gpu, dict[_User, _Sums]], ...]  # to be taken back if it is not
+    used: tuple[tuple[_Gpu, dict[_User, _Sums], int], ...]  # with what rested before: taken back if it is not
 
 
 class Accounts:
     """Usage since the last booking; `book` puts it into the ledger's transaction."""
 
-    def __init__(self, ledger: Ledger, board: GpuBoard, meters: Meters, telemetry: Telemetry) -> None:
+    def __init__(
+        self, ledger: Ledger, board: GpuBoard, meters: Meters, telemetry: Telemetry, tariff: Tariff
+    ) -> None:
         self._ledger = ledger
+        self._tariff = tariff
         self._board = board
         self._meters = meters
         self._telemetry = telemetry
@@ -129,7 +161,7 @@ class Accounts:
             meter = EnergyMeter(booked.at_s, booked.energy_mj, booked.power_w)
             if rebooted:
                 meter.driver_is_new()
-            self._gpus[uuid] = _Gpu(uuid, meter, booked.parts, booked.timed_s)
+            self._gpus[uuid] = _Gpu(uuid, meter, booked.parts, booked.timed_s, booked.cost_rest)
         if not self._gpus:
             return
         pending = {number: ledger.job(number) for gpu in ledger.booked.values() for number, _ in gpu.pending}
@@ -168,10 +200,12 @@ class Accounts:
             used = gpu.meter.read(newest.at_s, newest.energy_mj, power_w, max(left_s, default=0.0))
             self._telemetry.note(gpu.uuid, "energy_mj", gpu.meter.fault, now_s)
             for interval in used:
-                self._split(gpu, holds, interval)
+                for piece, rate in self._priced(interval):
+                    self._split(gpu, holds, piece, rate)
                 self._note_idle(holds, samples, interval)
             if used:
                 gpu.parts = parts
+        self._read_base(now_s)
 
     def book(self, now_s: float, *, has_readings: bool) -> None:
         """Put into the ledger's transaction what is due: all each minute, GPUs that were left at readings."""
@@ -194,7 +228,7 @@ class Accounts:
 
         To be called before anything is staged in a tick.
         """
-        unsettled, self._unsettled = self._unsettled, []
+        unsettled, self._unsettled = self._unsettled[::-1], []  # what rested before the first is right
         head = self._ledger.journal.head
         for booking in unsettled:
             if booking.seq <= head:
@@ -203,11 +237,15 @@ class Accounts:
                     self._meters.class_gpu_s[label] += entry.gpu_ms / 1000.0
                     self._meters.class_energy_j[label] += entry.energy_mj / 1000.0
                     self._meters.class_value_usd[label] += entry.value_microusd / 1e6
+                    self._meters.energy_cost_usd += max(0, entry.cost_microusd) / 1e6
+                    self._meters.energy_credit_usd += max(0, -entry.cost_microusd) / 1e6
+                    self._meters.energy_unpriced_j += entry.unpriced_mj / 1000.0
                 continue
             self._booked_s = -math.inf
-            for gpu, used in booking.used:
+            for gpu, used, cost_rest in booking.used:
+                gpu.cost_rest = cost_rest
                 for user, sums in used.items():
-                    gpu.add(user, sums.gpu_ms, sums.energy_mj)
+                    gpu.add(user, sums)
         self._forget_ended()
 
     def count_preemption(self, job: Job, at_s: float) -> None:
@@ -280,13 +318,36 @@ class Accounts:
             left_ms = max(0.0, now_s - since_s) * SHARE_MILLI_WHOLE
             for hold in holds.get(uuid, ()):
                 held_ms = hold.share_ms(since_s, now_s)
-                gpu.add(hold.user(uuid), gpu_ms=held_ms)
+                gpu.add(hold.user(uuid), _Sums(gpu_ms=held_ms))
                 left_ms -= held_ms
             if uuid in self._board.row:  # else it was taken out of the node
-                gpu.add(_User(uuid), gpu_ms=max(0.0, left_ms))
+                gpu.add(_User(uuid), _Sums(gpu_ms=max(0.0, left_ms)))
 
-    def _split(self, gpu: _Gpu, holds: dict[str, list[_Hold]], used: Used) -> None:
-        """Split what a GPU used in an interval over those who held it then; the sum is exact."""
+    def _read_base(self, now_s: float) -> None:
+        """Count what the node draws beside its boards, as configured: nothing measures it."""
+        base, base_w = self._gpus.get(BASE_UUID), self._tariff.base_w
+        if base is None:
+            if base_w:
+                meter = EnergyMeter(now_s, None, base_w)
+                self._gpus[BASE_UUID] = _Gpu(BASE_UUID, meter, ((BASE_UUID, 1),), now_s)
+            return
+        for used in base.meter.read(now_s, None, base_w):
+            for piece, rate in self._priced(used):
+                base.charge(_User(BASE_UUID, label=BASE), piece.energy_mj, rate)
+
+    def _priced(self, used: Used) -> Iterator[tuple[Used, int | None]]:
+        """The pieces of an interval in each of which energy has one price, as if it was used evenly."""
+        since_s, given_mj, lasted_s = used.since_s, 0, used.until_s - used.since_s
+        for until_s, rate in self._tariff.pieces(used.since_s, used.until_s):
+            is_last = until_s >= used.until_s
+            upto_mj = (
+                used.energy_mj if is_last else int(used.energy_mj * ((until_s - used.since_s) / lasted_s))
+            )
+            yield Used(since_s, until_s, upto_mj - given_mj), rate
+            since_s, given_mj = until_s, upto_mj
+
+    def _split(self, gpu: _Gpu, holds: dict[str, list[_Hold]], used: Used, rate: int | None) -> None:
+        """Split what a GPU used at one price over those who held it then; the sum is exact."""
         weights: list[tuple[_User, float]] = []
         for uuid, slices in gpu.parts:
             held = [(hold.user(uuid), hold.weight(used)) for hold in holds.get(uuid, ())]
@@ -294,7 +355,7 @@ class Accounts:
             weights.append((_User(uuid), max(0.0, left) * slices))
             weights += [(user, share * slices) for user, share in held]
         for user, energy_mj in _divided(used.energy_mj, weights):
-            gpu.add(user, energy_mj=energy_mj)
+            gpu.charge(user, energy_mj, rate)
             self._meters.gpu_energy_j[(user.uuid,)] += energy_mj / 1000.0
 
     def _note_idle(self, holds: dict[str, list[_Hold]], samples: list[GpuSample], used: Used) -> None:
@@ -317,11 +378,9 @@ class Accounts:
         for gpu in gpus:
             self._time(gpu, wholes.get(gpu.uuid, gpu.parts), holds, now_s)
             self._ended_on.difference_update(part for part, _ in gpu.parts)
-        entries = tuple(
-            self._entry(user, gpu.used[user]) for gpu in gpus for user in sorted(gpu.used, key=astuple)
-        )
+        used = tuple((gpu, gpu.used, gpu.cost_rest) for gpu in gpus)
+        entries = tuple(entry for gpu in gpus for entry in self._entries(gpu))
         self._ledger.apply(UsageBooked(now_s, entries, whole, tuple(map(self._booked, gpus))))
-        used = tuple((gpu, gpu.used) for gpu in gpus)
         for gpu in gpus:
             gpu.used = {}
         self._unsettled.append(_Booking(self._ledger.journal.head, entries, used))
@@ -335,10 +394,23 @@ class Accounts:
             if hold.until_s > meter.at_s and not parts.isdisjoint(hold.attempt.gpus)
         )
         return GpuBooked(
-            gpu.uuid, gpu.timed_s, meter.at_s, meter.counter_mj, meter.power_w, gpu.parts, tuple(pending)
+            gpu.uuid,
+            gpu.timed_s,
+            meter.at_s,
+            meter.counter_mj,
+            meter.power_w,
+            gpu.parts,
+            tuple(pending),
+            gpu.cost_rest,
         )
 
-    def _entry(self, user: _User, sums: _Sums) -> UsageEntry:
+    def _entries(self, gpu: _Gpu) -> Iterator[UsageEntry]:
+        """What a GPU's users used, in whole micro-USD; what is less goes on to the next entry."""
+        for user in sorted(gpu.used, key=astuple):
+            cost_microusd, gpu.cost_rest = divmod(gpu.cost_rest + gpu.used[user].cost, _MJ_PER_MWH)
+            yield self._entry(user, gpu.used[user], cost_microusd)
+
+    def _entry(self, user: _User, sums: _Sums, cost_microusd: int) -> UsageEntry:
         gpu_ms = round(sums.gpu_ms)
         job = self._ledger.job(user.number) if user.number else None
         return UsageEntry(
@@ -350,6 +422,8 @@ class Accounts:
             energy_mj=sums.energy_mj,
             value_microusd=gpu_ms * job.spec.value_microusd_per_gpu_hour // _MS_PER_HOUR if job else 0,
             attempt=user.attempt,
+            cost_microusd=cost_microusd,
+            unpriced_mj=sums.unpriced_mj,
         )
 
 

@@ -33,8 +33,10 @@ from scheduler.model.policy import Policy
 from scheduler.model.power import PowerState
 from scheduler.model.power_events import (
     BudgetReturns,
+    DrawRecorded,
     DrawsLearned,
     GridEventAccepted,
+    GridEventDelayed,
     GridEventMoved,
     LimitsDecided,
     LimitsRestored,
@@ -97,6 +99,7 @@ class Ledger:
         self._node_before = self._node()
         self._environments: dict[int, dict[str, str]] = {}
         self._usage: list[UsageBooking] = []
+        self._draws: list[tuple[int, DrawRecorded]] = []
         self._requests: dict[str, tuple[int, str]] = {}
         self._finals: dict[int, Job] = {}
 
@@ -161,7 +164,10 @@ class Ledger:
             case UsageBooked():
                 self._book(event)
                 return None
-            case PlanDecided() | PolicyChanged() | LauncherConnected():
+            case DrawRecorded():
+                self._draws.append((self.journal.stage(event), event))
+                return None
+            case PlanDecided() | PolicyChanged() | LauncherConnected() | GridEventDelayed():
                 pass
             case (
                 PowerBudgetSet()
@@ -234,6 +240,7 @@ class Ledger:
                     self._environments,
                     self._usage,
                     node if node != self._node_before else None,
+                    self._draws,
                 )
             )
         except JournalError:
@@ -332,5 +339,6 @@ class Ledger:
         self._finals = {}
         self._environments = {}
         self._usage = []
+        self._draws = []
         self._requests = {}
         self._node_before = self._node()

@@ -114,7 +114,8 @@ class Controller:
         self.ledger = Ledger(effects.journal, config.policy)
         self.telemetry = Telemetry(self.meters)
         self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
-        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
+        self.prices = Prices(self)
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry, self.prices)
         self.commands = CommandHandler(self.ledger, self.board, pending_max=config.jobs.pending_max)
         self.inbox = Inbox(self._arrived)
         self.pace = Pace()
@@ -134,7 +135,6 @@ class Controller:
         self.rebooted = self.ledger.boot_id not in ("", site.boot_id)
         self.health = Health(self)
         self.power = PowerControl(self)
-        self.prices = Prices(self)
         self.openadr = OpenAdr(self)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
@@ -233,6 +233,7 @@ class Controller:
         now_s = self.effects.clock.now_s()
         self.accounts.settle()
         self.accounts.book_all(now_s)
+        self.power.log.write(now_s)
         try:
             self._commit()
         except JournalError as error:
@@ -352,7 +353,7 @@ class Controller:
         self.reports.recall_victims()
         self.standing.reload()
         self.rebooted, self._gpus_before = self._before
-        self.power.limits.clear()
+        self.power.undo()
         self._planned = None  # the numbers of dropped events come again
         self._release_or_acquire()
 
@@ -364,9 +365,9 @@ class Controller:
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
         has_readings = any(isinstance(item, GpuReadings) for item in items)
-        if has_readings:
-            self.accounts.read(now_s)  # not before it is known who has ended meanwhile
         self.prices.advance(now_s)
+        if has_readings:
+            self.accounts.read(now_s)  # not before it is known who has ended meanwhile, and at what price
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)

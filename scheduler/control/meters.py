@@ -49,6 +49,9 @@ class Meters:
     gpu_energy_j: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     class_energy_j: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     class_value_usd: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
+    energy_cost_usd: float = 0.0  # at prices above zero
+    energy_credit_usd: float = 0.0  # at prices below
+    energy_unpriced_j: float = 0.0
     allocated_idle_s: defaultdict[Labels, float] = field(default_factory=lambda: defaultdict(float))
     gpu_errors: defaultdict[Labels, int] = field(default_factory=lambda: defaultdict(int))
     telemetry_errors: defaultdict[Labels, int] = field(default_factory=lambda: defaultdict(int))

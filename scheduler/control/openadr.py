@@ -372,7 +372,7 @@ class OpenAdr:
         name, turn = stem, 2
         while name in taken:
             name, turn = f"{stem}-{turn}", turn + 1
-        return GridEvent(name, start_s, terms.end_s, budget_w, terms.emergency, accepted_s=now_s)
+        return GridEvent(name, start_s, terms.end_s, budget_w, terms.emergency, now_s, now_s)
 
     async def _cancel(self, event: GridEvent) -> None:
         with contextlib.suppress(RequestError):  # it is over in the meantime

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scheduler.control.budget import Budget, is_in_force
+from scheduler.control.draw_log import DrawLog
 from scheduler.control.draws import Draws
 from scheduler.control.inbox import (
     CancelGridEvent,
@@ -83,6 +84,7 @@ class PowerControl:
         self.budget = Budget(ledger, controller.config.node.name)
         self.limits = Limits(controller)
         self.sheds = Sheds(controller, self)
+        self.log = DrawLog(controller, self)
         self._idle_w: dict[str, float] = {}
         self._empty_since_s: dict[str, float] = {}
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
@@ -121,7 +123,7 @@ class PowerControl:
         total_w, board = 0.0, self._control.board
         for gpu in board.identities:
             is_there = board.is_present(gpu.uuid)
-            watts = self._fresh_w(gpu.uuid, now_s) if is_there else self._empty_w(gpu)
+            watts = self._fresh_w(gpu.uuid, now_s) if is_there else self.empty_w(gpu)
             if watts is None:
                 return None
             total_w += watts
@@ -234,6 +236,11 @@ class PowerControl:
             self._changed_s = now_s
         self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
 
+    def undo(self) -> None:
+        """The tick was not kept: nothing follows from it."""
+        self.limits.clear()
+        self.log.undo()
+
     def take(self, item: PowerItem, now_s: float) -> None:
         """Take what boards answered."""
         match item:
@@ -269,7 +276,9 @@ class PowerControl:
             elif sample.power_w is not None:
                 self._see_idle(gpu.uuid, sample.power_w, now_s)
         self._learn(self.draws.news(learned), now_s)
-        self._close(elapsed_s, now_s)
+        measured_w = self.measured_w(now_s)
+        self.log.read(measured_w, now_s)
+        self._close(elapsed_s, measured_w, now_s)
         self.sheds.read(now_s)
         self._tell()
         if self._knows_budget and not self.is_active:
@@ -307,9 +316,9 @@ class PowerControl:
             if job.id in news or job.spec.job_class in classes:
                 control.ledger.table.put(job)
 
-    def _close(self, elapsed_s: float, now_s: float) -> None:
+    def _close(self, elapsed_s: float, measured_w: float | None, now_s: float) -> None:
         """Take from the next plan's budget what was drawn beyond this one's."""
-        measured_w, budget_w = self.measured_w(now_s), self.budget.in_force_w
+        budget_w = self.budget.in_force_w
         if measured_w is None or budget_w is None:
             self._correction_w = 0.0 if budget_w is None else self._correction_w
             return
@@ -353,7 +362,7 @@ class PowerControl:
             curves=tuple(
                 curve_of(control.config.policy.classes[job_class].power_curve) for job_class in JobClass
             ),
-            idle_w=_ints(_in_steps(self._empty_w(gpu), IDLE_STEP_W) for gpu in gpus),
+            idle_w=_ints(_in_steps(self.empty_w(gpu), IDLE_STEP_W) for gpu in gpus),
             limit_w=_ints(math.ceil(self.limits.in_force_w(gpu)) for gpu in gpus),
             limit_w_min=_ints(math.ceil(low) for low, _ in ranges),
             limit_w_max=_ints(math.ceil(high) for _, high in ranges),
@@ -364,7 +373,7 @@ class PowerControl:
             natural_w=natural_w,
         )
 
-    def _empty_w(self, gpu: GpuIdentity) -> float:
+    def empty_w(self, gpu: GpuIdentity) -> float:
         """What a board counts for while no job of ours is on it: a stranger's may draw up to the limit."""
         board = self._control.board
         if board.foreign.get(gpu.uuid):
@@ -422,9 +431,11 @@ class PowerControl:
             offered.budget_w,
             offered.emergency,
             accepted_s=now_s,
+            received_s=offered.received_s,
             floor_w=least_w,
         )
         ledger.apply(GridEventAccepted(now_s, event))
+        self.log.write(now_s)  # what was drawn before it outlives whatever comes
         return event
 
     def reachable(self, by_s: float, now_s: float, *, emergency: bool = False) -> tuple[float, str]:
@@ -490,7 +501,7 @@ class PowerControl:
             sum(
                 self.limits.in_force_w(gpu)
                 if board.is_held(gpu.uuid) or gpu.uuid in leaving
-                else self._empty_w(gpu)
+                else self.empty_w(gpu)
                 for gpu in board.identities
             )
         )

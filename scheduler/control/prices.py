@@ -25,6 +25,7 @@ log = logging.getLogger("wattshift.prices")
 # A source that can't be read is tried again after this, then ever later, at most at its own pace or this.
 RETRY_S = 10.0
 RETRY_S_MAX = 900.0
+MICROUSD_PER_MWH = 1_000_000_000  # for a USD per kWh
 # What a job counts for of which nobody knows the draw, where no board says what it can draw at most.
 UNKNOWN_W = 1000
 
@@ -84,6 +85,34 @@ class Prices:
         energy = EnergyPrice(self.price.usd_per_kwh * config.pue, most_w)
         if energy != control.ledger.table.energy:
             control.ledger.table.energy = energy
+
+    @property
+    def base_w(self) -> float:
+        """What the node draws beside its boards."""
+        return self._control.config.power.base_w
+
+    def pieces(self, since_s: float, until_s: float) -> list[tuple[float, int | None]]:
+        """The pieces of a time by their ends, and what energy cost then, micro-USD per MWh of the node's.
+
+        None where nobody knew; a declared stand-in is no price. Of the time before the prices were set last
+        what was known then counts, for the latest hour.
+        """
+        power, config = self._control.ledger.power, self._control.config.power
+        if not power.prices and not power.prices_past:
+            return [(until_s, None)]
+        past_s = power.prices_past[-1].end_s if power.prices_past else None
+        found: list[tuple[float, int | None]] = []
+        at_s = since_s
+        while True:
+            is_past = past_s is not None and at_s < past_s
+            series = PriceSeries(power.prices_past) if is_past else self._series
+            price = series.at(at_s, config.price_max_age_s, config.price_unknown_usd_per_kwh)
+            ends = (until_s, series.next_change_s(at_s, config.price_max_age_s), past_s if is_past else None)
+            at_s = min(end_s for end_s in ends if end_s is not None)
+            rate = None if price.is_declared else round(price.usd_per_kwh * config.pue * MICROUSD_PER_MWH)
+            found.append((at_s, rate))
+            if at_s >= until_s:
+                return found
 
     def wake_s(self, now_s: float) -> float | None:
         """When the price could be another by itself."""

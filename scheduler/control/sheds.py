@@ -32,7 +32,8 @@ class Sheds:
             if now_s >= event.end_s:
                 self._end(event, now_s)
             elif event.state is ShedState.SCHEDULED and now_s >= self._power.shed_begins_s(event, now_s):
-                control.ledger.apply(GridEventMoved(now_s, event.id, ShedState.SHEDDING))
+                baseline = self._power.log.baseline(now_s)
+                control.ledger.apply(GridEventMoved(now_s, event.id, ShedState.SHEDDING, baseline=baseline))
 
     def _end(self, event: GridEvent, now_s: float) -> None:
         to = event.state

@@ -5,6 +5,7 @@ the job rows that follow from them are one durable transaction. The values of jo
 they are kept apart, outside the chain, and go with their job.
 """
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,10 @@ from scheduler.model.events import Event, NodeDrainChanged, UsageEntry
 from scheduler.model.gpus import GpuBaseline, GpuBooked, GpuMark
 from scheduler.model.jobs import Job
 from scheduler.model.power import PowerState
+from scheduler.model.power_events import DrawRecorded
+
+# Events of a grid event's time that are looked at.
+HISTORY_EVENTS_MAX = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class UsageRow:
     energy_mj: int
     value_microusd: int
     preemptions: int
+    cost_microusd: int
+    unpriced_mj: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ class Derived:
     environments: dict[int, dict[str, str]]  # by job number
     usage: list[UsageBooking]
     node: NodeState | None  # None = as it was
+    draws: list[tuple[int, DrawRecorded]] = field(default_factory=list)  # with the events' numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,36 @@ class Expired:
     more: bool
 
 
-class Journal(Protocol):
+@dataclass(frozen=True, slots=True)
+class DrawPiece:
+    """Some seconds of what the site drew, one value a second; NaN where nothing is known."""
+
+    at_s: float  # when they were recorded
+    first_s: int
+    draw_w: "array[float]"
+    baseline_w: float | None  # as it was reckoned at `at_s`
+
+
+class History(Protocol):
+    """What a journal knows of the past, by time."""
+
+    def node_state(self) -> NodeState:
+        """What events say of the node itself, up to now."""
+
+    def job(self, number: int) -> Job | None:
+        """One job by number, final ones too; None where it has aged out."""
+
+    def draws(self, since_s: float, until_s: float) -> list[DrawPiece]:
+        """What the site drew, in the order of recording; pieces that begin before or end after, too."""
+
+    def events(self, since_s: float, until_s: float, kinds: tuple[type[Event], ...]) -> list[Event]:
+        """The events of these kinds from about a minute before to as long after, in order.
+
+        By the time of recording, and no more than `HISTORY_EVENTS_MAX`.
+        """
+
+
+class Journal(History, Protocol):
     """Durable events and the rows derived from them."""
 
     @property
@@ -98,9 +135,6 @@ class Journal(Protocol):
     def staged(self) -> bool:
         """Whether events wait for a commit."""
 
-    def node_state(self) -> NodeState:
-        """What earlier events say of the node itself."""
-
     def stage(self, event: Event) -> int:
         """Put an event behind the others; return its number. Nothing is durable before `commit`."""
 
@@ -116,9 +150,6 @@ class Journal(Protocol):
 
     def active_jobs(self) -> list[Job]:
         """All jobs that are not final, by number."""
-
-    def job(self, number: int) -> Job | None:
-        """One job by number, final ones too; None where it has aged out."""
 
     def jobs(self, which: JobFilter) -> list[Job]:
         """The jobs of a listing, newest first."""

@@ -17,7 +17,7 @@ from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLoc
 from scheduler.model.events import Event
 from scheduler.model.jobs import Job
 
-FORMAT = 2
+FORMAT = 3
 DATABASE_NAME = "journal.sqlite"
 LOCK_NAME = "daemon.lock"
 # Events checked at start: enough to see a torn or meddled tail, cheap at any length of journal.
@@ -46,8 +46,12 @@ CREATE TABLE environments (number INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE usage (
     at_s REAL NOT NULL, job_id TEXT NOT NULL, uuid TEXT NOT NULL, tenant TEXT NOT NULL, class TEXT NOT NULL,
     gpu_ms INTEGER NOT NULL, energy_mj INTEGER NOT NULL, value_microusd INTEGER NOT NULL,
-    preemptions INTEGER NOT NULL);
+    preemptions INTEGER NOT NULL, cost_microusd INTEGER NOT NULL, unpriced_mj INTEGER NOT NULL);
 CREATE INDEX usage_at ON usage (at_s);
+CREATE TABLE draws (
+    seq INTEGER PRIMARY KEY, at_s REAL NOT NULL, first_s INTEGER NOT NULL, baseline_w REAL,
+    draw_w BLOB NOT NULL);
+CREATE INDEX draws_at ON draws (at_s);
 """
 
 _EVENT_TYPES: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}

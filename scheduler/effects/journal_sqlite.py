@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from scheduler.effects.journal import Derived, Expired, JobFilter, NodeState, UsageRow
+from scheduler.effects.journal import Derived, DrawPiece, Expired, JobFilter, NodeState, UsageRow
 from scheduler.effects.journal_file import (
     DATABASE_NAME,
     LocalStorage,
@@ -15,7 +15,6 @@ from scheduler.effects.journal_file import (
     check_tail,
     decode_environment,
     decode_job,
-    decode_node,
     encode,
     encode_head,
     head,
@@ -24,6 +23,7 @@ from scheduler.effects.journal_file import (
     open_database,
     translated,
 )
+from scheduler.effects.journal_history import DRAWS_KEPT_S, JournalHistory, draw_row
 from scheduler.model.events import Event, JobSubmitted
 from scheduler.model.jobs import FINAL_STATES, Job, job_id
 
@@ -81,6 +81,7 @@ class SqliteJournal:
         except BaseException:
             os.close(self._lock)
             raise
+        self._history = JournalHistory(self._db)
         self._staged: list[tuple[int, float, str, bytes, bytes]] = []
         self._requests: list[tuple[str, int, str]] = []
         self._committed = (self._head, self._hash)
@@ -109,8 +110,13 @@ class SqliteJournal:
         return bool(self._staged)
 
     def node_state(self) -> NodeState:
-        text = self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0]
-        return decode_node(text)
+        return self._history.node_state()
+
+    def draws(self, since_s: float, until_s: float) -> list[DrawPiece]:
+        return self._history.draws(since_s, until_s)
+
+    def events(self, since_s: float, until_s: float, kinds: tuple[type[Event], ...]) -> list[Event]:
+        return self._history.events(since_s, until_s, kinds)
 
     def stage(self, event: Event) -> int:
         kind = type(event).__name__
@@ -164,12 +170,16 @@ class SqliteJournal:
                 e.energy_mj,
                 e.value_microusd,
                 u.preemptions,
+                e.cost_microusd,
+                e.unpriced_mj,
             )
             for u in derived.usage
             for e in (u.entry,)
         ]
         if booked:
-            db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", booked)
+            db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", booked)
+        if derived.draws:
+            db.executemany("INSERT INTO draws VALUES (?, ?, ?, ?, ?)", map(draw_row, derived.draws))
         if derived.node:
             db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (encode(derived.node),))
         if self._staged:
@@ -186,8 +196,7 @@ class SqliteJournal:
         return [decode_job(body) for (body,) in rows]
 
     def job(self, number: int) -> Job | None:
-        row = self._db.execute("SELECT body FROM jobs WHERE number = ?", (number,)).fetchone()
-        return decode_job(row[0]) if row else None
+        return self._history.job(number)
 
     def jobs(self, which: JobFilter) -> list[Job]:
         where, values = ["1"], []  # type: list[str], list[str | int]
@@ -233,7 +242,8 @@ class SqliteJournal:
     ) -> list[UsageRow]:
         assert group in ("job_id", "tenant", "class", "uuid")
         rows = self._db.execute(
-            f"SELECT {group}, sum(gpu_ms), sum(energy_mj), sum(value_microusd), sum(preemptions) FROM usage"
+            f"SELECT {group}, sum(gpu_ms), sum(energy_mj), sum(value_microusd), sum(preemptions),"
+            " sum(cost_microusd), sum(unpriced_mj) FROM usage"
             f" WHERE at_s >= ? AND at_s < ? AND (? IS NULL OR {group} > ?)"
             f" GROUP BY {group} ORDER BY {group} LIMIT ?",
             (start_s, end_s, after, after, limit),
@@ -258,7 +268,9 @@ class SqliteJournal:
         requests = [(job.request_id,) for _, _, body in found if (job := decode_job(body)).request_id]
         floor = max([self._watch_floor, *(revision for _, revision, _ in found)])
         anchor = self._last_to_drop()
-        if not gone and anchor is None:
+        stale_s = now_s - DRAWS_KEPT_S
+        is_stale = db.execute("SELECT 1 FROM draws WHERE at_s < ? LIMIT 1", (stale_s,)).fetchone()
+        if not gone and anchor is None and not is_stale:
             return Expired([], more=False)
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -267,6 +279,7 @@ class SqliteJournal:
             db.executemany("DELETE FROM requests WHERE request_id = ?", requests)
             db.execute("UPDATE meta SET value = ? WHERE key = 'watch_floor'", (floor,))
             db.execute("DELETE FROM usage WHERE at_s < ?", (now_s - kept_s,))
+            db.execute("DELETE FROM draws WHERE at_s < ?", (stale_s,))
             if anchor is not None:
                 db.execute("UPDATE meta SET value = ? WHERE key = 'anchor'", (encode_head(*anchor),))
                 db.execute("DELETE FROM events WHERE seq <= ?", (anchor[0],))

@@ -289,11 +289,13 @@ class UsageEntry:
     job_id: str
     uuid: str
     tenant: str
-    job_class: str  # JobClass's name, or "IDLE", or "UNKNOWN"
+    job_class: str  # JobClass's name, or "IDLE", "BASE", "UNKNOWN"
     gpu_ms: int  # milliseconds times share
     energy_mj: int
     value_microusd: int
     attempt: int = 0
+    cost_microusd: int = 0  # of the energy whose price was known; below 0 where that was
+    unpriced_mj: int = 0  # the energy whose price was not
 
 
 @dataclass(frozen=True, slots=True)

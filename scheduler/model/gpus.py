@@ -157,7 +157,10 @@ class GpuBaseline:
 
 @dataclass(frozen=True, slots=True)
 class GpuBooked:
-    """Up to where the usage of a whole GPU is booked, so that another daemon goes on from there."""
+    """Up to where the usage of a whole GPU is booked, so that another daemon goes on from there.
+
+    Without a UUID it is the node's base load.
+    """
 
     uuid: str
     timed_s: float  # its time, and that of its parts
@@ -166,6 +169,7 @@ class GpuBooked:
     power_w: float | None  # and what it drew
     parts: tuple[tuple[str, int], ...]  # UUIDs and slices of its MIG instances then; out of MIG mode itself
     pending: tuple[tuple[int, int], ...] = ()  # numbers of jobs and attempts that ended since `at_s`
+    cost_rest: int = 0  # of its energy's cost, what was less than a micro-USD: millijoules times USD/MWh/10^6
 
 
 def model_matches(wanted: str, model: str) -> bool:

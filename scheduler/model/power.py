@@ -15,6 +15,8 @@ CurvePoint = tuple[float, float]
 BUDGET_INTERVALS_MAX = 1024
 GRID_EVENTS_MAX = 256
 GRID_EVENTS_OVER_KEPT = 64
+# An event that lasts longer is a standing limit, such as a subscription: its report ends here.
+GRID_EVENT_REPORTED_S = 86_400.0
 
 
 class ShedState(StrEnum):
@@ -56,6 +58,7 @@ class GridEvent:
     budget_w: float
     emergency: bool
     accepted_s: float
+    received_s: float | None = None  # when it came; it was accepted with the transaction after that
     # What the plan could reach at best when the event came, and why not less.
     floor_w: float = 0.0
     state: ShedState = ShedState.SCHEDULED
@@ -65,11 +68,39 @@ class GridEvent:
     measured_w: float | None = None
     reasons: tuple[str, ...] = ()
     is_over: bool = False
+    ended_s: float | None = None  # when it was over, or cancelled
 
     @property
     def binds(self) -> bool:
         """Whether it still has a say: neither over nor cancelled."""
         return not self.is_over and self.state is not ShedState.CANCELLED
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineJob:
+    """A job that holds GPUs, and what it draws: in watts of its boards."""
+
+    job_id: str
+    job_class: str
+    gpus: tuple[str, ...]
+    draw_w: float | None  # None = a board of its has not been read since it came
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the site would go on drawing, were nothing shed: all that runs or is admitted, as measured.
+
+    Each board counts with its mean over the last minute, or since who holds it now came.
+    """
+
+    at_s: float
+    site_w: float | None  # None = a board has no reading
+    jobs: tuple[BaselineJob, ...] = ()
+    idle_w: float = 0.0  # of the boards that nobody holds
+    base_w: float = 0.0
+    pue: float = 1.0
+    limits_w: dict[str, float] = field(default_factory=dict)  # in force, by UUID
+    pending: int = 0  # jobs that wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +135,7 @@ class PowerState:
     return_began_s: float = 0.0
     prices: tuple[PricePoint, ...] = ()
     prices_from: str = ""  # the file or URL; empty = a client set them
+    prices_past: tuple[PricePoint, ...] = ()  # that were known for the time before those, each with its end
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 from scheduler.model.power import (
     GRID_EVENTS_OVER_KEPT,
+    Baseline,
     BudgetInterval,
     GridEvent,
     LimitKept,
     PowerState,
     ShedState,
 )
-from scheduler.model.prices import PricePoint
+from scheduler.model.prices import PricePoint, past
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,26 @@ class GridEventMoved:
     measured_w: float | None = None
     reasons: tuple[str, ...] = ()
     is_over: bool = False
+    baseline: Baseline | None = None  # when its shed began
+
+
+@dataclass(frozen=True, slots=True)
+class GridEventDelayed:
+    """While a grid event was in force these jobs were seen to wait for power."""
+
+    at_s: float
+    id: str
+    job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRecorded:
+    """What the site drew, second by second, up to now; None = no reading of all boards in that second."""
+
+    at_s: float
+    first_s: int  # Unix time of the first second
+    draw_w: tuple[float | None, ...]
+    baseline_w: float | None = None  # what the site would go on drawing, as it was reckoned at `at_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +118,8 @@ PowerEvent = (
     PowerBudgetSet
     | GridEventAccepted
     | GridEventMoved
+    | GridEventDelayed
+    | DrawRecorded
     | LimitsDecided
     | LimitsRestored
     | DrawsLearned
@@ -115,6 +138,8 @@ def folded(state: PowerState, event: PowerEvent) -> PowerState:
             return replace(state, events=(*others, event.event))
         case GridEventMoved():
             return _moved(state, event)
+        case GridEventDelayed() | DrawRecorded():
+            return state
         case LimitsDecided():
             limits = dict(state.limits)
             for change in event.limits:
@@ -128,7 +153,8 @@ def folded(state: PowerState, event: PowerEvent) -> PowerState:
             draws = {name: w for name, w in {**state.draws_w, **event.draws_w}.items() if w}
             return replace(state, draws_w=draws)
         case PricesSet():
-            return replace(state, prices=event.points, prices_from=event.source)
+            before = past(state.prices_past, state.prices, event.at_s)
+            return replace(state, prices=event.points, prices_from=event.source, prices_past=before)
         case BudgetReturns():
             return replace(state, returned_from_w=event.from_w, return_began_s=event.began_s)
 
@@ -141,7 +167,9 @@ def _moved(state: PowerState, event: GridEventMoved) -> PowerState:
 
 def _event_moved(one: GridEvent, event: GridEventMoved) -> GridEvent:
     if event.is_over:
-        return replace(one, state=event.to, is_over=True)
+        return replace(one, state=event.to, is_over=True, ended_s=event.at_s)
+    if event.to is ShedState.CANCELLED:
+        return replace(one, state=event.to, ended_s=event.at_s)
     if event.to is ShedState.SHEDDING:
         return replace(one, state=event.to, shed_began_s=event.at_s)
     return replace(

@@ -2,13 +2,16 @@
 
 import bisect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # A year of days, or ten weeks of quarters of an hour.
 PRICE_POINTS_MAX = 10_000
 # Beyond what any market allows; a larger one is a wrong unit or a fault. USD per kWh.
 PRICE_USD_PER_KWH_MAX = 100.0
+# What was known of the past is kept so long, for energy that is yet to be read and booked.
+PAST_KEPT_S = 3600.0
+PAST_KEPT_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,24 @@ class PriceSeries:
                 moments.append(point.start_s + max_age_s)
         later = [moment for moment in moments if moment > now_s]
         return min(later, default=None)
+
+
+def past(
+    before: tuple[PricePoint, ...], points: Sequence[PricePoint], now_s: float
+) -> tuple[PricePoint, ...]:
+    """What was known of the time before now, as far as it is kept, each point with its end.
+
+    `before` is what was known until the points came, and they say nothing of the time before that.
+    """
+    since_s = before[-1].end_s if before and before[-1].end_s is not None else -math.inf
+    found = list(before)
+    for place, point in enumerate(points):
+        followed_s = points[place + 1].start_s if place + 1 < len(points) else now_s
+        start_s, end_s = max(since_s, point.start_s), min(now_s, followed_s, point.end_s or math.inf)
+        if start_s < end_s:
+            found.append(PricePoint(start_s, point.usd_per_kwh, end_s))
+    kept = [point for point in found if point.end_s is not None and point.end_s > now_s - PAST_KEPT_S]
+    return tuple(kept[-PAST_KEPT_MAX:])
 
 
 def checked(points: Iterable[PricePoint]) -> tuple[PricePoint, ...]:

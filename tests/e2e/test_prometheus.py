@@ -46,6 +46,8 @@ SERIES = (
     "wattshift_class_gpu_seconds_total",
     "wattshift_class_energy_joules_total",
     "wattshift_class_value_usd_total",
+    "wattshift_energy_cost_usd_total",
+    "wattshift_energy_unpriced_joules_total",
     "wattshift_plan_seconds_count",
     "wattshift_tick_seconds_count",
     "wattshift_journal_append_seconds_count",

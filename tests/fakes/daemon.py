@@ -20,6 +20,7 @@ from scheduler.v1 import (
     node_service_pb2,
     node_service_pb2_grpc,
     power_pb2,
+    power_report_pb2,
     power_service_pb2,
     power_service_pb2_grpc,
     reason_pb2,
@@ -43,6 +44,7 @@ class FakeDaemon:
         self.dropped_pieces = 0
         self.node = node_of(2)
         self.usage: list[usage_pb2.Usage] = []
+        self.report: power_report_pb2.GridEventReport | None = None
         self.power = power_of(2)
         self.events: list[power_pb2.GridEvent] = []
         self.refusals: dict[str, list[tuple[grpc.StatusCode, str, Any]]] = defaultdict(list)
@@ -452,6 +454,12 @@ class _Power(power_service_pb2_grpc.PowerServiceServicer):
             abort(context, grpc.StatusCode.NOT_FOUND, f"no grid event {request.event_id!r}")
         found[0].state = power_pb2.SHED_STATE_CANCELLED
         return power_service_pb2.CancelGridEventResponse(event=found[0])
+
+    def GetGridEventReport(self, request: Any, context: Any) -> Any:
+        self.daemon.heard("GetGridEventReport", request, context)
+        if self.daemon.report is None:
+            abort(context, grpc.StatusCode.NOT_FOUND, f"no grid event {request.event_id!r}")
+        return power_service_pb2.GetGridEventReportResponse(report=self.daemon.report)
 
     def ListGridEvents(self, request: Any, context: Any) -> Any:
         self.daemon.heard("ListGridEvents", request, context)

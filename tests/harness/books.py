@@ -2,26 +2,33 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
+from scheduler.control.prices import Prices
 from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
+from scheduler.effects.journal import UsageRow
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.model.events import AttemptEnded, Event
 from scheduler.model.gpus import GpuIdentity, GpuSample
 from scheduler.model.jobs import JobState
 from scheduler.model.policy import Policy
+from scheduler.model.power_events import PricesSet
+from scheduler.model.prices import PricePoint
 from scheduler.model.reasons import Reason
+from scheduler.model.settings import Config, PowerConfig
 
 
 class Books:
     """One daemon's accounts after the other on the same journal."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, power: PowerConfig | None = None) -> None:
         self._directory = directory
+        self.config = Config(power=power or PowerConfig())
         self._open(rebooted=False)
 
     def _open(self, *, rebooted: bool) -> None:
@@ -32,7 +39,9 @@ class Books:
         self.meters = Meters()
         self.telemetry = Telemetry(self.meters)
         self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), self.telemetry)
-        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry)
+        parts = SimpleNamespace(config=self.config, ledger=self.ledger, board=self.board)
+        self.prices = Prices(parts)  # type: ignore[arg-type]
+        self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry, self.prices)
         self.accounts.resume(rebooted=rebooted)
 
     def close(self) -> None:
@@ -62,6 +71,7 @@ class Books:
                 assert job is not None
                 self.accounts.ended(job, event.at_s, event.reason, lost=event.lost)
             self.ledger.apply(event)
+        self.prices.advance(now_s)
         if readings is not None:
             self.accounts.read(now_s)
         self.accounts.book(now_s, has_readings=readings is not None)
@@ -75,10 +85,13 @@ class Books:
         self.accounts.book_all(now_s)
         self.ledger.commit()
 
+    def rows(self, group: str) -> dict[str, UsageRow]:
+        """All that is booked, by key."""
+        return {row.key: row for row in self.journal.usage(group, 0.0, 1e12, None, 1_000_000)}
+
     def sums(self, group: str) -> dict[str, tuple[int, int]]:
         """GPU-milliseconds and millijoules by key."""
-        rows = self.journal.usage(group, 0.0, 1e12, None, 1_000_000)
-        return {row.key: (row.gpu_ms, row.energy_mj) for row in rows}
+        return {key: (row.gpu_ms, row.energy_mj) for key, row in self.rows(group).items()}
 
     def energy_mj(self, group: str) -> dict[str, int]:
         """Millijoules by key."""
@@ -98,6 +111,13 @@ def sample(uuid: str, at_s: float, energy_mj: int | None, power_w: float | None 
 def readings(identities: Iterable[GpuIdentity], samples: Iterable[GpuSample]) -> GpuReadings:
     """A round without errors."""
     return GpuReadings(tuple(identities), tuple(samples), {}, "1")
+
+
+def priced(at_s: float, *points: tuple[float, float, float]) -> PricesSet:
+    """Somebody says what electricity costs: starts, ends and USD per kWh."""
+    return PricesSet(
+        at_s, tuple(PricePoint(start_s, usd_per_kwh, end_s) for start_s, end_s, usd_per_kwh in points)
+    )
 
 
 def lost(number: int, at_s: float, reason: Reason = Reason.LAUNCHER_LOST) -> AttemptEnded:

@@ -29,6 +29,7 @@ from scheduler.v1 import (
     node_service_pb2,
     node_service_pb2_grpc,
     power_pb2,
+    power_report_pb2,
     power_service_pb2,
     power_service_pb2_grpc,
     reason_pb2,
@@ -251,6 +252,11 @@ class Daemon:
         request = power_service_pb2.ListGridEventsRequest(all=True)
         events = self.power.ListGridEvents(request, timeout=CALL_S).events
         return next(event for event in events if event.id == event_id)
+
+    def report(self, event_id: str) -> power_report_pb2.GridEventReport:
+        """What became of a grid event."""
+        request = power_service_pb2.GetGridEventReportRequest(event_id=event_id)
+        return self.power.GetGridEventReport(request, timeout=CALL_S).report
 
     def cancel(self, job_id: str) -> job_pb2.Job:
         """Cancel a job."""

@@ -381,11 +381,13 @@ def test_usage_asks_for_all_pages_of_its_time(daemon: FakeDaemon, capsys: Run) -
         usage_pb2.Usage(key=f"job-{n}", gpu_seconds=1800 * n, energy_wh=350, value_usd=0.25, preemptions=n)
         for n in range(1, 4)
     ]
+    daemon.usage[1].MergeFrom(usage_pb2.Usage(cost_usd=-0.0123, unpriced_energy_wh=12.5, profit_usd=0.2623))
+    daemon.usage[2].MergeFrom(usage_pb2.Usage(cost_usd=0.0, profit_usd=0.25))
     assert printed(capsys, "usage", "--by", "job", "--since", "2026-01-01T00:00:00Z", "--until", "1h") == (
-        "JOB    GPU-HOURS  ENERGY WH  VALUE USD  PREEMPTIONS\n"
-        "job-1      0.500      350.0       0.25            1\n"
-        "job-2      1.000      350.0       0.25            2\n"
-        "job-3      1.500      350.0       0.25            3\n"
+        "JOB    GPU-HOURS  ENERGY WH  UNPRICED WH  COST USD  VALUE USD  PROFIT USD  PREEMPTIONS\n"
+        "job-1      0.500      350.0            -         -       0.25           -            1\n"
+        "job-2      1.000      350.0         12.5   -0.0123       0.25      0.2623            2\n"
+        "job-3      1.500      350.0            -      0.00       0.25        0.25            3\n"
     )
     request = daemon.requests["ListUsage"][1]
     assert request.start.ToJsonString() == "2026-01-01T00:00:00Z"

@@ -1,5 +1,6 @@
 """Budgets and grid events on the real daemon: simulated boards that draw, settle and obey their limits."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from scheduler.v1 import power_pb2, power_service_pb2
+from scheduler.v1 import power_pb2, power_report_pb2, power_service_pb2, usage_service_pb2
 from tests.harness.daemon import CANCELLED, PENDING, PREEMPTING, RUNNING, Daemon, reason_of, until
 from tests.harness.miners import MINERS, mined
 
@@ -155,6 +156,65 @@ def test_budget_and_event_outlive_a_kill_and_the_event_goes_on() -> None:
         assert cancelled.state == power_pb2.SHED_STATE_CANCELLED
         until("one mines again", lambda: mined(daemon) >= 1)
         assert daemon.get_power().budget_w <= 900
+
+
+def cost_microusd(daemon: Daemon, group: str) -> dict[str, int]:
+    """What energy cost, by key; of a row without a price nothing."""
+    request = usage_service_pb2.ListUsageRequest(group_by=f"USAGE_GROUP_{group}")
+    rows = daemon.usage.ListUsage(request, timeout=10).usage
+    return {row.key: round(row.cost_usd * 1e6) for row in rows if row.HasField("cost_usd")}
+
+
+def test_an_event_and_what_its_energy_cost_are_told_once_through_a_kill(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.csv"
+    prices.write_text("start,end,usd_per_mwh\n2020-01-01T00:00:00Z,2100-01-01T00:00:00Z,9000\n")
+    with Daemon(gpus="4xH100", config=MINERS).start() as daemon:
+        daemon.cli("power", "prices", str(prices))
+        gang = daemon.run("/bin/sleep", "1000", job_class="training", gpus=4)
+        until("all draw", lambda: not draws_at_most(daemon, 2000))
+        daemon.offer_event("e1", 1000, until_s=12, emergency=True)
+        until("it is met", lambda: daemon.grid_event("e1").state == MET)
+        first = daemon.report("e1")
+        assert not first.HasField("ended_at")
+
+        daemon.restart()
+
+        until("it is over", lambda: daemon.grid_event("e1").over)
+        until("the watts are back", lambda: not draws_at_most(daemon, 2000))
+        report = daemon.report("e1")
+        assert [move.state for move in report.moves] == [power_pb2.SHED_STATE_SHEDDING, MET, MET]
+        assert (report.moves[0], report.baseline) == (first.moves[0], first.baseline)
+        assert [job.job_id for job in report.baseline.jobs] == [gang.id]
+        delivery = report.delivery
+        assert delivery.mean_w > delivery.asked_w > 0
+        assert delivery.seconds_known + delivery.seconds_missing == len(
+            [
+                second
+                for second in report.draw
+                if delivery.start.seconds <= second.at.seconds < delivery.end.seconds
+            ]
+        )
+        known = {second.at.seconds: second.draw_w for second in first.draw if second.HasField("draw_w")}
+        again = [second for second in report.draw if second.HasField("draw_w") and second.at.seconds in known]
+        assert again, "what was drawn before the kill is known after it"
+        # Which of the two depends on what had been learned of its draw by then.
+        done = {job.kind for job in report.jobs if job.job_id == gang.id}
+        assert done & {power_report_pb2.TOUCH_KIND_LIMITED, power_report_pb2.TOUCH_KIND_STOPPED}
+
+        assert daemon.terminate() == 0
+        told = json.loads(
+            daemon.cli(
+                "power", "report", "e1", "--offline", "--state-dir", str(daemon.state), "-o", "json"
+            ).stdout
+        )["report"]
+        assert (told["baseline"]["site_w"], len(told["moves"])) == (report.baseline.site_w, 3)
+        daemon.start()
+        costs = {group: cost_microusd(daemon, group) for group in ("JOB", "CLASS", "TENANT", "GPU")}
+        assert costs["CLASS"]["TRAINING"] == costs["JOB"][gang.id] > 0
+        assert len({sum(found.values()) for found in costs.values()}) == 1
+        booked = daemon.query("SELECT sum(energy_mj - unpriced_mj), sum(cost_microusd) FROM usage")[0]
+        assert booked[1] == pytest.approx(booked[0] / 3.6e9 * 9.0 * 1e6, abs=5), "one for each of four boards"
+        assert "wattshift_energy_unpriced_joules_total" in daemon.metrics()
 
 
 def test_watts_come_back_bit_by_bit() -> None:

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from scheduler.model.events import Event
 from scheduler.model.gpus import GpuIdentity
-from tests.harness.books import Books, identity, lost, readings, sample
+from tests.harness.books import Books, identity, lost, priced, readings, sample
 from tests.harness.values import end, start, started, submission
 
 WHOLE = ("GPU-a", "GPU-b")
 LAYOUTS = ((("MIG-1", 3), ("MIG-2", 4)), (("MIG-7", 7),), ())
-STEPS = ("start", "end", "wait", "book", "kill", "stop", "fail", "blind", "lose", "layout")
+STEPS = ("start", "end", "wait", "book", "kill", "stop", "fail", "blind", "lose", "layout", "price")
+# The exact division of a micro-USD among millijoules.
+MJ_PER_MWH = 3_600_000_000_000
 
 
 class World:
@@ -29,6 +31,8 @@ class World:
         self.jobs: dict[int, tuple[str, int]] = {}
         self.number = 0
         self.late: list[Event] = []  # what no daemon has heard of yet
+        self.is_one_price = self.dice.random() < 0.5
+        self.price = self.dice.choice((-0.05, 0.0, 0.0371, 1.0))
 
     def identities(self) -> list[GpuIdentity]:
         whole = [identity(uuid, index) for index, uuid in enumerate(WHOLE)]
@@ -71,6 +75,8 @@ class World:
                 self.books.stop(self.at_s)
             case "fail":
                 self.tick(is_kept=False)
+            case "price":
+                self.tick(self.priced())
             case "blind":
                 self.tick(is_blind=True)
             case "layout" if not any(uuid not in WHOLE for uuid, _ in self.jobs.values()) and not self.late:
@@ -79,6 +85,12 @@ class World:
                 self.tick()
             case _:
                 self.tick()
+
+    def priced(self) -> Event:
+        """What electricity costs from some moment on: always the same, or not the same, or nobody knows."""
+        cut_s = self.at_s + self.dice.uniform(-1000.0, 1000.0)
+        second = self.price if self.is_one_price else self.dice.uniform(-0.1, 0.3)
+        return priced(self.at_s, (0.0, cut_s, self.price), (cut_s, 1e12, second))
 
     def start(self) -> None:
         """Start a job on a GPU that the daemon has seen and that has room."""
@@ -127,5 +139,31 @@ def test_bookings_add_up_to_the_counters_exactly(
             assert job is not None
             assert job.energy_mj == sum(attempt.energy_mj for attempt in job.attempts)
             assert job.energy_mj == by_job.get(job.id, 0)
+        costs_add_up(world)
     finally:
         books.close()
+
+
+def costs_add_up(world: World) -> None:
+    """Jobs and idle pay for all energy once: at one price to the micro-USD of what each counter says."""
+    sums = {
+        group: (
+            sum(row.cost_microusd for row in rows.values()),
+            sum(row.unpriced_mj for row in rows.values()),
+        )
+        for group in ("job_id", "class", "tenant", "uuid")
+        for rows in (world.books.rows(group),)
+    }
+    assert len(set(sums.values())) == 1, sums
+    for row in world.books.rows("job_id").values():
+        assert 0 <= row.unpriced_mj <= row.energy_mj
+        assert row.cost_microusd == 0 or row.unpriced_mj < row.energy_mj
+    if not world.is_one_price:
+        return
+    rate = round(world.price * 1e9)
+    rows = world.books.rows("uuid")
+    of = {"MIG-1": "GPU-p", "MIG-2": "GPU-p", "MIG-7": "GPU-p"}
+    for gpu in world.counters_mj:
+        parts = [row for uuid, row in rows.items() if of.get(uuid, uuid) == gpu]
+        priced_mj = sum(row.energy_mj - row.unpriced_mj for row in parts)
+        assert sum(row.cost_microusd for row in parts) == priced_mj * rate // MJ_PER_MWH

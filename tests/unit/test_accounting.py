@@ -9,8 +9,11 @@ from scheduler.control.accounting import BOOKING_PERIOD_S, FORGOTTEN_S
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.events import Event
 from scheduler.model.jobs import JobState
+from scheduler.model.power_events import PricesSet
+from scheduler.model.prices import PricePoint
 from scheduler.model.reasons import Reason
-from tests.harness.books import Books, identity, lost, readings, sample
+from scheduler.model.settings import PowerConfig
+from tests.harness.books import Books, identity, lost, priced, readings, sample
 from tests.harness.values import end, start, started, submission
 
 GPUS = (identity("GPU-a", 0), identity("GPU-b", 1))
@@ -21,8 +24,8 @@ START_MJ = 7_000_000_000
 class Node:
     """Two GPUs that draw 500 W each, and the books about them."""
 
-    def __init__(self, directory: Path) -> None:
-        self.books = Books(directory)
+    def __init__(self, directory: Path, power: PowerConfig | None = None) -> None:
+        self.books = Books(directory, power)
         self.at_s = 1000.0
         self.energy_mj = START_MJ
         self.pass_time(0.0)
@@ -244,6 +247,106 @@ def test_instances_split_their_gpus_energy_by_slices_and_then_by_share(tmp_path:
     assert books.energy_mj("uuid")["MIG-7"] == 12_000_000
     assert books.energy_mj("uuid")["GPU-p"] == 6_000_000
     books.close()
+
+
+# Money -----------------------------------------------------------------------------------------
+
+J_PER_KWH = 3_600_000
+
+
+def cost_microusd(joules: float, usd_per_kwh: float) -> float:
+    return joules / J_PER_KWH * usd_per_kwh * 1e6
+
+
+def costs(node: Node, group: str) -> dict[str, tuple[int, int]]:
+    """Micro-USD and unpriced joules by key, all booked."""
+    node.books.book(node.at_s)
+    return {key: (row.cost_microusd, row.unpriced_mj // 1000) for key, row in node.books.rows(group).items()}
+
+
+def test_energy_costs_what_it_cost_when_it_was_used_and_idle_pays_too(node: Node) -> None:
+    prices = priced(1000.0, (1000.0, 1010.0, 0.20), (1010.0, 1e9, -0.05))
+    node.pass_time(0.0, prices, *runs(1, 1000.0))
+    node.pass_time(30.0)  # one reading: 10 s at the one price, 20 s at the other
+    mine = cost_microusd(10 * W, 0.20) - cost_microusd(20 * W, 0.05)
+    assert costs(node, "class") == {
+        "TRAINING": (pytest.approx(mine, abs=1), 0),
+        "IDLE": (pytest.approx(mine, abs=1), 0),
+    }
+
+
+def test_who_used_the_dear_part_of_an_interval_pays_for_it(node: Node) -> None:
+    node.pass_time(0.0, priced(1000.0, (1000.0, 1010.0, 0.0), (1010.0, 1e9, 3.6)), *runs(1, 1000.0))
+    node.books.tick(1010.0, None, end(1, at_s=1010.0), *runs(2, 1010.0))
+    node.pass_time(20.0)
+    found = costs(node, "job_id")
+    assert found["j1"] == (0, 0)
+    assert found["j2"] == (10 * W, 0)
+
+
+def test_a_price_that_nobody_knew_is_not_zero_and_one_that_comes_later_changes_nothing(node: Node) -> None:
+    node.pass_time(10.0, *runs(1, 1010.0))
+    node.pass_time(10.0)
+    node.pass_time(10.0, priced(1030.0, (1000.0, 1e9, 3.6)))  # what was used since 1020 is read with it
+    node.pass_time(20.0)
+    assert costs(node, "job_id")["j1"] == ((10 + 20) * W, 10 * W)
+
+
+def test_a_price_that_is_corrected_counts_for_what_is_yet_to_be_read(node: Node) -> None:
+    node.pass_time(0.0, priced(1000.0, (1000.0, 1e9, 3.6)), *runs(1, 1000.0))
+    node.pass_time(10.0)
+    node.books.tick(1015.0, None, priced(1015.0, (1000.0, 1e9, 7.2)))
+    node.pass_time(10.0)
+    assert costs(node, "job_id")["j1"] == ((10 + 5) * W + 2 * 5 * W, 0)
+
+
+def test_the_last_price_holds_until_it_is_too_old_and_a_stand_in_is_no_price(tmp_path: Path) -> None:
+    node = Node(tmp_path, PowerConfig(price_max_age_s=30.0))
+    node.books.tick(1000.0, None, PricesSet(1000.0, (PricePoint(1000.0, 3.6),)))
+    node.pass_time(50.0)
+    assert costs(node, "uuid")["GPU-a"] == (30 * W, 20 * W)
+    node.books.close()
+
+
+def test_the_node_pays_for_its_overhead_and_for_what_it_draws_beside_its_boards(tmp_path: Path) -> None:
+    node = Node(tmp_path, PowerConfig(base_w=200.0, pue=1.5))
+    node.pass_time(0.0, priced(1000.0, (1000.0, 1e9, 3.6)))
+    node.pass_time(10.0)
+    node.books.kill()
+    node.pass_time(10.0)
+    found = costs(node, "class")
+    assert found == {"IDLE": (1.5 * 2 * 20 * W, 0), "BASE": (1.5 * 20 * 200, 0)}
+    assert node.books.energy_mj("class")["BASE"] == 20 * 200 * 1000
+    node.books.close()
+
+
+def test_cost_survives_once_whatever_becomes_of_the_daemon_and_its_disk(node: Node) -> None:
+    node.pass_time(0.0, priced(1000.0, (1000.0, 1e9, 0.0371)), *runs(1, 1000.0))
+    for _ in range(5):
+        node.pass_time(7.0)
+        node.books.book(node.at_s)
+        node.books.kill()
+        for _ in range(10):
+            node.pass_time(BOOKING_PERIOD_S, is_kept=False)
+    node.pass_time(1.0)
+    whole = cost_microusd((5 * (7 + 10 * BOOKING_PERIOD_S) + 1) * W, 0.0371)
+    by_gpu = costs(node, "uuid")
+    assert [by_gpu[gpu.uuid][0] for gpu in GPUS] == [int(whole), int(whole)], "what is less goes on"
+    by_job = node.books.rows("job_id")
+    assert by_job["j1"].cost_microusd == pytest.approx(whole, abs=12), "within one for each booking"
+
+
+def test_meters_tell_cost_credit_and_what_has_no_price(node: Node) -> None:
+    node.pass_time(10.0)
+    node.books.book(node.at_s)
+    node.books.tick(1010.0, None, priced(1010.0, (1010.0, 1020.0, 3.6), (1020.0, 1e9, -3.6)))
+    for _ in range(2):
+        node.pass_time(10.0)
+        node.books.book(node.at_s)
+    node.books.accounts.settle()
+    meters = node.books.meters
+    told = (meters.energy_cost_usd, meters.energy_credit_usd, meters.energy_unpriced_j)
+    assert told == pytest.approx((2 * 10 * W / 1e6, 2 * 10 * W / 1e6, 2 * 10 * W))
 
 
 # Figures ---------------------------------------------------------------------------------------
