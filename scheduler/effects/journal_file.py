@@ -17,7 +17,7 @@ from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLoc
 from scheduler.model.events import Event
 from scheduler.model.jobs import Job
 
-FORMAT = 2
+FORMAT = 3
 DATABASE_NAME = "journal.sqlite"
 LOCK_NAME = "daemon.lock"
 # Events checked at start: enough to see a torn or meddled tail, cheap at any length of journal.
@@ -158,7 +158,10 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
     """Raise `JournalError` where another wattshift wrote the file in another format."""
     found = meta(db, "format")
     if found != FORMAT:
-        raise JournalError(f"{path} has format {found}, this wattshift reads {FORMAT}; nothing was changed")
+        raise JournalError(
+            f"{path} has format {found}, this wattshift reads {FORMAT}; nothing was changed. "
+            "Use the version that wrote it, or move the file away to start anew"
+        )
 
 
 def meta(db: sqlite3.Connection, key: str) -> Any:

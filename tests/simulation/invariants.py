@@ -20,6 +20,7 @@ from scheduler.model.policy import aged_priority
 from scheduler.model.reasons import Reason
 from scheduler.planning.planner import plan
 from scheduler.simulation.boards import RESERVE_MIB
+from scheduler.simulation.decisions import Decisions
 from scheduler.simulation.machine import Process
 
 if TYPE_CHECKING:
@@ -417,6 +418,15 @@ class Invariants:
         """The journal proves itself."""
         found = verify(self._world.daemon.disk.directory)
         self._demand(found.ok, f"the journal is not whole: {found.problem}")
+
+    def decisions_replay(self) -> None:
+        """Each decision can be made again, and what jobs said makes the columns that the plan had."""
+        decisions = Decisions(self._world.daemon.disk.directory, self._world.daemon.config.policy)
+        for decision in decisions.again():
+            self._demand(decision.is_same, f"event {decision.event} is another plan when it is made again")
+            self._demand(not decision.otherwise, f"the same policy decides event {decision.event} otherwise")
+        skipped = decisions.totals.skipped
+        self._demand(not skipped, f"{skipped} decisions have no whole frame before them")
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()
