@@ -445,19 +445,20 @@ class Controller:
         try:
             snapshot = self.board.snapshot(now_s)
             made = plan(snapshot, self.config.policy, self._memo)
+            took_s = time.perf_counter() - begun
+            if made.actions and self.site.keeps_decisions:
+                self.decisions.record(now_s, snapshot, self.config.policy, made)
         except Exception:  # a defect of ours; what arrived is kept all the same, and jobs go on
             log.exception("no plan could be made")
             self.meters.tick_failures += 1
             self.problems["planner"] = "no plan could be made; the daemon's log says why"
             return None
         self.problems.pop("planner", None)
-        self.meters.plan_s.observe(time.perf_counter() - begun)
+        self.meters.plan_s.observe(took_s)
         # What a plan under a budget rests on is in no basis: the draw of this moment, and the budget itself.
         self.last_plan, self._planned = made, None if self.power.is_active else (basis, now_s)
         self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
-            if self.site.keeps_decisions:
-                self.decisions.record(now_s, snapshot, self.config.policy, made)
             self.power.perform(made.actions, now_s)
             self.reports.perform(made.actions, now_s)
         return self._wake_s

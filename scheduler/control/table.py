@@ -35,6 +35,7 @@ _STATE_CODES = {
 # priority before aging; how often it gave way to a job.
 _COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w", "whole_us", "said_priority", "preemptions")
 _OWN = len(JobColumns.__dataclass_fields__)
+_SAID = tuple(map(_COLUMNS.index, ("said_priority", "preemptions", "value", "whole_us")))
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
 _MICROUSD_PER_USD = 1_000_000
@@ -177,8 +178,7 @@ class JobTable:
     def said(self) -> SaidColumns:
         """What the jobs of the snapshot said; views, valid until the next change."""
         count = len(self._rows)
-        own = dict(zip(_COLUMNS, (array[:count] for array in self._arrays), strict=True))
-        return SaidColumns(own["said_priority"], own["preemptions"], own["value"], own["whole_us"])
+        return SaidColumns(*(self._arrays[row][:count] for row in _SAID))
 
     def _holding_columns(self, leaving: list[Leaver]) -> HoldingColumns:
         held = self.holdings.columns()

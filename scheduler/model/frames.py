@@ -13,8 +13,8 @@ bytes first, and deflated: most are zero above the lowest.
 import json
 import zlib
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
+from operator import add, attrgetter, is_, sub
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,12 +45,13 @@ _MIX = tuple(MixColumns.__dataclass_fields__)
 _BOARDS = ("idle_w", "limit_w", "limit_w_min", "limit_w_max", "measured_w")
 _POWER = ("budget_w", "promised_us", "is_emergency", "horizon_us", "margin_milli", "limits_inference")
 _BOOLS = frozenset({"preemptible", "instance", "is_emergency", "limits_inference"})
-_TABLES = 8
 _INT64 = np.dtype("<i8")
 _NUMBER_BYTES = _INT64.itemsize
+_SIGN_BIT = 63
 _LENGTH_BYTES = 4
-# The fastest: the next ones save a tenth of the bytes for twice the time.
-_LEVEL = 1
+# The fastest: the next ones save a tenth of the bytes for twice the time. What they work in is small, as most
+# frames are: to make it ready costs more than to pack one.
+_LEVEL, _WINDOW_BITS, _MEMORY_LEVEL = 1, 15, 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +80,7 @@ class Frame:
     """Inputs as tables: what the next frame is told against."""
 
     number: int  # in its row; 0 is whole
+    moment: tuple[int, ...]
     tables: tuple[Any, ...]  # int64, shape (rows, columns) each
     names: tuple[tuple[str, ...], tuple[Curve, ...]]  # UUIDs; curves by class
     lasting: tuple[Any, ...] = (None, None, None)  # what three of the tables were made of
@@ -87,15 +89,21 @@ class Frame:
 def encode(inputs: PlanInputs, before: Frame | None) -> tuple[bytes, Frame]:
     """The inputs as bytes, whole or told against the frame `before`; and the frame for the next one."""
     snapshot = inputs.snapshot
-    tables, names = _tables(inputs, before), _names(snapshot)
-    number = 0 if before is None else before.number + 1
-    pieces = [np.array([number])]
-    for at, now in enumerate(tables):
-        pieces += _change(None if before is None else before.tables[at], now)
-    said = b"" if before is not None and before.names == names else _encode_names(names)
-    text = len(said).to_bytes(_LENGTH_BYTES) + said + _laid_out(np.concatenate(pieces))
     lasting = (snapshot.gpus, snapshot.nodes, snapshot.model_fits)
-    return zlib.compress(text, _LEVEL), Frame(number, tables, names, lasting)
+    moment, tables, names = _moment(snapshot), _tables(inputs, before), _names(snapshot)
+    old = _NO_FRAME if before is None else before
+    heads = [0 if before is None else before.number + 1, *map(sub, moment, old.moment)]
+    pieces: list[Any] = []
+    for was, now in zip(old.tables, tables, strict=True):
+        _tell(was, now, heads, pieces)
+    numbers = np.concatenate((heads, *pieces), dtype=_INT64)
+    # The sign goes to the lowest bit: small numbers below zero have few bytes that are not zero, too.
+    folded = (numbers << 1) ^ (numbers >> _SIGN_BIT)
+    planes = folded.view(np.uint8).reshape(-1, _NUMBER_BYTES).T.tobytes()
+    said = b"" if before is not None and before.names == names else _encode_names(names)
+    packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW_BITS, _MEMORY_LEVEL)
+    data = packer.compress(len(said).to_bytes(_LENGTH_BYTES) + said + planes) + packer.flush()
+    return data, Frame(heads[0], moment, tables, names, lasting)
 
 
 def decode(data: bytes, before: Frame | None) -> Frame:
@@ -111,16 +119,17 @@ def decode(data: bytes, before: Frame | None) -> Frame:
             raise FrameError(f"it is cut off, or larger than {BYTES_MAX >> 20} MiB")
         end = _LENGTH_BYTES + int.from_bytes(text[:_LENGTH_BYTES])
         said = text[_LENGTH_BYTES:end]
-        numbers = _Numbers(_read_out(text[end:]))
+        planes = np.frombuffer(text[end:], dtype=np.uint8).reshape(_NUMBER_BYTES, -1)
+        folded = np.ascontiguousarray(planes.T).view("<u8").ravel()
+        numbers = _Numbers((folded >> 1).view(_INT64) ^ -(folded & 1).view(_INT64))
         (number,) = numbers.take(1).tolist()
-        if number:
-            if before is None or number != before.number + 1:
-                raise FrameError("the frame that it is told against is missing")
-            old, names = before.tables, before.names
-        else:
-            old, names = tuple(np.zeros((0, 0), dtype=np.int64) for _ in range(_TABLES)), ((), ())
-        tables = tuple(_changed(was, numbers) for was in old)
-        return Frame(number, tables, _decode_names(said) if said else names)
+        if number and (before is None or number != before.number + 1):
+            raise FrameError("the frame that it is told against is missing")
+        old = before if number and before is not None else _NO_FRAME
+        moment = tuple(map(add, old.moment, numbers.take(len(old.moment)).tolist()))
+        heads = [_Head(*numbers.take(len(_Head._fields)).tolist()) for _ in old.tables]
+        tables = tuple(_told(was, head, numbers) for was, head in zip(old.tables, heads, strict=True))
+        return Frame(number, moment, tables, _decode_names(said) if said else old.names)
     except (zlib.error, ValueError, IndexError, OverflowError) as error:
         raise FrameError(f"it is no frame of a plan's inputs: {error}") from error
 
@@ -131,19 +140,22 @@ def inputs_of(frame: Frame) -> PlanInputs:
     Raises:
         FrameError: It contradicts itself.
     """
-    moment, gpus, nodes, fits, jobs, boards, holdings, mix = frame.tables
+    gpus, nodes, fits, jobs, boards, holdings, mix = frame.tables
+    now_us, has_gross, has_mix, has_power, has_promise, promised_w, *plain = frame.moment
+    uuid, curves = frame.names
     try:
-        now_us, has_gross, has_mix, has_power, has_promise, promised_w, *plain = moment[:, 0].tolist()
-        own, said = jobs[: len(_JOBS)], jobs[len(_JOBS) : len(_JOBS) + len(_SAID)]
-        natural_w, gross_value = jobs[len(_JOBS) + len(_SAID) :]
-        uuid, curves = frame.names
-        power = PowerColumns(
-            **_values(_POWER, plain),
-            promised_w=promised_w if has_promise else None,
-            curves=curves,
-            **dict(zip(_BOARDS, boards, strict=True)),
-            natural_w=natural_w,
-        )
+        own, said, others = np.split(jobs, (len(_JOBS), len(_JOBS) + len(_SAID)))
+        columns = iter(others)
+        natural_w, gross_value = next(columns) if has_power else None, next(columns) if has_gross else None
+        power = None
+        if has_power:
+            power = PowerColumns(
+                **_values(_POWER, plain),
+                promised_w=promised_w if has_promise else None,
+                curves=curves,
+                **dict(zip(_BOARDS, boards, strict=True)),
+                natural_w=natural_w,
+            )
         snapshot = Snapshot(
             now_us=now_us,
             jobs=JobColumns(**_values(_JOBS, own)),
@@ -152,10 +164,10 @@ def inputs_of(frame: Frame) -> PlanInputs:
             holdings=HoldingColumns(*holdings),
             model_fits=fits.T.astype(bool),
             mix=MixColumns(*mix) if has_mix else None,
-            power=power if has_power else None,
-            gross_value=gross_value if has_gross else None,
+            power=power,
+            gross_value=gross_value,
         )
-    except (SnapshotError, ValueError, TypeError, IndexError) as error:
+    except (SnapshotError, ValueError, TypeError, IndexError, StopIteration) as error:
         raise FrameError(f"it contradicts itself: {error}") from error
     return PlanInputs(snapshot, SaidColumns(*said))
 
@@ -164,26 +176,27 @@ def inputs_of(frame: Frame) -> PlanInputs:
 
 
 def _tables(inputs: PlanInputs, before: Frame | None) -> tuple[Any, ...]:
-    """All columns, copied: moment, GPUs, nodes, model fits, jobs, boards, holdings, mix."""
+    """All columns, copied: GPUs, nodes, model fits, jobs, boards, holdings, mix."""
     snapshot = inputs.snapshot
-    power, gross = snapshot.power, snapshot.gross_value
-    no_value = np.zeros(len(snapshot.jobs), dtype=np.int64)
+    gpus, nodes, fits = snapshot.gpus, snapshot.nodes, snapshot.model_fits
+    power, gross, mix = snapshot.power, snapshot.gross_value, snapshot.mix
     # Whoever makes snapshots replaces these three, and never writes into them.
-    lasting = (snapshot.gpus, snapshot.nodes, snapshot.model_fits)
-    if before is not None and all(a is b for a, b in zip(lasting, before.lasting, strict=True)):
-        kept = before.tables[1 : 1 + len(lasting)]
+    if before is not None and all(map(is_, (gpus, nodes, fits), before.lasting)):
+        lasting = before.tables[: len(before.lasting)]
     else:
         # Of what fits there is a row a GPU, so that another set of models is another column.
-        fits = np.array(snapshot.model_fits.T, dtype=np.int64)
-        kept = (_table(_of_gpus(snapshot.gpus)), _table(_of_nodes(snapshot.nodes)), fits)
-    of_jobs = (no_value if power is None else power.natural_w, no_value if gross is None else gross)
+        lasting = (_table(_of_gpus(gpus)), _table(_of_nodes(nodes)), np.array(fits.T, dtype=np.int64))
+    of_jobs = (*_of_jobs(snapshot.jobs), *_of_said(inputs.said))
+    if power is not None:
+        of_jobs += (power.natural_w,)
+    if gross is not None:
+        of_jobs += (gross,)
     return (
-        _moment(snapshot),
-        *kept,
-        _table((*_of_jobs(snapshot.jobs), *_of_said(inputs.said), *of_jobs)),
-        _NO_BOARDS if power is None else _table(_of_boards(power)),
+        *lasting,
+        _table(of_jobs),
+        _NOTHING if power is None else _table(_of_boards(power)),
         _table(_of_holdings(snapshot.holdings)),
-        _NO_MIX if snapshot.mix is None else _table(_of_mix(snapshot.mix)),
+        _NOTHING if mix is None else _table(_of_mix(mix)),
     )
 
 
@@ -194,22 +207,19 @@ def _table(columns: tuple[Any, ...]) -> Any:
 _of_jobs, _of_said, _of_gpus = attrgetter(*_JOBS), attrgetter(*_SAID), attrgetter(*_GPUS)
 _of_boards, _of_power, _of_nodes = attrgetter(*_BOARDS), attrgetter(*_POWER), attrgetter(*_NODES)
 _of_holdings, _of_mix = attrgetter(*_HOLDINGS), attrgetter(*_MIX)
-_NO_BOARDS = np.zeros((len(_BOARDS), 0), dtype=np.int64)
-_NO_MIX = np.zeros((len(_MIX), 0), dtype=np.int64)
 
 
-def _moment(snapshot: Snapshot) -> Any:
+def _moment(snapshot: Snapshot) -> tuple[int, ...]:
     power, promised_w = snapshot.power, None if snapshot.power is None else snapshot.power.promised_w
-    numbers = [
-        snapshot.now_us,
+    return (
+        int(snapshot.now_us),
         snapshot.gross_value is not None,
         snapshot.mix is not None,
         power is not None,
         promised_w is not None,
         promised_w or 0,
-        *((0,) * len(_POWER) if power is None else _of_power(power)),
-    ]
-    return np.array(numbers, dtype=np.int64).reshape(len(numbers), 1)
+        *(_NO_POWER if power is None else _of_power(power)),
+    )
 
 
 def _values(names: tuple[str, ...], values: Any) -> dict[str, Any]:
@@ -237,46 +247,44 @@ def _decode_names(text: bytes) -> tuple[tuple[str, ...], tuple[Curve, ...]]:
 # Changes --------------------------------------------------------------------------------------------
 
 
-def _change(was: Any, now: Any) -> list[Any]:
-    """What makes `now` of `was`: 0 for nothing, or 1, the new shape, kept columns, cells and new columns."""
-    if now is was:
-        return [_UNCHANGED]
+class _Head(NamedTuple):
+    """What a frame says of a table first."""
+
+    rows: int
+    columns: int
+    kept: int  # columns of before that are still there
+    cells: int  # of those, that changed
+
+
+def _tell(was: Any, now: Any, heads: list[int], pieces: list[Any]) -> None:
+    """Say what makes `now` of `was`: changed cells by place and value; new columns less the one before."""
     rows, columns = now.shape
-    kept = min(columns, was.shape[1]) if was is not None and len(was) == rows else 0
-    cells = differences = added = _NOTHING
-    if kept:
+    kept = min(columns, was.shape[1]) if len(was) == rows else 0
+    cells = _NO_CELLS
+    if kept and now is not was:
         cells = (now[:, :kept] != was[:, :kept]).ravel().nonzero()[0]
-    if len(cells):
-        row, column = np.divmod(cells, kept)
-        differences = now[row, column] - was[row, column]
-    elif was is not None and was.shape == now.shape:
-        return [_UNCHANGED]
+        if len(cells):
+            pieces += (cells, now[np.divmod(cells, kept)])
+    heads += (rows, columns, kept, len(cells))
     if columns > kept:
-        new = now[:, kept:]
-        added = (new - (now[:, kept - 1 : -1] if kept else np.pad(now[:, :-1], ((0, 0), (1, 0))))).ravel()
-    return [np.array([1, rows, columns, kept, len(cells)]), cells, differences, added]
+        before = now[:, kept - 1 : -1] if kept else np.pad(now[:, :-1], ((0, 0), (1, 0)))
+        pieces.append((now[:, kept:] - before).ravel())
 
 
-def _changed(was: Any, numbers: "_Numbers") -> Any:
-    """What `_change` told, done."""
-    (is_changed,) = numbers.take(1).tolist()
-    if not is_changed:
-        return was
-    rows, columns, kept, count = numbers.take(4).tolist()
+def _told(was: Any, head: _Head, numbers: "_Numbers") -> Any:
+    """What `_tell` said, done."""
+    rows, columns, kept, count = head
     if not 0 <= kept <= columns or (kept and (rows != len(was) or kept > was.shape[1])):
         raise FrameError("it is told against another frame")
-    cells, differences = numbers.take(count), numbers.take(count)
+    cells, values = numbers.take(count), numbers.take(count)
     added = numbers.take(rows * (columns - kept)).reshape(rows, columns - kept)
-    now = np.zeros((rows, columns), dtype=np.int64)  # as large as was read, whatever was said
+    if not count and (rows, columns) == was.shape:
+        return was
+    now = np.zeros((rows, columns), dtype=np.int64)  # as large as what was read, whatever is said
     now[:, :kept] = was[:, :kept] if kept else 0
-    row, column = np.divmod(cells, max(1, kept))
-    now[row, column] += differences
+    now[np.divmod(cells, max(1, kept))] = values
     now[:, kept:] = np.cumsum(added, axis=1) + (now[:, kept - 1 : kept] if kept else 0)
     return now
-
-
-_NOTHING = np.zeros(0, dtype=np.int64)
-_UNCHANGED = np.zeros(1, dtype=np.int64)
 
 
 class _Numbers:
@@ -294,15 +302,7 @@ class _Numbers:
         return self._numbers[begin : self._at]
 
 
-def _laid_out(numbers: Any) -> bytes:
-    """The numbers byte by byte; small ones, also below zero, have few bytes that are not zero."""
-    folded = (numbers << 1) ^ (numbers >> 63)
-    planes: bytes = folded.astype(_INT64).view(np.uint8).reshape(-1, _NUMBER_BYTES).T.tobytes()
-    return planes
-
-
-def _read_out(planes: bytes) -> Any:
-    """The numbers that `_laid_out` laid out."""
-    stacked = np.frombuffer(planes, dtype=np.uint8).reshape(_NUMBER_BYTES, -1)
-    folded = np.ascontiguousarray(stacked.T).view("<u8").ravel()
-    return (folded >> np.uint64(1)).astype(np.int64) ^ -(folded & np.uint64(1)).astype(np.int64)
+_NOTHING = np.zeros((0, 0), dtype=np.int64)
+_NO_CELLS = np.zeros(0, dtype=np.int64)
+_NO_POWER = (0,) * len(_POWER)
+_NO_FRAME = Frame(0, (0,) * (6 + len(_POWER)), (_NOTHING,) * 7, ((), ()))
