@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from scheduler.cli import words
 from scheduler.cli.exit_codes import ExitCode
+from scheduler.cli.failures import CliError
 from scheduler.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def replay(journal: Path, policy: Policy | None, out: Path | None, *, as_json: b
             else:
                 told.add(decision)
     totals = decisions.totals
+    if not totals.decisions:
+        raise _nothing(journal, totals)
     figures = _figures(totals, with_policy=policy is not None)
     if out is not None:
         (out / TOTALS_NAME).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -79,6 +82,16 @@ def replay(journal: Path, policy: Policy | None, out: Path | None, *, as_json: b
     if out is not None:
         print(f"every decision: {out / DECISIONS_NAME}", file=sys.stderr)
     return ExitCode.OK if totals.same == totals.decisions else ExitCode.FAILED
+
+
+def _nothing(journal: Path, totals: Totals) -> CliError:
+    why = "the daemon has not decided anything yet"
+    if totals.skipped:
+        why = f"{totals.skipped} decisions are left of a row whose beginning has aged out"
+    return CliError(
+        ExitCode.FAILED,
+        f"{journal} has no decision that can be made again: {why}. Try again when it has decided more",
+    )
 
 
 def _opened(out: Path) -> TextIO:

@@ -19,7 +19,7 @@ from scheduler.control.power import curve_of
 from scheduler.control.table import value_of_what_is_left
 from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, anchor, head
 from scheduler.effects.journal_read import chain, opened
-from scheduler.errors import FrameError, JournalCorrupt, JournalError
+from scheduler.errors import FrameError, JournalCorrupt
 from scheduler.model.actions import (
     WAIT_REASONS,
     Action,
@@ -121,7 +121,7 @@ class Decisions:
         """Make each decision again.
 
         Raises:
-            JournalError: There is no journal, it has another format, or no decision of it can be made again.
+            JournalError: There is no journal, or it has another format.
             JournalCorrupt: An event is missing, was changed, or can't be read.
         """
         with opened(self._path) as db:
@@ -141,14 +141,6 @@ class Decisions:
                     f"{self._path}: {error}. What comes before it was replayed; "
                     "`wattshift journal verify` says more, docs/operating/runbook.md what to do"
                 ) from error
-        if not self.totals.decisions:
-            why = "the daemon has not decided anything yet"
-            if self.totals.skipped:
-                why = f"{self.totals.skipped} decisions are left of a row whose beginning has aged out"
-            raise JournalError(
-                f"{self._path} has no decision that can be made again: {why}. "
-                "Try again when it has decided more"
-            )
 
     def _read(self, seq: int, kind: str, body: bytes, part: float) -> Decision | None:
         try:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from scheduler.cli import main
+from scheduler.cli.exit_codes import ExitCode
 from scheduler.control.inbox import Cordon, Drain, OfferGridEvent, SetPowerBudget, SetPrices, Undrain
 from scheduler.effects.journal_file import DATABASE_NAME
 from scheduler.effects.journal_verify import verify
-from scheduler.errors import JournalCorrupt, JournalError
+from scheduler.errors import JournalCorrupt
 from scheduler.model.actions import FailJob
-from scheduler.model.jobs import JobClass
+from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.policy import Order, Policy
 from scheduler.model.power import BudgetInterval, GridEvent
 from scheduler.model.prices import PricePoint
@@ -290,13 +292,37 @@ def test_events_that_age_out_meanwhile_are_left_out(eventful: Path, tmp_path: Pa
     assert all(decision.is_same for decision in rest)
 
 
-def test_a_journal_without_decisions_says_what_to_do(tmp_path: Path) -> None:
+def test_a_journal_without_decisions_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def story(world: World) -> None:
         await asyncio.sleep(5.0)
 
     played(tmp_path, story, config=Config())
-    with pytest.raises(JournalError, match="has not decided anything yet"):
-        again(tmp_path)
+    assert main(["simulate", "--replay-journal", str(tmp_path)]) == ExitCode.FAILED
+    assert "the daemon has not decided anything yet. Try again when it has" in capsys.readouterr().err
+
+
+def test_a_plan_whose_inputs_cant_be_stored_is_not_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What arrived is kept all the same."""
+
+    async def story(world: World) -> None:
+        def broken(*_: object) -> tuple[bytes, Any]:
+            raise OverflowError("a number of more than 64 bits")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("scheduler.control.decisions.encode", broken)
+            job = await world.submit()
+            assert world.state(job) is JobState.PENDING
+            assert "no plan could be made" in world.daemon.controller.problems["planner"]
+        await asyncio.sleep(60.0)
+        assert world.state(job) is JobState.SUCCEEDED
+        assert "planner" not in world.daemon.controller.problems
+
+    played(tmp_path, story, config=Config())
+    assert all(decision.is_same for decision in again(tmp_path))
 
 
 def test_what_a_simulation_throws_away_is_not_written(tmp_path: Path) -> None:
