@@ -148,6 +148,8 @@ def _change(decision: Decision) -> Iterator[str]:
         f"wattshift {version('wattshift')} makes {decision.digest}:"
     )
     names = words.gpu_names(decision.snapshot.gpus.uuid)
+    if not decision.deeds:
+        yield "  it does nothing; who waits goes on waiting"
     for subject, deed in decision.deeds:
         yield words.clean(f"  {names.get(subject, subject)} {_deed_words(deed, names)}")
 

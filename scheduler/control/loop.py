@@ -446,8 +446,9 @@ class Controller:
             snapshot = self.board.snapshot(now_s)
             made = plan(snapshot, self.config.policy, self._memo)
             took_s = time.perf_counter() - begun
-            if made.actions and self.site.keeps_decisions:
+            if self.site.keeps_decisions and self.decisions.is_one(made):
                 self.decisions.record(now_s, snapshot, self.config.policy, made)
+                basis = (self.board.basis(), self.config.policy)  # this event changes no plan
         except Exception:  # a defect of ours; what arrived is kept all the same, and jobs go on
             log.exception("no plan could be made")
             self.meters.tick_failures += 1

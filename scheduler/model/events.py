@@ -307,9 +307,9 @@ class UsageBooked:
 
 @dataclass(frozen=True, slots=True)
 class PlanDecided:
-    """A tick acted: the digest of its plan and all that it was made from, so that it can be made again.
+    """A plan that acts, or lets a job wait that has just come: its digest and all that it was made from.
 
-    What comes out of it are the events behind it.
+    So it can be made again. What it does is in the events behind it.
     """
 
     at_s: float

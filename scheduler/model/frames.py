@@ -49,8 +49,8 @@ _INT64 = np.dtype("<i8")
 _NUMBER_BYTES = _INT64.itemsize
 _SIGN_BIT = 63
 _LENGTH_BYTES = 4
-# The fastest: the next ones save a tenth of the bytes for twice the time. What they work in is small, as most
-# frames are: to make it ready costs more than to pack one.
+# The fastest: the next ones save a tenth of the bytes for twice the time. Its table is small, as most frames
+# are: to clear it would cost more than to pack one.
 _LEVEL, _WINDOW_BITS, _MEMORY_LEVEL = 1, 15, 4
 
 
@@ -80,7 +80,7 @@ class Frame:
     """Inputs as tables: what the next frame is told against."""
 
     number: int  # in its row; 0 is whole
-    moment: tuple[int, ...]
+    moment: tuple[int, ...]  # the time, what is there, and the numbers of `PowerColumns`
     tables: tuple[Any, ...]  # int64, shape (rows, columns) each
     names: tuple[tuple[str, ...], tuple[Curve, ...]]  # UUIDs; curves by class
     lasting: tuple[Any, ...] = (None, None, None)  # what three of the tables were made of
@@ -100,9 +100,9 @@ def encode(inputs: PlanInputs, before: Frame | None) -> tuple[bytes, Frame]:
     # The sign goes to the lowest bit: small numbers below zero have few bytes that are not zero, too.
     folded = (numbers << 1) ^ (numbers >> _SIGN_BIT)
     planes = folded.view(np.uint8).reshape(-1, _NUMBER_BYTES).T.tobytes()
-    said = b"" if before is not None and before.names == names else _encode_names(names)
+    named = b"" if before is not None and before.names == names else _encode_names(names)
     packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW_BITS, _MEMORY_LEVEL)
-    data = packer.compress(len(said).to_bytes(_LENGTH_BYTES) + said + planes) + packer.flush()
+    data = packer.compress(len(named).to_bytes(_LENGTH_BYTES) + named + planes) + packer.flush()
     return data, Frame(heads[0], moment, tables, names, lasting)
 
 
@@ -118,7 +118,7 @@ def decode(data: bytes, before: Frame | None) -> Frame:
         if not unpacker.eof:
             raise FrameError(f"it is cut off, or larger than {BYTES_MAX >> 20} MiB")
         end = _LENGTH_BYTES + int.from_bytes(text[:_LENGTH_BYTES])
-        said = text[_LENGTH_BYTES:end]
+        named = text[_LENGTH_BYTES:end]
         planes = np.frombuffer(text[end:], dtype=np.uint8).reshape(_NUMBER_BYTES, -1)
         folded = np.ascontiguousarray(planes.T).view("<u8").ravel()
         numbers = _Numbers((folded >> 1).view(_INT64) ^ -(folded & 1).view(_INT64))
@@ -129,7 +129,7 @@ def decode(data: bytes, before: Frame | None) -> Frame:
         moment = tuple(map(add, old.moment, numbers.take(len(old.moment)).tolist()))
         heads = [_Head(*numbers.take(len(_Head._fields)).tolist()) for _ in old.tables]
         tables = tuple(_told(was, head, numbers) for was, head in zip(old.tables, heads, strict=True))
-        return Frame(number, moment, tables, _decode_names(said) if said else old.names)
+        return Frame(number, moment, tables, _decode_names(named) if named else old.names)
     except (zlib.error, ValueError, IndexError, OverflowError) as error:
         raise FrameError(f"it is no frame of a plan's inputs: {error}") from error
 

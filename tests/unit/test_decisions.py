@@ -177,19 +177,33 @@ def test_beside_another_policy_each_shows_what_it_does_with_whom(tmp_path: Path)
 
     played(tmp_path, story, config=Config(), gpus=1)
     decisions = Decisions(tmp_path, Policy(order=Order.VALUE))
-    (uuid,) = next(iter(Decisions(tmp_path).again())).snapshot.gpus.uuid
-    # Only when a GPU came free: by class j2 had it, by value j3 would have.
-    told = [
-        {one.job: (one.then, one.other) for one in decision.otherwise}
-        for decision in decisions.again()
-        if decision.otherwise
-    ]
+    found = list(decisions.again())
+    (uuid,) = found[0].snapshot.gpus.uuid
     started = Deed("START", (uuid,), reason=Reason.STARTED_ON_FREE_GPUS)
     waits = Deed("WAIT", reason=Reason.WAITING_FOR_GPUS)
-    assert told == [{"j2": (started, waits), "j3": (waits, started)}]
+    displaced = Deed("PREEMPT", preemptor="j3", reason=Reason.PREEMPTED_BY_HIGHER_RANK)
+    # By value j3 would have displaced j1 when it came. When the GPU came free j2 had it, by value j3 would.
+    assert [{one.job: (one.then, one.other) for one in decision.otherwise} for decision in found] == [
+        {},
+        {},
+        {"j1": (Deed("NONE"), displaced)},
+        {"j2": (started, waits), "j3": (waits, started)},
+    ]
     totals = decisions.totals
-    assert (totals.decisions, totals.same, totals.otherwise) == (2, 2, 1)
-    assert (totals.then["START"], totals.other["START"]) == (2, 2)
+    assert (totals.decisions, totals.same, totals.otherwise) == (4, 4, 2)
+    assert (totals.then, totals.other) == ({"START": 2}, {"START": 2, "PREEMPT": 1})
+
+
+def test_a_job_that_waits_is_one_decision_and_no_further_plan(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await world.submit()
+        await world.submit()  # waits
+        before = world.daemon.journal.head
+        await asyncio.sleep(30.0)
+        assert world.daemon.journal.head <= before + 2  # usage
+
+    played(tmp_path, story, config=Config(sampling=SamplingConfig(period_s=1.0)), gpus=1)
+    assert [[deed.action for _, deed in decision.deeds] for decision in again(tmp_path)] == [["START"], []]
 
 
 def test_a_policy_that_is_asked_sees_jobs_aged_by_its_own_rule(tmp_path: Path) -> None:
