@@ -36,6 +36,11 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
             check_format(db, path)
             yield db
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            raise JournalError(
+                f"{path} can't be opened: {error}. SQLite writes an index beside it to read it: be the "
+                "daemon's user, or copy the state directory to where you may write"
+            ) from error
         raise JournalCorrupt(
             f"{path} can't be read: {error}; name a daemon's state directory, or a whole copy of its "
             f"{DATABASE_NAME} (with {DATABASE_NAME}-wal, if that is there)"

@@ -133,7 +133,7 @@ class Decisions:
                         self._frame = None
                     before = seq
                     if kind in _KINDS:
-                        part = (seq - first) / (last - first)
+                        part = min(1.0, (seq - first) / max(1, last - first))
                         if (decision := self._read(seq, kind, body, part)) is not None:
                             yield decision
             except JournalCorrupt as error:
