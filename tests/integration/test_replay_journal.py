@@ -109,8 +109,11 @@ def test_another_policy_is_shown_beside_each_decision_in_words_and_for_scripts(
         ("MINING", "PREEMPT", "PREEMPTED_BY_HIGHER_RANK")
     }
     victim = kept[0]
-    words = f"{victim['who']} (mining)  gives way to {victim['then']['preemptor']}: preempted by higher rank"
-    assert any(words in line and line.endswith("stays as it is") for line in told.stdout.splitlines())
+    words = (
+        f"{victim['who']} (mining) gives way to {victim['then']['preemptor']}: preempted by higher rank "
+        "stays as it is"
+    )
+    assert any(" ".join(line.split()).endswith(words) for line in told.stdout.splitlines())
     every = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
     assert len(every) == totals["decisions"]
     assert [decision for decision in every if decision["otherwise"]] == decisions
