@@ -117,7 +117,7 @@ def test_what_did_not_change_takes_no_room() -> None:
 
 
 @given(st.data())
-def test_a_damaged_frame_is_an_error(data: st.DataObject) -> None:
+def test_a_damaged_frame_is_an_error_or_the_damage_means_nothing(data: st.DataObject) -> None:
     whole, _ = encode(some_inputs(), None)
     damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -126,10 +126,12 @@ def test_a_damaged_frame_is_an_error(data: st.DataObject) -> None:
     cut = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
     odd = zlib.compress(data.draw(st.binary(max_size=200) | st.integers(0, 200).map(bytes)))
     for bytes_read in (bytes(damaged), cut, odd):
-        if bytes_read == whole:
+        try:
+            read = inputs_of(decode(bytes_read, None))
+        except FrameError:
             continue
-        with pytest.raises(FrameError):
-            inputs_of(decode(bytes_read, None))
+        # Bits of a deflated text may mean nothing: what was read is what was written, or it is not read.
+        assert same(read, some_inputs())
 
 
 def test_a_frame_is_read_only_behind_the_one_that_it_is_told_against() -> None:
