@@ -25,7 +25,7 @@
         ├── InstallationError   this environment can't run the daemon
         └── SimulationStuck     a simulated world in which nothing can happen any more
 
-`SnapshotError` and `TransitionError` are defects of ours: they derive from AssertionError.
+`FrameError`, `SnapshotError` and `TransitionError` are defects of ours: they derive from AssertionError.
 """
 
 from dataclasses import dataclass
@@ -164,6 +164,10 @@ class InstallationError(NodeError):
 
 class SimulationStuck(NodeError):
     """Nothing in the simulated world can ever happen again, and somebody still waits."""
+
+
+class FrameError(AssertionError):
+    """Stored inputs of a plan can't be read; nothing is known of those told against them."""
 
 
 class SnapshotError(AssertionError):

@@ -44,19 +44,7 @@ class Session:
 
 def talks(function: Function) -> Function:
     """Give a command the options of everything that talks to the daemon."""
-    for option in reversed(
-        (
-            click.option(
-                "-o",
-                "--output",
-                type=click.Choice(["table", "json"], case_sensitive=False),
-                expose_value=False,
-                callback=_remember,
-                help="Form of the answer [default: table].",
-            ),
-            *CONNECTION_OPTIONS,
-        )
-    ):
+    for option in reversed((OUTPUT_OPTION, *CONNECTION_OPTIONS)):
         function = option(function)
     return function
 
@@ -67,6 +55,14 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: Any) -> Non
         setattr(ctx.ensure_object(Session), parameter.name, value)
 
 
+OUTPUT_OPTION = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"], case_sensitive=False),
+    expose_value=False,
+    callback=_remember,
+    help="Form of the answer [default: table].",
+)
 CONNECTION_OPTIONS = (
     click.option(
         "--address",

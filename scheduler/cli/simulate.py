@@ -13,6 +13,8 @@ import click
 from scheduler.cli.convert import convert
 from scheduler.cli.exit_codes import ExitCode
 from scheduler.cli.failures import CliError
+from scheduler.cli.progress import ProgressBar
+from scheduler.cli.session import OUTPUT_OPTION, Session
 
 if TYPE_CHECKING:
     from scheduler.model.settings import Config
@@ -47,15 +49,33 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     help="End then  [default: when no job can change any more].",
 )
 @click.option("--out", type=_FOLDER, metavar="DIR", help="Where the results go.")
+@click.option(
+    "--replay-journal",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="STATE_DIR",
+    help="Make a daemon's decisions again instead; with --policy, beside those of another policy.",
+)
+@OUTPUT_OPTION
 @click.pass_context
-def simulate(ctx: click.Context, /, out: Path | None, **options: Any) -> None:
+def simulate(
+    ctx: click.Context, /, out: Path | None, replay_journal: Path | None, **options: Any
+) -> int | None:
     """Replay a workload in virtual time, under the loop and the planner that run a node.
 
     Into DIR go summary.json, report.html, attempts.csv and timeline.csv. Equal inputs give equal files.
     The formats are in docs/SIMULATE.md; `simulate convert` makes them of public traces.
+
+    With --replay-journal the decisions of a daemon are made again from its journal, also beside it while it
+    runs: exit code 0 if each is the same to the last bit. With --policy it shows what that policy would have
+    decided otherwise in the same moments; its [power] is not used, for budgets were what they were.
     """
     if ctx.invoked_subcommand is not None:
-        return
+        return None
+    as_json = ctx.ensure_object(Session).json
+    if replay_journal is not None:
+        return _decide_again(ctx, replay_journal, options, out, as_json=as_json)
+    if as_json:
+        raise click.UsageError("-o json goes with --replay-journal; a simulation writes summary.json", ctx)
     _check(ctx, options, out)
     assert out is not None
     out.mkdir(parents=True, exist_ok=True)
@@ -66,6 +86,7 @@ def simulate(ctx: click.Context, /, out: Path | None, **options: Any) -> None:
             _compare(world, store, options["compare"], out)
         else:
             _simulate(world, store, _config(options["policy"]), out, "")
+    return None
 
 
 simulate.add_command(convert)
@@ -83,6 +104,20 @@ def _check(ctx: click.Context, options: dict[str, Any], out: Path | None) -> Non
         raise click.UsageError(f"missing {', '.join(wanted)}", ctx)
     if options["compare"] and options["policy"]:
         raise click.UsageError("--compare names both policies; leave --policy out", ctx)
+
+
+def _decide_again(
+    ctx: click.Context, journal: Path, options: dict[str, Any], out: Path | None, *, as_json: bool
+) -> int:
+    """Replay a journal's decisions; returns the exit code."""
+    from scheduler import config as configuration
+    from scheduler.cli import replaying
+
+    others = ("nodes", "jobs", "prices", "events", "compare", "synthetic", "until")
+    if wrong := [f"--{name}" for name in others if options[name]]:
+        raise click.UsageError(f"--replay-journal has all its inputs; leave {', '.join(wrong)} out", ctx)
+    policy = None if options["policy"] is None else configuration.load(options["policy"]).policy
+    return replaying.replay(journal, policy, out, as_json=as_json)
 
 
 def _files(options: dict[str, Any], out: Path) -> dict[str, Path | None]:
@@ -153,8 +188,9 @@ def _simulate(world: World, store: JobStore, config: Config, out: Path, label: s
     world = replace(world, policy=config.policy, power=config.power)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    with _Bar(world.until_s, store.count, label) as bar:
-        outcome = replays.replay(world, store, out, bar.tell)
+    bar = _Bar(world.until_s, store.count, label)
+    with bar:
+        outcome = replays.replay(world, store, out, bar.show)
     for refusal in outcome.refusals:
         _tell(refusal)
     found = outputs.summary(outcome)
@@ -200,39 +236,20 @@ def _compare(world: World, store: JobStore, policies: tuple[Path, Path], out: Pa
     _tell(f"side by side: {out / 'compare.html'}")
 
 
-class _Bar:
-    """A progress bar on standard error, if that is a terminal."""
+class _Bar(ProgressBar):
+    """How far a replay is."""
 
     def __init__(self, until_s: float | None, jobs: int, label: str) -> None:
+        super().__init__(label or "simulating")
         self._until_s = until_s
         self._jobs = jobs
-        self._label = label
 
-    def __enter__(self) -> _Bar:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
-        self._progress = Progress(
-            *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-        )
-        self._progress.start()
-        self._task = self._progress.add_task(self._label or "simulating", total=1.0, words="")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def tell(self, progress: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         """Show how far it is: of the time if that is bounded, or of the jobs."""
         done = progress.ended / max(1, self._jobs)
         if self._until_s is not None:
             done = max(done, progress.now_s / self._until_s)
-        words = f"{progress.now_s / 3600.0:,.1f} h, {progress.ended:,} of {self._jobs:,} jobs ended"
-        self._progress.update(self._task, completed=done, words=words)
+        self.tell(done, f"{progress.now_s / 3600.0:,.1f} h, {progress.ended:,} of {self._jobs:,} jobs ended")
 
 
 def _tell(text: str) -> None:

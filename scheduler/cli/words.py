@@ -89,8 +89,12 @@ def word(message: Message, field: str) -> str:
 
 def reason(message: Message, field: str = "reason") -> str:
     """Return a reason as words: `waiting for GPUs` of REASON_WAITING_FOR_GPUS; "" where unset."""
-    words = word(message, field).lower().split("_")
-    return " ".join(CAPITALS.get(part, part) for part in words)
+    return spoken(word(message, field))
+
+
+def spoken(name: str) -> str:
+    """Return an enum's name as words."""
+    return " ".join(CAPITALS.get(part, part) for part in name.lower().split("_"))
 
 
 def because(message: job_pb2.Job | node_pb2.Gpu) -> str:

@@ -16,6 +16,7 @@ from scheduler.control.abilities import Abilities
 from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
+from scheduler.control.decisions import Decisions
 from scheduler.control.handover import HandoverVerifier, Look
 from scheduler.control.health import Health
 from scheduler.control.housekeeping import Housekeeper
@@ -59,13 +60,12 @@ from scheduler.effects.launcher import Exited, Launcher, LauncherGone, Report
 from scheduler.effects.processes import Processes
 from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestError, Unavailable
 from scheduler.model.actions import WAIT_REASONS, Plan
-from scheduler.model.events import DaemonStarted, JobSubmitted, PlanDecided, PolicyChanged, submitted
+from scheduler.model.events import DaemonStarted, JobSubmitted, PolicyChanged, submitted
 from scheduler.model.jobs import FINAL_STATES, Job, JobSpec, JobState
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import Config
-from scheduler.model.snapshot import GpuColumns
 from scheduler.planning.explain import Explanation, Preview, explain, preview
-from scheduler.planning.planner import Memo, digest, plan
+from scheduler.planning.planner import Memo, plan
 
 log = logging.getLogger("wattshift.loop")
 
@@ -100,6 +100,8 @@ class Site:
     boot_id: str
     version: str
     pid: int
+    # Whether each decision is journalled with all that it was made from: so that it can be made again.
+    keeps_decisions: bool = True
 
 
 class Controller:
@@ -112,6 +114,7 @@ class Controller:
         self.meters = Meters()
         self.watchers = Watchers(config.server.concurrent_rpcs_max // 2)
         self.ledger = Ledger(effects.journal, config.policy)
+        self.decisions = Decisions(self.ledger)
         self.telemetry = Telemetry(self.meters)
         self.board = GpuBoard(self.ledger, site.sizes, self.telemetry)
         self.prices = Prices(self)
@@ -143,9 +146,7 @@ class Controller:
         self._memo = Memo()
         self._planned: tuple[object, float] | None = None  # what the last plan rests on, and when it was made
         self._wake_s: float | None = None  # when time alone could change it
-        self._gpus_before: GpuColumns | None = None
-        # As they were when the tick began.
-        self._before: tuple[bool, GpuColumns | None] = (self.rebooted, None)
+        self._rebooted_before = self.rebooted  # when the tick began
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
@@ -352,14 +353,15 @@ class Controller:
         self.orders.clear()
         self.reports.recall_victims()
         self.standing.reload()
-        self.rebooted, self._gpus_before = self._before
+        self.rebooted = self._rebooted_before
+        self.decisions.forget()
         self.power.undo()
         self._planned = None  # the numbers of dropped events come again
         self._release_or_acquire()
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
-        self._before = self.rebooted, self._gpus_before
+        self._rebooted_before = self.rebooted
         self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
@@ -447,18 +449,21 @@ class Controller:
         try:
             snapshot = self.board.snapshot(now_s)
             made = plan(snapshot, self.config.policy, self._memo)
+            took_s = time.perf_counter() - begun
+            if self.site.keeps_decisions and self.decisions.is_one(made):
+                self.decisions.record(now_s, snapshot, self.config.policy, made)
+                basis = (self.board.basis(), self.config.policy)  # this event changes no plan
         except Exception:  # a defect of ours; what arrived is kept all the same, and jobs go on
             log.exception("no plan could be made")
             self.meters.tick_failures += 1
             self.problems["planner"] = "no plan could be made; the daemon's log says why"
             return None
         self.problems.pop("planner", None)
-        self.meters.plan_s.observe(time.perf_counter() - begun)
+        self.meters.plan_s.observe(took_s)
         # What a plan under a budget rests on is in no basis: the draw of this moment, and the budget itself.
         self.last_plan, self._planned = made, None if self.power.is_active else (basis, now_s)
         self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
-            self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))
             self.power.perform(made.actions, now_s)
             self.reports.perform(made.actions, now_s)
         return self._wake_s
@@ -468,14 +473,6 @@ class Controller:
         if self.last_plan is None or self._planned is None or self._planned[0] != basis:
             return False
         return self._planned[1] <= now_s and (self._wake_s is None or now_s < self._wake_s)
-
-    def _gpus_changed(self, columns: GpuColumns) -> tuple[str, ...]:
-        """What the planner sees of GPUs other than when it acted last; each change makes new columns."""
-        if columns is self._gpus_before:
-            return ()
-        now, before = _as_text(columns), _as_text(self._gpus_before) if self._gpus_before else {}
-        self._gpus_before = columns
-        return tuple(f"{uuid} {text}" for uuid, text in sorted(now.items()) if before.get(uuid) != text)
 
     def _commit(self) -> None:
         """Make the tick durable, send the orders that follow, then tell those who look."""
@@ -589,8 +586,3 @@ class Controller:
 
     def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
         self.inbox.put(HandoverResult(uuid, look, error))
-
-
-def _as_text(columns: GpuColumns) -> dict[str, str]:
-    rows = zip(columns.uuid, columns.state, columns.memory_mib, strict=True)
-    return {uuid: f"{int(state)} {int(memory)}" for uuid, state, memory in rows}

@@ -9,6 +9,7 @@ import numpy as np
 
 from scheduler.control.holdings import Holdings
 from scheduler.model import snapshot as columns
+from scheduler.model.frames import SaidColumns
 from scheduler.model.gpus import GpuIdentity, model_matches
 from scheduler.model.jobs import Job, JobClass, JobState, Notice, job_number
 from scheduler.model.policy import Order, Policy, aged_priority
@@ -30,9 +31,11 @@ _STATE_CODES = {
     JobState.PREEMPTING: columns.PREEMPTING,
     JobState.STOPPING: columns.STOPPING,
 }
-# Beside the jobs' own: what a job draws by nature, W, and the whole work of one that pays at its end, µs.
-_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w", "whole_us")
+# Beside the jobs' own: what a job draws by nature, W; the whole work of one that pays at its end, µs; its
+# priority before aging; how often it gave way to a job.
+_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w", "whole_us", "said_priority", "preemptions")
 _OWN = len(JobColumns.__dataclass_fields__)
+_SAID = tuple(map(_COLUMNS.index, ("said_priority", "preemptions", "value", "whole_us")))
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
 _MICROUSD_PER_USD = 1_000_000
@@ -156,7 +159,7 @@ class JobTable:
         """
         count = len(self._rows)
         own = [array[:count] for array in self._arrays]
-        natural_w, whole_us = own[_OWN:]
+        natural_w, whole_us, *_ = own[_OWN:]
         jobs, gross = JobColumns(*own[:_OWN]), None
         if self._policy.order is Order.VALUE:
             jobs = replace(jobs, value=value_of_what_is_left(jobs, whole_us, microseconds(now_s)))
@@ -173,6 +176,11 @@ class JobTable:
             power=None if power is None else power(natural_w),
             gross_value=gross,
         )
+
+    def said(self) -> SaidColumns:
+        """What the jobs of the snapshot said; views, valid until the next change."""
+        count = len(self._rows)
+        return SaidColumns(*(self._arrays[row][:count] for row in _SAID))
 
     def _holding_columns(self, leaving: list[Leaver]) -> HoldingColumns:
         held = self.holdings.columns()
@@ -218,6 +226,8 @@ class JobTable:
             stop_us,
             UNKNOWN if natural_w is None else max(1, math.ceil(natural_w)),
             UNKNOWN if spec.job_class is JobClass.MINING else microseconds(spec.expected_duration_s),
+            spec.priority,
+            job.preemptions,
         )
 
     def _model_set(self, models: tuple[str, ...]) -> int:

@@ -162,7 +162,10 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
     """Raise `JournalError` where another wattshift wrote the file in another format."""
     found = meta(db, "format")
     if found != FORMAT:
-        raise JournalError(f"{path} has format {found}, this wattshift reads {FORMAT}; nothing was changed")
+        raise JournalError(
+            f"{path} has format {found}, this wattshift reads {FORMAT}; nothing was changed. "
+            "Use the version that wrote it, or move the file away to start anew"
+        )
 
 
 def meta(db: sqlite3.Connection, key: str) -> Any:

@@ -1,23 +1,14 @@
 """`wattshift journal verify`: walk a journal's whole chain, beside a running daemon if there is one."""
 
 import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from scheduler.effects.journal_file import (
-    DATABASE_NAME,
-    DECODERS,
-    SELECT_EVENTS,
-    anchor,
-    chained,
-    check_format,
-    decode_job,
-    head,
-)
-from scheduler.errors import JournalCorrupt, JournalError, TransitionError
+from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, anchor, decode_job
+from scheduler.effects.journal_read import chain, opened
+from scheduler.errors import JournalCorrupt, TransitionError
 from scheduler.model.events import (
     JobEvent,
     JobSubmitted,
@@ -51,38 +42,26 @@ def verify(state_dir: Path) -> Verification:
         JournalError: There is no journal, or the file is no database.
     """
     path = state_dir / DATABASE_NAME
-    if not path.exists():
-        raise JournalError(f"{path} does not exist; name the daemon's state directory")
-    try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as db:
-            db.execute("BEGIN")
-            return _verified(db, path)
-    except sqlite3.Error as error:
-        raise JournalCorrupt(f"{path} can't be read: {error}") from error
+    with opened(path) as db:
+        db.execute("BEGIN")
+        return _verified(db, path)
 
 
 def _verified(db: sqlite3.Connection, path: Path) -> Verification:
-    check_format(db, path)
-    last, last_hash = head(db, path)
-    seq, running = anchor(db, path)
+    seq, _ = anchor(db, path)
     first, count = seq + 1, 0
     jobs: dict[str, Job] = {}
-    for row_seq, kind, body, stored in db.execute(f"{SELECT_EVENTS} ORDER BY seq"):
-        problem = ""
-        running = chained(running, row_seq, kind, body)
-        if row_seq != seq + 1:
-            problem = f"event {seq + 1} is missing"
-        elif running != stored:
-            problem = f"event {row_seq} ({kind}) does not match its hash"
-        else:
-            problem = _refold(jobs, row_seq, kind, body)
-        if problem:
-            return Verification(False, count, first, seq, problem)
-        seq, count = row_seq, count + 1
-    if (seq, running) != (last, last_hash):
-        return Verification(
-            False, count, first, seq, f"the chain ends at event {seq}, the journal says {last}"
-        )
+    try:
+        for event_seq, kind, body in chain(db, path):
+            problem = _refold(jobs, event_seq, kind, body)
+            if problem:
+                return Verification(False, count, first, seq, problem)
+            seq, count = event_seq, count + 1
+    except JournalCorrupt as error:
+        return Verification(False, count, first, seq, str(error))
+    (end,) = db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
+    if end > seq:
+        return Verification(False, count, first, seq, f"event {end} stands behind the last one, {seq}")
     for job in jobs.values():
         row = db.execute("SELECT body FROM jobs WHERE number = ?", (job.number,)).fetchone()
         if row and decode_job(row[0]) != job:

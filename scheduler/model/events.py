@@ -310,14 +310,15 @@ class UsageBooked:
 
 @dataclass(frozen=True, slots=True)
 class PlanDecided:
-    """A tick acted: its time, its GPUs as far as they changed, and the digest of its plan.
+    """A plan that acts, or lets a job wait that has just come: its digest and all that it was made from.
 
-    With the events before it this is all that the plan was made from, so it can be made again.
+    So it can be made again. What it does is in the events behind it.
     """
 
     at_s: float
     plan_digest: str
-    gpus_changed: tuple[str, ...]  # "UUID state free_memory_mib", sorted
+    frame: bytes  # the snapshot and what jobs said, as `model/frames.py` has it
+    policy: Policy | None = None  # with a whole frame; those that are told against it go by the same
 
 
 NodeEvent = (

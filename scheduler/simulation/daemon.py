@@ -30,10 +30,12 @@ class SimulatedDaemon:
         config: Config,
         sizes: tuple[NodeSize, ...],
         wrap: Callable[[Effects], Effects] | None = None,
+        *,
+        keeps_decisions: bool = True,
     ) -> None:
         """Take the machine, the journal's directory (best in memory), the settings, each node's size.
 
-        `wrap` may put something between each daemon and its effects.
+        `wrap` may put something between each daemon and its effects. `keeps_decisions` as `Site` has it.
         """
         self.machine = machine
         self.launcher = SimulatedLauncher(machine)
@@ -42,6 +44,7 @@ class SimulatedDaemon:
         self._gpus = MachineGpus(machine)
         self._sizes = sizes
         self._wrap = wrap
+        self._keeps_decisions = keeps_decisions
         self._journal: SqliteJournal | None = None
         self._controller: Controller | None = None
         self._serves = False
@@ -112,6 +115,7 @@ class SimulatedDaemon:
                 boot_id=self.machine.boot_id,
                 version=VERSION,
                 pid=self._pid,
+                keeps_decisions=self._keeps_decisions,
             )
             controller = Controller(self._wrap(effects) if self._wrap else effects, self.config, site)
             self._controller = controller

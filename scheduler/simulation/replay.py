@@ -131,7 +131,8 @@ class _Replay:
         )
         live_jobs_max = world.policy.live_jobs_max
         sizes = tuple(NodeSize(node.cpus_milli, node.memory_mib, live_jobs_max) for node in world.nodes)
-        daemon = SimulatedDaemon(machine, state_dir, config, sizes)
+        # The journal is thrown away, and so is what its decisions could be made again from.
+        daemon = SimulatedDaemon(machine, state_dir, config, sizes, keeps_decisions=False)
         budgets = budget_steps(world.events, power.budget_w)
         site = Site(price_steps(world.prices), budgets, world.events, power.base_w, power.pue)
         names = [node.node_id for node in world.nodes]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from scheduler.effects.journal_file import DATABASE_NAME
 from scheduler.effects.journal_verify import verify
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
+from scheduler.errors import JournalError
 from scheduler.model.actions import Action, SetPowerLimit
 from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, Attempt, Job, JobState, job_number
@@ -20,6 +21,7 @@ from scheduler.model.policy import aged_priority
 from scheduler.model.reasons import Reason
 from scheduler.planning.planner import plan
 from scheduler.simulation.boards import RESERVE_MIB
+from scheduler.simulation.decisions import Decisions
 from scheduler.simulation.machine import Process
 
 if TYPE_CHECKING:
@@ -417,6 +419,19 @@ class Invariants:
         """The journal proves itself."""
         found = verify(self._world.daemon.disk.directory)
         self._demand(found.ok, f"the journal is not whole: {found.problem}")
+
+    def decisions_replay(self) -> None:
+        """Each decision can be made again, and what jobs said makes the columns that the plan had."""
+        decisions = Decisions(self._world.daemon.disk.directory, self._world.daemon.config.policy)
+        try:
+            for decision in decisions.again():
+                event = f"event {decision.event}"
+                self._demand(decision.is_same, f"{event} is another plan when it is made again")
+                self._demand(not decision.otherwise, f"the same policy decides {event} otherwise")
+        except JournalError as error:
+            self._demand(False, f"decisions can't be made again: {error}")
+        skipped = decisions.totals.skipped
+        self._demand(not skipped, f"{skipped} decisions have no whole frame before them")
 
     def _now_s(self) -> float:
         return asyncio.get_running_loop().time()

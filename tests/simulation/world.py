@@ -171,6 +171,7 @@ class World:
         self.daemon.stop()
         self.invariants.chain_is_whole()
         self.invariants.energy_is_booked()
+        self.invariants.decisions_replay()
         if self.failure is not None:
             raise self.failure
 

@@ -1,5 +1,6 @@
 """The journal's chain: tampering shows wherever it is, old events go and the rest stays provable."""
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from scheduler.control.ledger import Ledger
 from scheduler.effects.journal import JobFilter
-from scheduler.effects.journal_file import DATABASE_NAME
+from scheduler.effects.journal_file import DATABASE_NAME, chained
 from scheduler.effects.journal_sqlite import EVENTS_DROPPED_AT_ONCE, SqliteJournal
 from scheduler.effects.journal_verify import verify
 from scheduler.errors import JournalCorrupt, JournalError, StateLocked
@@ -102,6 +103,28 @@ def test_one_daemon_at_a_time(tmp_path: Path) -> None:
 def test_there_must_be_a_journal_to_verify(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="state directory"):
         verify(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_journal_beside_which_nothing_may_be_written_says_what_to_do(tmp_path: Path) -> None:
+    written(tmp_path)
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(JournalError, match="copy the state directory to where you may write"):
+            verify(tmp_path)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_an_event_behind_the_last_one_is_found(tmp_path: Path) -> None:
+    written(tmp_path, jobs=3)
+    db = sqlite3.connect(tmp_path / DATABASE_NAME)
+    (seq, running) = db.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+    forged = chained(running, seq + 1, "BackoffCleared", b"{}")
+    db.execute("INSERT INTO events VALUES (?, 0, 'BackoffCleared', '{}', ?)", (seq + 1, forged))
+    db.commit()
+    db.close()
+    assert verify(tmp_path).problem == f"event {seq + 1} stands behind the last one, {seq}"
 
 
 def test_old_jobs_and_events_go_and_what_stays_is_provable(tmp_path: Path) -> None:
