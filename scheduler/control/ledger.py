@@ -36,6 +36,8 @@ from scheduler.model.power_events import (
     DrawsLearned,
     GridEventAccepted,
     GridEventMoved,
+    HashpricesSet,
+    HashratesLearned,
     LimitsDecided,
     LimitsRestored,
     PowerBudgetSet,
@@ -170,6 +172,8 @@ class Ledger:
                 | DrawsLearned()
                 | BudgetReturns()
                 | PricesSet()
+                | HashpricesSet()
+                | HashratesLearned()
             ):
                 self.power = folded(self.power, event)
             case _:

@@ -4,7 +4,7 @@ A lone client never waits. Where many submit one by one, gRPC hands their calls 
 without a moment's patience each would pay for a commit of its own (400 a second; with it 1,300).
 """
 
-from scheduler.control.inbox import Asked, HandoverResult, Item, Submit
+from scheduler.control.inbox import Asked, HandoverResult, Item, MinerRead, Submit
 from scheduler.effects.launcher import Acknowledged, CheckpointSaved, Exited, Signalled, Started
 
 # As long as a few calls take to arrive; a submission's commit takes a quarter of it.
@@ -31,7 +31,7 @@ class Pace:
         """
         if awaits_exits and isinstance(item, Exited | HandoverResult):
             return EXIT_LINGER_S
-        if isinstance(item, Started | Signalled | Acknowledged | CheckpointSaved):
+        if isinstance(item, Started | Signalled | Acknowledged | CheckpointSaved | MinerRead):
             return REPORT_LINGER_S
         if isinstance(item, Asked) and isinstance(item.command, Submit) and self._in_company:
             return SUBMIT_LINGER_S

@@ -7,6 +7,7 @@ boards only, in whole watts, so that choices compare integers.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from scheduler.model.mining import Hashprice
 from scheduler.model.prices import PricePoint
 
 # A curve's point: part of the natural draw, and the part of the work that is done at it.
@@ -15,6 +16,8 @@ CurvePoint = tuple[float, float]
 BUDGET_INTERVALS_MAX = 1024
 GRID_EVENTS_MAX = 256
 GRID_EVENTS_OVER_KEPT = 64
+# A plan's budget where nobody sets one: more than the boards of any site draw.
+UNLIMITED_W = 1_000_000_000
 
 
 class ShedState(StrEnum):
@@ -35,6 +38,15 @@ class BudgetKind(StrEnum):
     SAFE = "SAFE"  # the declared level, while the signal of a source is lost
     GRID_EVENT = "GRID_EVENT"
     EMERGENCY = "EMERGENCY"
+
+
+class LimitCause(StrEnum):
+    """Why a GPU's power limit is where it is."""
+
+    FOUND = "FOUND"  # as it was found, or back there
+    NATURAL = "NATURAL"  # what its job draws by nature, and a margin
+    OPERATING_POINT = "OPERATING_POINT"  # its miner earns most there
+    SHED = "SHED"  # it gives up watts for the budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,9 @@ class PowerState:
     return_began_s: float = 0.0
     prices: tuple[PricePoint, ...] = ()
     prices_from: str = ""  # the file or URL; empty = a client set them
+    hashprices: tuple[Hashprice, ...] = ()
+    hashprices_from: str = ""
+    hashrates_hs: dict[str, float] = field(default_factory=dict)  # proved: by job id, or standing job
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from scheduler.model.settings import (
     MICROUSD_PER_USD,
     Config,
     JobsConfig,
+    MiningConfig,
+    OperatingPoint,
     PowerConfig,
     SamplingConfig,
     StateConfig,
@@ -103,6 +105,8 @@ class _Replay:
         config = Config(
             policy=world.policy,
             power=power,
+            # Under a limit simulated work falls in proportion, so that no point is better than full or off.
+            mining=MiningConfig(operating_point=OperatingPoint.FULL),
             state=_STATE,
             jobs=JobsConfig(pending_max=_PENDING_MAX),
             sampling=SamplingConfig(SAMPLING_PERIOD_S, _DAY_S),
