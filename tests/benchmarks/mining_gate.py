@@ -3,8 +3,8 @@
     python -m tests.benchmarks.mining_gate [PRICES.csv]
 
 The optimum is exact: dynamic programming over on and off at each interval, with the restart loss; where
-limits may be lowered, an interval's gain is the best of the curve's corners. The gate is the planner's own: one
-`plan()` an interval, carried out at once; with limits, its rules.
+limits may be lowered, an interval's gain is the best of the curve's corners. The gate is the planner's own:
+one `plan()` an interval, carried out at once; with limits, its rules.
 """
 
 import csv
