@@ -161,11 +161,12 @@ def test_an_old_hashprice_falls_to_the_declared_value_and_a_new_one_brings_it_ba
     async def story(world: World) -> None:
         world.rig(hashrate_hs=30e6)
         job = await world.submit(**MINER)
+        await asyncio.sleep(25.0)  # nothing else happens when it becomes too old
         await world.hashprice(0.024)
         await world.price(0.05)
         await asyncio.sleep(HOUR_S - 60.0)
         assert world.state(job) is JobState.RUNNING
-        await asyncio.sleep(120.0)
+        await asyncio.sleep(63.0)
         assert world.value(job) == 0.0
         assert world.daemon.controller.reason(world.job(job)) is Reason.WAITING_FOR_PRICE
         await world.hashprice(0.024)

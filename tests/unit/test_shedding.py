@@ -51,6 +51,12 @@ def test_options_go_from_full_limits_along_the_curve_to_a_stop() -> None:
     assert found[-1].cost // 16 == 50_000
 
 
+def test_of_a_miner_at_its_best_point_only_what_is_given_up_from_there_counts() -> None:
+    found = options(unit(full_w=(270,)), CURVE, HOUR_US)  # 900 thousandths of its draw, 970 of its work
+    assert [option.limits_w for option in found] == [(270,), (255,), (240,), (225,), (210,), None]
+    assert found[-2].cost // 16 == 6_000  # from 97 to 85 % of the work of 0.05 USD an hour
+
+
 def test_nothing_is_offered_below_what_a_curve_knows_or_a_board_takes() -> None:
     assert options(unit(least_w=(280,)), CURVE, HOUR_US)[-2].limits_w == (280,)
     assert options(unit(may_lower=False), CURVE, HOUR_US)[1:] == [Option(260, 50_000 * 16 + 5, None)]
