@@ -54,7 +54,12 @@ async def read_miner(miner: Miner, port: int, token: str, timeout_s: float = ANS
         raise FeedError(
             f"{name} did not answer as such a miner does; is that its API, and the right miner_api?"
         )
-    return _READERS[miner.api](said, miner.algorithm.lower())
+    return reading_of(miner.api, said, miner.algorithm)
+
+
+def reading_of(api: MinerApi, said: Any, algorithm: str) -> MinerReading:
+    """What such a miner's JSON object says."""
+    return _READERS[api](said, algorithm.lower())
 
 
 # The answers -------------------------------------------------------------------------------------
@@ -170,6 +175,8 @@ async def _exchange(api: MinerApi, port: int, token: str) -> bytes:
             return (await _to_the_end(reader, b"\0")).rstrip(b"\0")
         # 1.0, so that the answer is not cut into chunks and the connection ends with it.
         head = [f"GET {_PATHS[api]} HTTP/1.0", f"Host: {HOST}:{port}", "Accept: application/json"]
+        if not token.isprintable() or not token.isascii():
+            raise ValueError("the token has characters that no header takes")
         if token:
             head.append(f"Authorization: Bearer {token}")
         writer.write("\r\n".join([*head, "Connection: close", "", ""]).encode())

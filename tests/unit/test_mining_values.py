@@ -15,7 +15,7 @@ from scheduler.control import mining as mining_control
 from scheduler.control.inbox import SetHashprices, SetPrices
 from scheduler.control.mining import PORT_VARIABLE
 from scheduler.control.mining_view import MinerView
-from scheduler.effects import miners
+from scheduler.effects.miners import reading_of
 from scheduler.errors import FeedError, IllegalMove
 from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.mining import Hashprice, Miner, MinerApi, MinerDoubt, MinerReading
@@ -56,7 +56,7 @@ class World(SimulatedNode):
     async def read(self, miner: Miner, port: int, token: str) -> MinerReading:
         if port not in self.rigs or port in self.dead:
             raise FeedError(f"{miner.api.value} on 127.0.0.1:{port} can't be read: refused")
-        return miners._READERS[miner.api](self.rigs[port].answer(), miner.algorithm)
+        return reading_of(miner.api, self.rigs[port].answer(), miner.algorithm)
 
     async def begin(self) -> None:
         await self.daemon.start()
