@@ -447,7 +447,7 @@ class Controller:
         if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
-        basis = (self.board.basis(), self.config.policy, self.power.basis())
+        basis = (self.board.basis(), self.config.policy, self.power.points.basis())
         if not self.power.is_active and self._still_holds(basis, now_s):
             return self._wake_s
         begun = time.perf_counter()

@@ -298,9 +298,8 @@ class Mining:
     def _tell(self) -> None:
         """Say of whom something is not known."""
         problems = self._control.problems
-        doubtful = [view for view in self.views() if view.doubt is not None]
-        if doubtful:
-            problems["miners"] = words_of(doubtful)
+        if any(watch.doubt is not None for watch in self._watches.values()):
+            problems["miners"] = words_of([view for view in self.views() if view.doubt is not None])
         else:
             problems.pop("miners", None)
 

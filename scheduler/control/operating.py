@@ -10,6 +10,7 @@ import random
 from typing import TYPE_CHECKING
 
 from scheduler.model.jobs import Job, JobClass
+from scheduler.model.power import Curve, curve_of
 from scheduler.model.settings import OperatingPoint
 from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.economics import operating_point
@@ -36,10 +37,22 @@ class OperatingPoints:
         table = self._control.ledger.table
         return table.energy is not None and table.energy.curve is not None and bool(table.mining)
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether the configuration wants it."""
-        return self._control.config.mining.operating_point is OperatingPoint.BEST
+    def mined(self) -> tuple[Curve | None, int]:
+        """Mining's curve, and the least limit of boards that take one; None: none is set for the price."""
+        control = self._control
+        ranges = [control.power.limits.range_w(gpu) for gpu in control.board.identities]
+        least_w = max((math.ceil(low) for low, high in ranges if low < high), default=None)
+        if least_w is None or control.config.mining.operating_point is not OperatingPoint.BEST:
+            return None, 0
+        return curve_of(control.config.policy.classes[JobClass.MINING].power_curve), least_w
+
+    def basis(self) -> object:
+        """What a plan without a budget rests on, of power; equal where nothing changed."""
+        if not self.is_active:
+            return None
+        limits, gpus = self._control.power.limits, self._control.board.identities
+        boards = tuple((limits.in_force_w(gpu), limits.range_w(gpu)) for gpu in gpus)
+        return tuple(self.held_w.items()), boards
 
     def advance(self, now_s: float) -> None:
         """Say where each running miner is best, and move the limits a step."""

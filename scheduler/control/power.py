@@ -40,10 +40,10 @@ from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
     GRID_EVENTS_MAX,
     UNLIMITED_W,
-    Curve,
     GridEvent,
     LimitCause,
     ShedState,
+    curve_of,
 )
 from scheduler.model.power_events import (
     DrawsLearned,
@@ -113,23 +113,6 @@ class PowerControl:
     def sets_limits(self) -> bool:
         """Whether plans set power limits."""
         return self.is_active or self.points.is_active
-
-    def basis(self) -> object:
-        """What a plan without a budget rests on, of power; equal where nothing changed."""
-        if not self.points.is_active:
-            return None
-        boards = (
-            (self.limits.in_force_w(gpu), self.limits.range_w(gpu)) for gpu in self._control.board.identities
-        )
-        return tuple(self.points.held_w.items()), tuple(boards)
-
-    def mining_range(self) -> tuple[Curve | None, int]:
-        """Mining's curve, and the least limit of boards that take one; None: none is set for the price."""
-        ranges = [self.limits.range_w(gpu) for gpu in self._control.board.identities]
-        least_w = max((math.ceil(low) for low, high in ranges if low < high), default=None)
-        if least_w is None or not self.points.is_wanted:
-            return None, 0
-        return curve_of(self._control.config.policy.classes[JobClass.MINING].power_curve), least_w
 
     # Watts of the site and of its boards --------------------------------------------------------
 
@@ -289,7 +272,9 @@ class PowerControl:
                 continue
             self.limits.read(sample, now_s)
             held = control.board.holders(gpu.uuid)
-            if len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING:
+            whole = len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING
+            # Who is held at less for long would seem to want ever less.
+            if whole and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
                 limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
                     learned.append(held[0])
@@ -582,11 +567,6 @@ class PowerControl:
         if done:
             self.limits.given_back(done)
             ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
-
-
-def curve_of(points: tuple[tuple[float, float], ...]) -> Curve:
-    """A configured curve in thousandths."""
-    return Curve(tuple((round(draw * MILLI), round(work * MILLI)) for draw, work in points))
 
 
 def _in_steps(watts: float, step_w: int) -> int:

@@ -51,7 +51,7 @@ class Prices:
         self.price = self._series.at(now_s, config.price_max_age_s, config.price_unknown_usd_per_kwh)
         limits = [gpu.power_limit_w_max or UNKNOWN_W for gpu in control.board.identities]
         most_w = round(max(limits, default=UNKNOWN_W))
-        energy = EnergyPrice(self.price.usd_per_kwh * config.pue, most_w, *control.power.mining_range())
+        energy = EnergyPrice(self.price.usd_per_kwh * config.pue, most_w, *control.power.points.mined())
         if energy != control.ledger.table.energy:
             control.ledger.table.energy = energy
 

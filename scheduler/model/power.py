@@ -16,6 +16,7 @@ CurvePoint = tuple[float, float]
 BUDGET_INTERVALS_MAX = 1024
 GRID_EVENTS_MAX = 256
 GRID_EVENTS_OVER_KEPT = 64
+_MILLI = 1000
 # A plan's budget where nobody sets one: more than the boards of any site draw.
 UNLIMITED_W = 1_000_000_000
 
@@ -146,6 +147,11 @@ class Curve:
     def least_milli(self) -> int:
         """The least draw of which something is known."""
         return self.points[-1][0]
+
+
+def curve_of(points: tuple[CurvePoint, ...]) -> Curve:
+    """A configured curve in thousandths."""
+    return Curve(tuple((round(draw * _MILLI), round(work * _MILLI)) for draw, work in points))
 
 
 def draw_w(natural_w: float, limit_w: float, clock_w: float | None = None) -> float:

@@ -14,9 +14,9 @@ from scheduler.control.board import NodeSize
 from scheduler.control.inbox import Item, Submission, Submit
 from scheduler.control.loop import Controller
 from scheduler.control.pace import Pace
-from scheduler.control.power import curve_of
 from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
 from scheduler.model.policy import CLASS_DEFAULTS, Policy
+from scheduler.model.power import curve_of
 from scheduler.model.settings import (
     MICROUSD_PER_USD,
     Config,

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from scheduler.control.power import curve_of
 from scheduler.model.actions import RequeueJob, StartJob
 from scheduler.model.policy import COMPUTE_BOUND, MEMORY_BOUND, Policy
-from scheduler.model.power import Curve
+from scheduler.model.power import Curve, curve_of
 from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.economics import operating_point
 from scheduler.planning.planner import plan

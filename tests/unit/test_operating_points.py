@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,5 +211,23 @@ def test_a_daemon_that_comes_back_finds_its_limits_again(played: Any) -> None:
         assert world.limits_w == [EFFICIENT_W]
         assert world.causes == [LimitCause.OPERATING_POINT]
         assert "somebody else" not in " ".join(world.daemon.controller.problems.values())
+
+    played(story)
+
+
+def test_a_miner_held_at_less_that_draws_less_still_is_not_taken_for_one_that_wants_less(played: Any) -> None:
+    async def story(world: World) -> None:
+        miner = await world.submit(**MINER | {"draw_w": None})
+        await asyncio.sleep(60.0)  # its draw is learned
+        await world.price(0.05)
+        await asyncio.sleep(60.0)
+        assert world.limits_w == [LEAST_W]
+        (board,) = world.machine.boards.values()
+        (occupant,) = board.occupants
+        board.remove(occupant.pid, world.machine.clock.now_s())
+        board.put(replace(occupant, draw_w=300.0), world.machine.clock.now_s())
+        await asyncio.sleep(300.0)
+        assert world.daemon.controller.power.draws.natural_w(world.job(miner)) == 500.0
+        assert world.limits_w == [LEAST_W]
 
     played(story)

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.control.power import curve_of
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import BURSTY, COMPUTE_BOUND, MEMORY_BOUND
-from scheduler.model.power import Curve, draw_w
+from scheduler.model.power import Curve, curve_of, draw_w
 from scheduler.planning.shedding import CELLS_MAX, Option, Unit, cheapest, given_back, options
 
 HOUR_US = 3_600_000_000
