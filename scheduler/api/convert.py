@@ -8,6 +8,7 @@ from scheduler.control.board import GpuView
 from scheduler.effects.journal import UsageRow
 from scheduler.model.gpus import GpuIdentity, GpuSample, GpuState
 from scheduler.model.jobs import Attempt, Job, JobClass, JobSpec, JobState, OnPreempt, RestartRule
+from scheduler.model.mining import Miner, MinerApi
 from scheduler.model.power import GridEvent, ShedState
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import MICROUSD_PER_USD
@@ -33,6 +34,7 @@ _RESTART: dict[RestartRule, Any] = {
 SHED_STATES: dict[ShedState, Any] = {
     state: power_pb2.ShedState.Value(f"SHED_STATE_{state.value}") for state in ShedState
 }
+_MINER_APIS: dict[MinerApi, Any] = {api: job_pb2.MinerApi.Value(f"MINER_API_{api.name}") for api in MinerApi}
 
 
 def timestamp(at_s: float | None) -> Timestamp | None:
@@ -56,6 +58,11 @@ def reason(value: Reason) -> Any:
 def job_class(value: JobClass) -> Any:
     """A class as protobuf says it."""
     return _CLASSES[value]
+
+
+def miner_api(value: MinerApi) -> Any:
+    """A miner's API as protobuf says it."""
+    return _MINER_APIS[value]
 
 
 def job(value: Job, priority: int, why: Reason) -> job_pb2.Job:
@@ -146,9 +153,20 @@ def spec_message(spec: JobSpec) -> job_pb2.JobSpec:
         draw_w=spec.draw_w,
         pinned_memory_mib=spec.pinned_memory_mib,
         tenant=spec.tenant,
+        miner=None if spec.miner is None else _miner(spec.miner),
     )
     setattr(message, "class", _CLASSES[spec.job_class])
     return message
+
+
+def _miner(miner: Miner) -> job_pb2.Miner:
+    return job_pb2.Miner(
+        api=_MINER_APIS[miner.api],
+        port=miner.port,
+        algorithm=miner.algorithm,
+        fee_ratio=miner.fee_ratio,
+        token_variable=miner.token_variable,
+    )
 
 
 def gpu(view: GpuView) -> node_pb2.Gpu:

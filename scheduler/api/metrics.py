@@ -10,6 +10,7 @@ from prometheus_client import ProcessCollector
 
 from scheduler.api.exposition import Page
 from scheduler.api.gpu_metrics import GPU, put_gpus
+from scheduler.api.mining_metrics import put_mining
 from scheduler.api.power_metrics import put_power
 from scheduler.control.loop import Controller
 from scheduler.control.meters import Labels
@@ -33,6 +34,7 @@ class NodeMetrics:
         put_gpus(page, control.board.views(now_s), control.meters.gpu_energy_j, now_s)
         self._put_jobs(page)
         put_power(page, control, now_s)
+        put_mining(page, control, now_s)
         self._put_meters(page)
         openadr = control.openadr.view(now_s)
         age_s = None if openadr is None else openadr.contact_age_s

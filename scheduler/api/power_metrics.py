@@ -12,7 +12,8 @@ def put_power(page: Page, control: Controller, now_s: float) -> None:
     """Add what the site draws and may draw, how its sheds went, and what electricity costs."""
     power, meters = control.power, control.meters
     plan = control.last_plan
-    shadow = plan.power.shadow_microusd_per_wh if plan is not None and plan.power is not None else None
+    outlook = plan.power if plan is not None and power.is_active else None
+    shadow = None if outlook is None else outlook.shadow_microusd_per_wh
     price = control.prices.price
     active = sum(event.binds and event.shed_began_s is not None for event in control.ledger.power.events)
     for name, text, value in (

@@ -5,13 +5,14 @@ import re
 from typing import Any
 
 from scheduler.api import convert
+from scheduler.api.mining import hashprices, mining
 from scheduler.api.power_report import report_message
 from scheduler.api.rpc import Context, unary
 from scheduler.api.submission import DURATION_S_MAX, Violations
 from scheduler.control import inbox
 from scheduler.control.event_report import event_report
 from scheduler.control.loop import Controller
-from scheduler.model.power import BUDGET_INTERVALS_MAX, BudgetInterval, BudgetKind, GridEvent
+from scheduler.model.power import BUDGET_INTERVALS_MAX, BudgetInterval, BudgetKind, GridEvent, LimitCause
 from scheduler.model.prices import PricePoint, checked
 from scheduler.model.settings import MICROUSD_PER_USD
 from scheduler.v1 import power_pb2, power_service_pb2, power_service_pb2_grpc
@@ -23,6 +24,9 @@ AHEAD_S_MAX = DURATION_S_MAX
 
 _KINDS: dict[BudgetKind, Any] = {
     kind: power_pb2.BudgetKind.Value(f"BUDGET_KIND_{kind.value}") for kind in BudgetKind
+}
+_CAUSES: dict[LimitCause | None, Any] = {None: power_pb2.LIMIT_CAUSE_UNSPECIFIED} | {
+    cause: power_pb2.LimitCause.Value(f"LIMIT_CAUSE_{cause.value}") for cause in LimitCause
 }
 
 
@@ -116,6 +120,14 @@ class PowerService(power_service_pb2_grpc.PowerServiceServicer):
         return power_service_pb2.SetPricesResponse(power=power(self._control))
 
     @unary
+    async def SetHashprices(
+        self, request: power_service_pb2.SetHashpricesRequest, context: Context
+    ) -> power_service_pb2.SetHashpricesResponse:
+        wanted = hashprices(request.hashprices, self._control.effects.clock.now_s())
+        await self._control.ask(inbox.SetHashprices(wanted))
+        return power_service_pb2.SetHashpricesResponse(power=power(self._control))
+
+    @unary
     async def ListGridEvents(
         self, request: power_service_pb2.ListGridEventsRequest, context: Context
     ) -> power_service_pb2.ListGridEventsResponse:
@@ -176,6 +188,7 @@ def power(control: Controller) -> power_pb2.Power:
                 limit_w_max=gpu.limit_w_max,
                 limit_w_found=gpu.limit_w_found,
                 refusal=gpu.refusal,
+                limit_cause=_CAUSES[gpu.cause],
             )
             for gpu in view.gpus
         ],
@@ -190,6 +203,7 @@ def power(control: Controller) -> power_pb2.Power:
         valid_until=convert.timestamp(state.budget_valid_until_s),
         price=_price(control),
         openadr=_openadr(control),
+        mining=mining(control),
     )
 
 
@@ -215,8 +229,8 @@ def _price(control: Controller) -> power_pb2.ElectricityPrice | None:
         usd_per_kwh=prices.price.usd_per_kwh,
         age_s=prices.price.age_s if math.isfinite(prices.price.age_s) else None,
         declared=prices.price.is_declared,
-        source=prices.feed.name if prices.feed is not None else "",
-        problem=prices.problem,
+        source=prices.polled.name,
+        problem=prices.polled.problem,
         prices=[
             power_pb2.PricePoint(
                 start=convert.timestamp(one.start_s),

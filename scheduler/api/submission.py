@@ -15,6 +15,7 @@ from scheduler.model.jobs import (
     OnPreempt,
     RestartRule,
 )
+from scheduler.model.mining import ALGORITHM_CHARACTERS_MAX, MINER_PORT_MAX, Miner, MinerApi, is_algorithm
 from scheduler.model.policy import PRIORITY_MAX, Policy
 from scheduler.model.settings import MICROUSD_PER_USD, PRIORITY_DEFAULT, JobsConfig
 from scheduler.v1 import job_pb2
@@ -43,6 +44,7 @@ _ON_PREEMPT: dict[int, OnPreempt] = {0: OnPreempt.REQUEUE} | {
 _RESTART: dict[int, RestartRule] = {0: RestartRule.NEVER} | {
     job_pb2.RestartRule.Value(f"RESTART_RULE_{rule.value}"): rule for rule in RestartRule
 }
+_MINER_APIS: dict[int, MinerApi] = {job_pb2.MinerApi.Value(f"MINER_API_{api.name}"): api for api in MinerApi}
 
 _T = TypeVar("_T")
 
@@ -206,6 +208,7 @@ class _Reader:
                 )
             ),
             tenant=self._text("tenant", TENANT_CHARS_MAX),
+            miner=self._miner(share, gpus),
         )
 
     def environment(self) -> dict[str, str]:
@@ -269,6 +272,28 @@ class _Reader:
         if path and (not path.startswith("/") or "\0" in path or len(path) > PATH_CHARS_MAX):
             self.wrong("working_directory", "is not an absolute path; begin with /")
         return path
+
+    def _miner(self, share: int, gpus: int) -> Miner | None:
+        """Where the job tells what it mines."""
+        said = self.message.miner
+        if not self.message.HasField("miner"):
+            return None
+        if self.job_class is not JobClass.MINING or share < SHARE_MILLI_WHOLE or not gpus:
+            self.wrong("miner", "is of a mining job with whole GPUs; leave it out")
+        api = _MINER_APIS.get(said.api)
+        if api is None:
+            self.wrong("miner.api", f"is unknown; give one of {', '.join(one.name for one in MinerApi)}")
+        if not is_algorithm(said.algorithm):
+            self.wrong(
+                "miner.algorithm",
+                "is no name of an algorithm; give what the hashprices call it, up to "
+                f"{ALGORITHM_CHARACTERS_MAX} letters, digits and ._/+-",
+            )
+        port = self.found.number(self.prefix + "miner.port", said.port, 1, MINER_PORT_MAX, "")
+        fee = self.found.number(self.prefix + "miner.fee_ratio", said.fee_ratio, 0.0, 1.0, "")
+        if said.token_variable and said.token_variable not in self.message.environment:
+            self.wrong("miner.token_variable", "names no variable of environment; add it there")
+        return Miner(api or MinerApi.T_REX, int(port), said.algorithm.lower(), fee, said.token_variable)
 
     def _deadline(self) -> float | None:
         if not self.message.HasField("deadline"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from scheduler.cli import output, words
+from scheduler.cli.hashprices import hashprices
 from scheduler.cli.power_report import report
 from scheduler.cli.session import Session, talks
 from scheduler.cli.values import DURATION_S, time_s, typed, watts
@@ -26,6 +27,12 @@ MOMENT = typed("time", lambda text: time_s(text, time.time()))
 GPU_TITLES = ("GPU", "DRAW W", "LIMIT W", "RANGE W", "FOUND W", "REMARK")
 GPU_NUMBERS = ("GPU", "DRAW W", "LIMIT W", "RANGE W", "FOUND W")
 EVENT_TITLES = ("EVENT", "STATE", "START", "END", "BUDGET W", "MEASURED W", "SHED", "REMARK")
+# Why a limit is where it is, where that is not plain.
+CAUSES = {
+    "NATURAL": "its job's draw and a margin",
+    "OPERATING_POINT": "its miner earns most there",
+    "SHED": "gives up watts for the budget",
+}
 PRICE_TITLES = ("FROM", "UNTIL", "USD/KWH")
 EVENT_NUMBERS = ("BUDGET W", "MEASURED W", "SHED")
 
@@ -36,6 +43,7 @@ def power() -> None:
 
 
 power.add_command(report)
+power.add_command(hashprices)
 
 
 @power.command()
@@ -155,7 +163,8 @@ def prices(session: Session, file: Path | None, clear: bool) -> None:
     FILE is CSV with the columns start and usd_per_kwh (or usd_per_mwh), or JSON with the same names; it
     replaces what was set before. Times are Unix seconds or 2026-01-31T18:00:00Z.
     """
-    from scheduler.effects.price_feed import FEED_BYTES_MAX, parse
+    from scheduler.effects.feed import FEED_BYTES_MAX
+    from scheduler.effects.price_feed import parse_prices
     from scheduler.v1 import power_service_pb2
 
     if file is not None and clear:
@@ -164,7 +173,7 @@ def prices(session: Session, file: Path | None, clear: bool) -> None:
     if file is not None:
         try:
             with click.open_file(str(file), "rb") as opened:
-                points = parse(opened.read(FEED_BYTES_MAX + 1), str(file))
+                points = parse_prices(opened.read(FEED_BYTES_MAX + 1), str(file))
         except OSError as error:
             raise click.UsageError(f"{file} can't be read: {error.strerror}") from error
         except FeedError as error:
@@ -208,7 +217,7 @@ def _print(session: Session, answer: Message, power: power_pb2.Power) -> None:
             f"{gpu.limit_w:.0f}",
             f"{gpu.limit_w_min:.0f}-{gpu.limit_w_max:.0f}",
             f"{gpu.limit_w_found:.0f}" if gpu.HasField("limit_w_found") else words.NONE,
-            gpu.refusal,
+            gpu.refusal or CAUSES.get(words.word(gpu, "limit_cause"), ""),
         )
         for gpu in sorted(power.gpus, key=lambda gpu: gpu.index)
     ]

@@ -87,6 +87,9 @@ def build(session: Session, command: Sequence[str]) -> job_pb2.JobSpec:
             setattr(spec, name, kind.values_by_name[prefix + given[name].upper().replace("-", "_")].number)
     if "working_directory" in given:
         spec.working_directory = str(Path(given["working_directory"]).absolute())
+    if "miner" in given:
+        api, port, algorithm = given["miner"]
+        spec.miner.api, spec.miner.port, spec.miner.algorithm = getattr(job_pb2, api), port, algorithm
     if "deadline" in given:
         spec.deadline.FromMicroseconds(round(given["deadline"] * 1e6))
     return spec
@@ -152,9 +155,22 @@ def _remember(ctx: click.Context, parameter: click.Parameter, value: Any) -> Non
         ctx.ensure_object(Session).job_options[parameter.name] = value
 
 
-def _option(*names: str, type: Any, text: str, many: bool = False) -> Callable[[Function], Function]:  # noqa: A002
+def _option(
+    *names: str,
+    type: Any,  # noqa: A002
+    text: str,
+    many: bool = False,
+    metavar: str | None = None,
+) -> Callable[[Function], Function]:
     return click.option(
-        *names, type=type, help=text, multiple=many, default=None, expose_value=False, callback=_remember
+        *names,
+        type=type,
+        help=text,
+        multiple=many,
+        metavar=metavar,
+        default=None,
+        expose_value=False,
+        callback=_remember,
     )
 
 
@@ -169,6 +185,7 @@ DEADLINE = values.typed("time", lambda text: values.time_s(text, time.time()))
 ENVIRONMENT = values.typed("KEY=VALUE", lambda text: values.environment_of((text,), "--env"))
 ENVIRONMENT_FILE = values.typed("file", _read_environment)
 WORDS = values.typed("command", shlex.split)
+MINER = values.typed("miner", values.miner)
 
 OPTIONS = (
     _option(
@@ -210,6 +227,13 @@ OPTIONS = (
     _option("--draw", "draw_w", type=float, text="Watts that the job draws per GPU, if known."),
     _option("--priority", type=int, text="0 to 1000 within the class, larger goes first [default: 500]."),
     _option("--value", "value_usd_per_gpu_hour", type=float, text="What it is worth, USD per GPU-hour."),
+    _option(
+        "--miner",
+        type=MINER,
+        metavar="API:PORT:ALGORITHM",
+        text="Of a mining job: its API (t-rex, lolminer, rigel, xmrig, cgminer), that API's port on GPU 0, "
+        "and what it mines.",
+    ),
     _option("--tenant", type=str, text="Whose job it is, for usage reports."),
     _option(
         "--env",

@@ -39,6 +39,7 @@ WATTS_OF = {"": 1.0, "W": 1.0, "kW": 1e3, "MW": 1e6}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 MIB = 1 << 20
 SHARE_MILLI_WHOLE = 1000
+MINER_APIS = ("t-rex", "lolminer", "rigel", "xmrig", "cgminer")
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -153,3 +154,15 @@ def typed(name: str, parse: Callable[[str], Value]) -> click.types.FuncParamType
 DURATION_S = typed("duration", duration_s)
 SIZE_MIB = typed("size", size_mib)
 SHARE_MILLI = typed("share", share_milli)
+
+
+def miner(text: str) -> tuple[str, int, str]:
+    """Return the API's name as the protocol has it, its port and the algorithm of `t-rex:4067:kawpow`."""
+    api, _, rest = text.partition(":")
+    port, _, algorithm = rest.partition(":")
+    if api.lower() not in MINER_APIS or not port.isascii() or not port.isdecimal() or not algorithm:
+        apis = ", ".join(MINER_APIS)
+        raise ValueError(
+            f"{text!r} is not a miner; write API:PORT:ALGORITHM as t-rex:4067:kawpow, API one of {apis}"
+        )
+    return f"MINER_API_{api.upper().replace('-', '_')}", int(port), algorithm

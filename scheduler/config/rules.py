@@ -9,6 +9,7 @@ from typing import Any
 
 from scheduler.config.toml_lines import KeyPath
 from scheduler.model.jobs import JobClass
+from scheduler.model.mining import MINER_PORT_MAX, MINER_PORTS, is_algorithm
 from scheduler.model.policy import PRIORITY_MAX
 from scheduler.model.power import CurvePoint
 from scheduler.model.prices import PRICE_USD_PER_KWH_MAX
@@ -88,6 +89,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "power.price_poll_s": (1, _DAY_S),
     "power.price_max_age_s": (1, 30 * _DAY_S),
     "power.price_unknown_usd_per_kwh": (0, PRICE_USD_PER_KWH_MAX),
+    "mining.hashprice_poll_s": (1, _DAY_S),
+    "mining.hashprice_max_age_s": (1, 30 * _DAY_S),
+    "mining.stale_value_usd_per_gpu_hour": (0, _USD_PER_GPU_HOUR_MAX),
+    "mining.value_usd_per_gpu_hour_max": (0, _USD_PER_GPU_HOUR_MAX),
     "openadr.poll_s": (1, 3600),
     "openadr.contact_lost_s": (1, _DAY_S),
     "openadr.subscription_w": (1, _SITE_W_MAX),
@@ -104,6 +109,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "standing_jobs.*.min_runtime_s": (0, _YEAR_S),
     "standing_jobs.*.restart_loss_s": (0, _YEAR_S),
     "standing_jobs.*.draw_w": (1, 100_000),
+    "standing_jobs.*.miner_port": (1, MINER_PORT_MAX),
+    "standing_jobs.*.miner_fee_ratio": (0, 1),
 }
 
 UNIX_PREFIX = "unix://"
@@ -269,9 +276,17 @@ def _power_problems(config: Config) -> Iterator[Problem]:
         )
     if power.budget_w is not None and power.budget_w < power.base_w * power.pue:
         yield ("power", "budget_w"), f"must be at least base_w times pue ({power.base_w * power.pue:g} W)"
-    if power.price_source and not power.price_source.startswith(("/", "http://", "https://")):
-        words = f"must be an absolute path, or begin with http:// or https://, is {power.price_source!r}"
-        yield ("power", "price_source"), words
+    sources = (
+        ("power", "price_source", power.price_source),
+        (
+            "mining",
+            "hashprice_source",
+            config.mining.hashprice_source,
+        ),
+    )
+    for table, key, source in sources:
+        if source and not source.startswith(("/", "http://", "https://")):
+            yield (table, key), f"must be an absolute path, or begin with http:// or https://, is {source!r}"
 
 
 def _openadr_problems(config: Config) -> Iterator[Problem]:
@@ -349,6 +364,42 @@ def _standing_problems(config: Config) -> Iterator[Problem]:
         remedy = _grace_problem(job.grace_s or 0.0, config)
         if remedy:
             yield (*key, "grace_s"), remedy
+        yield from _miner_problems(key, job, jobs[:number])
+
+
+def _miner_problems(key: KeyPath, job: StandingJob, earlier: tuple[StandingJob, ...]) -> Iterator[Problem]:
+    if job.miner_api is None:
+        for name in ("miner_port", "miner_algorithm", "miner_fee_ratio", "miner_token_variable"):
+            if getattr(job, name):
+                yield (*key, name), "does nothing without miner_api; set that, or leave this out"
+        return
+    if job.job_class is not JobClass.MINING:
+        yield (*key, "miner_api"), 'is for class = "mining" only'
+    if job.miner_port is None:
+        yield key, "miner_port is missing; give the port of the API of the instance on GPU 0"
+    elif near := [one.name for one in earlier if _meet(one.miner_port, job.miner_port)]:
+        yield (
+            (*key, "miner_port"),
+            (
+                f"meets the ports of {shown(near[0])} on other GPUs; give both the same (a GPU has one of "
+                f"them at a time), or one that is {MINER_PORTS} higher"
+            ),
+        )
+    if not is_algorithm(job.miner_algorithm):
+        yield (
+            (*key, "miner_algorithm"),
+            'must be the name that the hashprices have for it, such as "kawpow"',
+        )
+    if job.miner_token_variable and job.miner_token_variable not in job.environment:
+        yield (
+            (*key, "miner_token_variable"),
+            f"must be a name in environment, is {shown(job.miner_token_variable)}",
+        )
+
+
+def _meet(one: int | None, other: int) -> bool:
+    """Whether two standing jobs could have a port in common, each on a GPU of its own."""
+    return one is not None and 0 < abs(one - other) < MINER_PORTS
 
 
 def _command_problems(key: KeyPath, job: StandingJob) -> Iterator[Problem]:

@@ -420,7 +420,7 @@ class Accounts:
             job_class=user.label,
             gpu_ms=gpu_ms,
             energy_mj=sums.energy_mj,
-            value_microusd=gpu_ms * job.spec.value_microusd_per_gpu_hour // _MS_PER_HOUR if job else 0,
+            value_microusd=gpu_ms * self._ledger.table.value(job) // _MS_PER_HOUR if job else 0,
             attempt=user.attempt,
             cost_microusd=cost_microusd,
             unpriced_mj=sums.unpriced_mj,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from scheduler.control.ledger import Ledger
-from scheduler.control.table import Leaver, gave_way
+from scheduler.control.table import JobWatts, Leaver, gave_way
 from scheduler.control.telemetry import Telemetry
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.events import BaselineLearned
@@ -97,7 +97,7 @@ class GpuBoard:
         self._nodes: tuple[object, NodeColumns] | None = None
         self._since: dict[str, tuple[GpuState, float]] = {}
         # What makes the power columns; None while nobody sets a budget.
-        self.power: Callable[[], Callable[[Any], PowerColumns] | None] = lambda: None
+        self.power: Callable[[], Callable[[JobWatts], PowerColumns] | None] = lambda: None
 
     def read(self, readings: GpuReadings) -> tuple[GpuIdentity, ...]:
         """Take a round of readings; return the GPUs that were not there in the round before.
@@ -286,10 +286,10 @@ class GpuBoard:
     def basis(self) -> tuple[object, ...]:
         """What snapshots are made of, but for the time; equal where nothing that the planner sees changed."""
         head = self._ledger.journal.head
-        energy = self._ledger.table.energy
-        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving()), energy
+        worth = self._ledger.table.energy, self._ledger.table.values_changed
+        return head, self._gpu_columns(), self._node_columns(), tuple(self._leaving()), worth
 
-    def snapshot(self, now_s: float, power: Callable[[Any], PowerColumns] | None = None) -> Snapshot:
+    def snapshot(self, now_s: float, power: Callable[[JobWatts], PowerColumns] | None = None) -> Snapshot:
         """The world now, for the planner; valid until the next change. `power`: else as the budget says."""
         return self._ledger.table.snapshot(
             now_s, self._gpu_columns(), self._node_columns(), self._leaving(), power or self.power()

@@ -12,6 +12,7 @@ from scheduler.effects.launcher import LauncherGone, LauncherHello, Report
 from scheduler.errors import LimitReached
 from scheduler.model.gpus import GpuHolders, GpuLimit
 from scheduler.model.jobs import Job, JobSpec
+from scheduler.model.mining import Hashprice, MinerReading
 from scheduler.model.power import BudgetInterval, GridEvent
 from scheduler.model.prices import PricePoint
 
@@ -123,10 +124,17 @@ class SetPrices:
     points: tuple[PricePoint, ...]
 
 
-PowerCommand = SetPowerBudget | OfferGridEvent | CancelGridEvent
+@dataclass(frozen=True, slots=True)
+class SetHashprices:
+    """What hashrate earns; none: mining is worth what the configuration says."""
+
+    hashprices: tuple[Hashprice, ...]
+
+
+PowerCommand = SetPowerBudget | OfferGridEvent | CancelGridEvent | SetPrices | SetHashprices
 JobCommand = Submit | Cancel | Requeue | Acknowledge | SaveCheckpoint
 NodeCommand = Cordon | Uncordon | Drain | Undrain
-Command = JobCommand | NodeCommand | PowerCommand | SetPrices
+Command = JobCommand | NodeCommand | PowerCommand
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +207,29 @@ class PricesRead:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class HashpricesRead:
+    """What the file or URL says that hashrate earns."""
+
+    hashprices: tuple[Hashprice, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class MinerRead:
+    """What the miner of a job's attempt says, or why it can't be read."""
+
+    number: int  # of the job
+    attempt: int
+    reading: MinerReading | None
+    error: str = ""
+
+
 PowerItem = LimitSet | LimitsGivenBack
+MiningItem = HashpricesRead | MinerRead
 DaemonItem = LauncherBack | PricesRead | Elapsed
 GpuItem = GpuReadings | HandoverResult | HoldersSeen | LookFailed
-Item = Asked | Report | GpuItem | PowerItem | DaemonItem
+Item = Asked | Report | GpuItem | PowerItem | MiningItem | DaemonItem
 
 
 @dataclass(slots=True)

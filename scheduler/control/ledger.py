@@ -38,6 +38,8 @@ from scheduler.model.power_events import (
     GridEventAccepted,
     GridEventDelayed,
     GridEventMoved,
+    HashpricesSet,
+    HashratesLearned,
     LimitsDecided,
     LimitsRestored,
     PowerBudgetSet,
@@ -178,6 +180,8 @@ class Ledger:
                 | DrawsLearned()
                 | BudgetReturns()
                 | PricesSet()
+                | HashpricesSet()
+                | HashratesLearned()
             ):
                 self.power = folded(self.power, event)
             case _:

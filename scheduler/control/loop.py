@@ -26,6 +26,7 @@ from scheduler.control.inbox import (
     Drain,
     Elapsed,
     HandoverResult,
+    HashpricesRead,
     HoldersSeen,
     Inbox,
     Item,
@@ -33,14 +34,15 @@ from scheduler.control.inbox import (
     LimitSet,
     LimitsGivenBack,
     LookFailed,
+    MinerRead,
     PowerCommand,
     PricesRead,
-    SetPrices,
     Uncordon,
     Undrain,
 )
 from scheduler.control.ledger import Ledger
 from scheduler.control.meters import Meters
+from scheduler.control.mining import Mining
 from scheduler.control.observer import Observer
 from scheduler.control.occupancy import Occupancy
 from scheduler.control.openadr import OpenAdr
@@ -130,7 +132,14 @@ class Controller:
             on_result=self._handover_ended,
             timeout_s=lambda: self.config.policy.handover_timeout_s,
         )
-        self.orders = Orders(effects.launcher, self.ledger.environment, self.verifier, site.base_environment)
+        self.mining = Mining(self)
+        self.orders = Orders(
+            effects.launcher,
+            self.ledger.environment,
+            self.verifier,
+            site.base_environment,
+            self.mining.variables,
+        )
         self.reports = ReportHandler(self)
         self.standing = StandingJobs(self)
         self.observer = Observer(self.ledger, self.meters)
@@ -139,6 +148,7 @@ class Controller:
         self.health = Health(self)
         self.power = PowerControl(self)
         self.openadr = OpenAdr(self)
+        self._sources = (self.prices.polled, self.mining.polled, self.openadr)
         self.launcher_id = ""  # empty while none answers
         self.problems: dict[str, str] = {}
         self.abilities = Abilities(self.problems)
@@ -175,8 +185,8 @@ class Controller:
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
         self._running = True
-        self.prices.start()
-        self.openadr.start()
+        for source in self._sources:
+            source.start()
         self._release_or_acquire()
         self._tick()
 
@@ -221,8 +231,8 @@ class Controller:
         """Tick no more, and leave everything as it is: what a crash does."""
         self._running = False
         self.verifier.close()
-        self.prices.stop()
-        self.openadr.stop()
+        for source in self._sources:
+            source.stop()
         for task in self._looks:
             task.cancel()
         self._stop_lingering()
@@ -259,8 +269,8 @@ class Controller:
             replace(size, live_jobs_max=config.policy.live_jobs_max) for size in self.board.sizes
         )
         self.standing.reload()
-        self.prices.reload()
-        self.openadr.reload()
+        for source in self._sources:
+            source.reload()
         self.inbox.put(Elapsed())
 
     def reason(self, job: Job) -> Reason:
@@ -371,6 +381,7 @@ class Controller:
         if has_readings:
             self.accounts.read(now_s)  # not before it is known who has ended meanwhile, and at what price
         self.standing.reconcile(now_s)
+        self.mining.advance(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
         self.accounts.book(now_s, has_readings=has_readings)
@@ -383,7 +394,8 @@ class Controller:
             if not future.done():
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
-        self._wake_at((wake_s, self.prices.wake_s(now_s), self.power.wake_s(now_s)), now_s)
+        wakes_s = (wake_s, *(one.wake_s(now_s) for one in (self.prices, self.mining, self.power)))
+        self._wake_at(wakes_s, now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -407,6 +419,8 @@ class Controller:
                 self.power.take(item, now_s)
             case PricesRead():
                 self.prices.take(item, now_s)
+            case HashpricesRead() | MinerRead():
+                self.mining.take(item, now_s)
             case Elapsed():
                 pass
             case _:
@@ -420,9 +434,6 @@ class Controller:
         try:
             if isinstance(command, PowerCommand):
                 result = self.power.handle(command, now_s)
-            elif isinstance(command, SetPrices):
-                self.prices.set(command, now_s)
-                result = None
             else:
                 result = self.commands.handle(command, now_s)
         except RequestError as error:
@@ -442,7 +453,7 @@ class Controller:
         if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
-        basis = (self.board.basis(), self.config.policy)
+        basis = (self.board.basis(), self.config.policy, self.power.points.basis())
         if not self.power.is_active and self._still_holds(basis, now_s):
             return self._wake_s
         begun = time.perf_counter()
@@ -452,7 +463,7 @@ class Controller:
             took_s = time.perf_counter() - begun
             if self.site.keeps_decisions and self.decisions.is_one(made):
                 self.decisions.record(now_s, snapshot, self.config.policy, made)
-                basis = (self.board.basis(), self.config.policy)  # this event changes no plan
+                basis = (self.board.basis(), *basis[1:])  # this event changes no plan
         except Exception:  # a defect of ours; what arrived is kept all the same, and jobs go on
             log.exception("no plan could be made")
             self.meters.tick_failures += 1

@@ -61,6 +61,7 @@ class Meters:
     tick_s: Histogram = field(default_factory=Histogram)
     journal_append_s: Histogram = field(default_factory=Histogram)
     tick_failures: int = 0
+    mining_shares: defaultdict[Labels, int] = field(default_factory=lambda: defaultdict(int))
     power_over_budget_s: float = 0.0
     power_limit_errors: defaultdict[Labels, int] = field(default_factory=lambda: defaultdict(int))
     power_limits_changed: int = 0

@@ -386,7 +386,7 @@ class OpenAdr:
     async def _price(self, points: tuple[PricePoint, ...]) -> list[str]:
         if points == self._prices:
             return []
-        feed = self._control.prices.feed
+        feed = self._control.prices.polled.feed
         if feed is not None:
             return [f"PRICE is not used: prices come from {feed.name} ([power] price_source)"]
         try:

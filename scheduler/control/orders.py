@@ -27,12 +27,14 @@ class Orders:
         environment: Callable[[int], dict[str, str]],
         verifier: HandoverVerifier,
         base_environment: Mapping[str, str],
+        on_gpus: Callable[[Job, tuple[str, ...]], dict[str, str]],
     ) -> None:
-        """Take the effects, how to look up a job's own environment, and that of every job."""
+        """Take the effects, how to look up a job's own environment, that of every job, and that on GPUs."""
         self._launcher = launcher
         self._environment = environment
         self._verifier = verifier
         self._base_environment = base_environment
+        self._on_gpus = on_gpus
         self._kills: list[AttemptKey] = []
         self._stops: list[StopOrder] = []
         self._forgets: list[AttemptKey] = []
@@ -152,7 +154,7 @@ class Orders:
             key = AttemptKey(job.id, last.number)
             order = self._prepared.pop(job.number, None)
             if order is not None and order.key == key:
-                order = replace(order, environment={**order.environment, **_devices(last.gpus)})
+                order = replace(order, environment={**order.environment, **self._placed(job, last.gpus)})
             else:
                 order = self._start_order(job, key, last.gpus)
             self._launcher.start(order)
@@ -165,7 +167,7 @@ class Orders:
             environment={
                 **self._base_environment,
                 **(self._environment(job.number) if job.spec.environment_digest else {}),
-                **_devices(gpus),
+                **self._placed(job, gpus),
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 "WATTSHIFT_JOB_ID": job.id,
                 "WATTSHIFT_ATTEMPT": str(key.attempt),
@@ -174,8 +176,9 @@ class Orders:
             stop_command=job.spec.stop_command,
         )
 
-
-def _devices(gpus: tuple[str, ...]) -> dict[str, str]:
-    names = ",".join(gpus)
-    # One invalid entry would hide all behind it; an empty string hides every GPU.
-    return {"CUDA_VISIBLE_DEVICES": names, "NVIDIA_VISIBLE_DEVICES": names or "void"}
+    def _placed(self, job: Job, gpus: tuple[str, ...]) -> dict[str, str]:
+        """What a job is told of where it is."""
+        names = ",".join(gpus)
+        # One invalid entry would hide all behind it; an empty string hides every GPU.
+        devices = {"CUDA_VISIBLE_DEVICES": names, "NVIDIA_VISIBLE_DEVICES": names or "void"}
+        return {**devices, **self._on_gpus(job, gpus)}

@@ -7,13 +7,14 @@ without a moment's patience each would pay for a commit of its own (400 a second
 import asyncio
 from collections.abc import Callable
 
-from scheduler.control.inbox import Asked, HandoverResult, HoldersSeen, Item, LookFailed, Submit
+from scheduler.control.inbox import Asked, HandoverResult, HoldersSeen, Item, LookFailed, MinerRead, Submit
 from scheduler.effects.launcher import Acknowledged, CheckpointSaved, Exited, Signalled, Started
 
 # As long as a few calls take to arrive; a submission's commit takes a quarter of it.
 SUBMIT_LINGER_S = 0.002
 # Nobody waits for these reports: the next tick takes them along, at the latest after this.
 REPORT_LINGER_S = 0.005
+_UNHURRIED = Started | Signalled | Acknowledged | CheckpointSaved | HoldersSeen | LookFailed | MinerRead
 # Of several that were told to go, the first to be gone wait this long for the others.
 EXIT_LINGER_S = 0.003
 # So often a submission is made to wait to see whether it has company: 2 ms in 64 calls.
@@ -34,7 +35,7 @@ class Pace:
         """
         if awaits_exits and isinstance(item, Exited | HandoverResult):
             return EXIT_LINGER_S
-        if isinstance(item, Started | Signalled | Acknowledged | CheckpointSaved | HoldersSeen | LookFailed):
+        if isinstance(item, _UNHURRIED):
             return REPORT_LINGER_S
         if isinstance(item, Asked) and isinstance(item.command, Submit) and self._in_company:
             return SUBMIT_LINGER_S

@@ -22,12 +22,16 @@ from scheduler.control.inbox import (
     OfferGridEvent,
     PowerCommand,
     PowerItem,
+    SetHashprices,
     SetPowerBudget,
+    SetPrices,
 )
-from scheduler.control.limits import RETRY_S, Limits
+from scheduler.control.limits import RETRY_S, SAME_W, Limits
+from scheduler.control.operating import OperatingPoints
 from scheduler.control.power_view import GpuPowerView, PowerView
 from scheduler.control.sheds import Sheds
 from scheduler.control.slowed import Slowed
+from scheduler.control.table import JobWatts
 from scheduler.control.telemetry import fresh_s
 from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
@@ -37,9 +41,11 @@ from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
     GRID_EVENTS_MAX,
-    Curve,
+    UNLIMITED_W,
     GridEvent,
+    LimitCause,
     ShedState,
+    curve_of,
 )
 from scheduler.model.power_events import (
     DrawsLearned,
@@ -85,6 +91,7 @@ class PowerControl:
         self.limits = Limits(controller)
         self.sheds = Sheds(controller, self)
         self.log = DrawLog(controller, self)
+        self.points = OperatingPoints(controller)
         self._idle_w: dict[str, float] = {}
         self._empty_since_s: dict[str, float] = {}
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
@@ -102,6 +109,11 @@ class PowerControl:
     def is_active(self) -> bool:
         """Whether there is a budget to keep."""
         return self.budget.in_force_w is not None
+
+    @property
+    def sets_limits(self) -> bool:
+        """Whether plans set power limits."""
+        return self.is_active or self.points.is_active
 
     # Watts of the site and of its boards --------------------------------------------------------
 
@@ -154,6 +166,7 @@ class PowerControl:
         self.sheds.advance(now_s)
         self._fall_behind(now_s)
         self._cut_graces(now_s)
+        self.points.advance(now_s)
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
 
     def _fall_behind(self, now_s: float) -> None:
@@ -178,6 +191,7 @@ class PowerControl:
         """The next moment at which time alone changes the budget, or ends a grace."""
         moments = self.budget.edges_s()
         moments += [moment for _, moment in self._cut_off()]
+        moments += [moment for moment in [self.points.wake_s(now_s)] if moment is not None]
         moments += [
             self.shed_begins_s(event, now_s)
             for event in self._control.ledger.power.events
@@ -266,7 +280,9 @@ class PowerControl:
             if self._fresh_w(gpu.uuid, now_s) is None:
                 continue  # the same old reading teaches nothing twice
             held = control.board.holders(gpu.uuid)
-            if len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING:
+            whole = len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING
+            # Who is held at less for long would seem to want ever less.
+            if whole and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
                 limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
                     learned.append(held[0])
@@ -281,7 +297,7 @@ class PowerControl:
         self._close(elapsed_s, measured_w, now_s)
         self.sheds.read(now_s)
         self._tell()
-        if self._knows_budget and not self.is_active:
+        if self._knows_budget and not self.sets_limits:
             self._give_back(now_s)
 
     def _tell(self) -> None:
@@ -335,11 +351,17 @@ class PowerControl:
 
     # What the planner sees ----------------------------------------------------------------------
 
-    def _columns_now(self) -> Callable[[Any], PowerColumns] | None:
-        return self.columns if self.is_active else None
+    def _columns_now(self) -> Callable[[JobWatts], PowerColumns] | None:
+        if self.is_active:
+            return self.columns
+        return self._unbudgeted if self.points.is_active else None
 
-    def columns(self, natural_w: Any) -> PowerColumns:
-        """The power columns of a snapshot; `natural_w` by job row."""
+    def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
+        """The power columns without a budget: only miners are limited, all others have what boards take."""
+        return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
+
+    def columns(self, jobs: JobWatts) -> PowerColumns:
+        """The power columns of a snapshot."""
         control = self._control
         now_s = control.effects.clock.now_s()
         config, gpus = control.config.power, control.board.identities
@@ -370,8 +392,17 @@ class PowerControl:
                 UNKNOWN if (watts := self._fresh_w(gpu.uuid, now_s)) is None else math.ceil(watts)
                 for gpu in gpus
             ),
-            natural_w=natural_w,
+            natural_w=jobs.natural_w,
+            best_w=self._best_w(jobs),
         )
+
+    def _best_w(self, jobs: JobWatts) -> Any:
+        """Where miners earn most; of those that run, how far they are on their way there."""
+        held_w = self.points.held_w
+        if jobs.best_w is None or not held_w:
+            return jobs.best_w
+        pairs = zip(jobs.number.tolist(), jobs.best_w.tolist(), strict=True)
+        return _ints(held_w.get(number, best_w) for number, best_w in pairs)
 
     def empty_w(self, gpu: GpuIdentity) -> float:
         """What a board counts for while no job of ours is on it: a stranger's may draw up to the limit."""
@@ -400,11 +431,15 @@ class PowerControl:
         match command:
             case SetPowerBudget():
                 self._set_budget(command, now_s)
-                return None
+            case SetPrices():
+                self._control.prices.set(command, now_s)
+            case SetHashprices():
+                self._control.mining.set(command, now_s)
             case OfferGridEvent():
                 return self._offer(command.event, now_s)
             case CancelGridEvent():
                 return self._cancel(command.event_id, now_s)
+        return None
 
     def _set_budget(self, command: SetPowerBudget, now_s: float) -> None:
         if len(command.intervals) > BUDGET_INTERVALS_MAX:
@@ -481,6 +516,7 @@ class PowerControl:
                     limit_w_max=high,
                     limit_w_found=kept[gpu.uuid].found_w if gpu.uuid in kept else None,
                     refusal=self.limits.refusals.get(gpu.uuid, ""),
+                    cause=self._cause(gpu),
                 )
             )
         return PowerView(
@@ -492,6 +528,21 @@ class PowerControl:
             shadow_microusd_per_wh=outlook.shadow_microusd_per_wh if outlook else 0.0,
             gpus=tuple(gpus),
         )
+
+    def _cause(self, gpu: GpuIdentity) -> LimitCause | None:
+        """Why the board's limit is where it is; None where the job that it was set for has gone."""
+        kept, now_w = self._control.ledger.power.limits.get(gpu.uuid), self.limits.in_force_w(gpu)
+        if kept is None or now_w >= kept.found_w - SAME_W:
+            return LimitCause.FOUND
+        held = self._control.board.holders(gpu.uuid)
+        if not held:
+            return None
+        point_w = self.points.held_w.get(held[0].number, UNKNOWN) if len(held) == 1 else UNKNOWN
+        if point_w != UNKNOWN:
+            return LimitCause.OPERATING_POINT if now_w >= point_w - SAME_W else LimitCause.SHED
+        natural_w = sum(self.draws.natural_w(job) or kept.found_w for job in held)
+        full_w = natural_w * (1.0 + self._control.config.power.margin_ratio)
+        return LimitCause.NATURAL if now_w >= min(full_w, kept.found_w) - SAME_W else LimitCause.SHED
 
     def committed_w(self) -> float:
         """What the site may draw: limits of occupied boards, idle draw of the others."""
@@ -528,11 +579,6 @@ class PowerControl:
         if done:
             self.limits.given_back(done)
             ledger.apply(LimitsRestored(self._control.effects.clock.now_s(), done))
-
-
-def curve_of(points: tuple[tuple[float, float], ...]) -> Curve:
-    """A configured curve in thousandths."""
-    return Curve(tuple((round(draw * MILLI), round(work * MILLI)) for draw, work in points))
 
 
 def _in_steps(watts: float, step_w: int) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from scheduler.model.power import Source
+from scheduler.model.power import LimitCause, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class GpuPowerView:
     limit_w_max: float
     limit_w_found: float | None
     refusal: str
+    cause: LimitCause | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,38 +4,23 @@ Without a source there is no price, and energy costs nothing. With one the price
 moment on, by the declared price until a real one is known.
 """
 
-import asyncio
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scheduler.control.inbox import PricesRead, SetPrices
+from scheduler.control.polling import Polled
 from scheduler.control.table import EnergyPrice
-from scheduler.effects.price_feed import FilePrices, PriceFeed, UrlPrices
-from scheduler.errors import FeedError, IllegalMove
+from scheduler.effects.feed import feed_of
+from scheduler.effects.price_feed import parse_prices
+from scheduler.errors import IllegalMove
 from scheduler.model.power_events import PricesSet
 from scheduler.model.prices import Price, PricePoint, PriceSeries
-from scheduler.model.settings import PowerConfig
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
 
-log = logging.getLogger("wattshift.prices")
-
-# A source that can't be read is tried again after this, then ever later, at most at its own pace or this.
-RETRY_S = 10.0
-RETRY_S_MAX = 900.0
 MICROUSD_PER_MWH = 1_000_000_000  # for a USD per kWh
 # What a job counts for of which nobody knows the draw, where no board says what it can draw at most.
 UNKNOWN_W = 1000
-
-
-def feed_of(config: PowerConfig) -> PriceFeed | None:
-    """The source that the configuration names."""
-    source = config.price_source
-    if not source:
-        return None
-    return FilePrices(Path(source)) if source.startswith("/") else UrlPrices(source)
 
 
 class Prices:
@@ -44,45 +29,30 @@ class Prices:
     def __init__(self, controller: "Controller") -> None:
         self._control = controller
         self.price: Price | None = None
-        self.feed = feed_of(controller.config.power)
-        self.problem = ""  # why the source could not be read last
+        self.polled = Polled(
+            controller,
+            "prices",
+            lambda: feed_of(controller.config.power.price_source, parse_prices),
+            lambda: controller.config.power.price_poll_s,
+            lambda points, source: controller.inbox.put(PricesRead(points, source)),
+        )
         self._series = PriceSeries(())
         self.points: tuple[PricePoint, ...] = ()  # that hold, or will
-        self._polling: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Read the source from now on, if there is one."""
-        self._polling = asyncio.get_running_loop().create_task(self._poll()) if self.feed else None
-
-    def stop(self) -> None:
-        """Read it no more."""
-        if self._polling is not None:
-            self._polling.cancel()
-            self._polling = None
-
-    def reload(self) -> None:
-        """Go by another source, where the configuration names another."""
-        feed = feed_of(self._control.config.power)
-        if (feed and feed.name) != (self.feed and self.feed.name):
-            self.stop()
-            self.feed, self.problem = feed, ""
-            self._control.problems.pop("prices", None)
-            self.start()
 
     def advance(self, now_s: float) -> None:
         """Tell the planner what energy costs now."""
         control, config = self._control, self._control.config.power
         state = control.ledger.power
-        points = state.prices if state.prices_from == (self.feed.name if self.feed else "") else ()
+        points = state.prices if state.prices_from == self.polled.name else ()
         if points is not self.points:
             self.points, self._series = points, PriceSeries(points)
-        if not points and self.feed is None:
+        if not points and self.polled.feed is None:
             self.price = control.ledger.table.energy = None
             return
         self.price = self._series.at(now_s, config.price_max_age_s, config.price_unknown_usd_per_kwh)
         limits = [gpu.power_limit_w_max or UNKNOWN_W for gpu in control.board.identities]
         most_w = round(max(limits, default=UNKNOWN_W))
-        energy = EnergyPrice(self.price.usd_per_kwh * config.pue, most_w)
+        energy = EnergyPrice(self.price.usd_per_kwh * config.pue, most_w, *control.power.points.mined())
         if energy != control.ledger.table.energy:
             control.ledger.table.energy = energy
 
@@ -126,16 +96,16 @@ class Prices:
         Raises:
             IllegalMove: The configuration names another source.
         """
-        if self.feed is not None:
+        if self.polled.feed is not None:
             raise IllegalMove(
-                f"prices come from {self.feed.name} ([power] price_source); "
+                f"prices come from {self.polled.name} ([power] price_source); "
                 "take that out of the configuration and reload to set them from here"
             )
         self._keep(command.points, "", now_s)
 
     def take(self, item: PricesRead, now_s: float) -> None:
         """Take what the source says, if it is still the source."""
-        if self.feed is not None and item.source == self.feed.name:
+        if item.source == self.polled.name:
             self._keep(item.points, item.source, now_s)
 
     def _keep(self, points: tuple[PricePoint, ...], source: str, now_s: float) -> None:
@@ -145,22 +115,3 @@ class Prices:
         state = self._control.ledger.power
         if (points, source) != (state.prices, state.prices_from):
             self._control.ledger.apply(PricesSet(now_s, points, source))
-
-    async def _poll(self) -> None:
-        retry_s = RETRY_S
-        while self.feed is not None:
-            wait_s = self._control.config.power.price_poll_s
-            try:
-                points = await self.feed.fetch()
-            except FeedError as error:
-                if str(error) != self.problem:
-                    log.warning("no prices: %s", error)
-                self.problem = self._control.problems["prices"] = str(error)
-                wait_s, retry_s = retry_s, min(2 * retry_s, RETRY_S_MAX)
-            else:
-                if self.problem:
-                    log.info("prices come again from %s", self.feed.name)
-                self.problem, retry_s = "", RETRY_S
-                self._control.problems.pop("prices", None)
-                self._control.inbox.put(PricesRead(points, self.feed.name))
-            await asyncio.sleep(wait_s)

@@ -13,8 +13,10 @@ from scheduler.model.frames import SaidColumns
 from scheduler.model.gpus import GpuIdentity, model_matches
 from scheduler.model.jobs import Job, JobClass, JobState, Notice, job_number
 from scheduler.model.policy import Order, Policy, aged_priority
+from scheduler.model.power import Curve
 from scheduler.model.snapshot import (
     UNKNOWN,
+    WHOLE_MILLI,
     GpuColumns,
     HoldingColumns,
     JobColumns,
@@ -22,6 +24,7 @@ from scheduler.model.snapshot import (
     PowerColumns,
     Snapshot,
 )
+from scheduler.planning.economics import Point, operating_point
 
 _STATE_CODES = {
     JobState.PENDING: columns.PENDING,
@@ -68,11 +71,43 @@ class EnergyPrice:
 
     usd_per_kwh: float  # at the boards: the price times PUE
     unknown_w: int  # what a job counts for of which nobody knows the draw
+    # Of mining, and the least limit that boards take; None: limits aren't lowered for the price.
+    curve: Curve | None = None
+    least_w: int = 0
+
+    @property
+    def microusd_per_kwh(self) -> int:
+        """The price in whole micro-USD."""
+        return round(self.usd_per_kwh * _MICROUSD_PER_USD)
+
+    def best(self, jobs: JobColumns, natural_w: Any) -> tuple[Any, Any]:
+        """What each job is worth net of energy, and the limits of miners that earn most at less; UNKNOWN."""
+        net, best_w = jobs.value - self.cost(natural_w), np.full(len(jobs), UNKNOWN, dtype=np.int64)
+        if self.curve is None:
+            return net, best_w
+        steered = (jobs.job_class == int(JobClass.MINING)) & (natural_w != UNKNOWN) & (jobs.gpus > 0)
+        rows = np.flatnonzero(steered & (jobs.share_milli == WHOLE_MILLI))
+        known: dict[tuple[int, int], Point] = {}
+        for row in rows.tolist():
+            pair = int(natural_w[row]), int(jobs.value[row])
+            if pair not in known:
+                known[pair] = operating_point(self.curve, *pair, self.microusd_per_kwh, self.least_w)
+            best_w[row], net[row] = known[pair]
+        return net, best_w
 
     def cost(self, natural_w: Any) -> Any:
         """Micro-USD per GPU-hour; shape (jobs,) of watts in, UNKNOWN where not known."""
         watts = np.where(natural_w == UNKNOWN, self.unknown_w, natural_w)
         return np.rint(watts * (self.usd_per_kwh * _MICROUSD_PER_USD / _W_PER_KW)).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class JobWatts:
+    """Columns of jobs, in watts per GPU; UNKNOWN."""
+
+    number: Any
+    natural_w: Any
+    best_w: Any  # where a miner earns most, if that is below its full limit
 
 
 class JobTable:
@@ -82,6 +117,11 @@ class JobTable:
         self._policy = policy
         # What a job draws per GPU, as far as anybody knows.
         self.natural_w: Callable[[Job], float | None] = lambda job: job.spec.draw_w
+        # What a GPU-hour of a job is worth now, micro-USD. Whoever lets it change counts that.
+        self.value: Callable[[Job], int] = lambda job: job.spec.value_microusd_per_gpu_hour
+        self.values_changed = 0
+        self.miners: set[int] = set()  # numbers of the jobs that tell what they mine
+        self.mining: set[int] = set()  # numbers of the jobs of that class
         # How much later than at full speed its live attempt will be done.
         self.behind_s: Callable[[Job], float] = lambda _: 0.0
         self.energy: EnergyPrice | None = None  # what energy costs; None = nobody knows
@@ -108,6 +148,10 @@ class JobTable:
             if row == len(self._arrays[0]):
                 self._grow()
             self._rows[job.number] = row
+            if job.spec.miner is not None:
+                self.miners.add(job.number)
+            if job.spec.job_class is JobClass.MINING:
+                self.mining.add(job.number)
         for array, value in zip(self._arrays, self._values(job, code), strict=True):
             array[row] = value
         if job.holds:
@@ -120,6 +164,8 @@ class JobTable:
         row = self._rows.pop(number, None)
         if row is None:
             return
+        self.miners.discard(number)
+        self.mining.discard(number)
         self.holdings.drop(number)
         last = len(self._rows)
         if row != last:
@@ -151,21 +197,22 @@ class JobTable:
         gpus: GpuColumns,
         nodes: NodeColumns,
         leaving: list[Leaver],
-        power: Callable[[Any], PowerColumns] | None = None,
+        power: Callable[[JobWatts], PowerColumns] | None = None,
     ) -> Snapshot:
         """The world now, with what is leaving; the columns are views, valid until the next change.
 
-        `power` makes the power columns of what each job draws by nature, in watts; UNKNOWN.
+        `power` makes the power columns of what each job draws.
         """
         count = len(self._rows)
         own = [array[:count] for array in self._arrays]
         natural_w, whole_us, *_ = own[_OWN:]
-        jobs, gross = JobColumns(*own[:_OWN]), None
+        jobs, gross, best_w = JobColumns(*own[:_OWN]), None, None
         if self._policy.order is Order.VALUE:
             jobs = replace(jobs, value=value_of_what_is_left(jobs, whole_us, microseconds(now_s)))
         if self.energy is not None:
             gross = jobs.value
-            jobs = replace(jobs, value=gross - self.energy.cost(natural_w))
+            net, best_w = self.energy.best(jobs, natural_w)
+            jobs = replace(jobs, value=net)
         return Snapshot(
             now_us=microseconds(now_s),
             jobs=jobs,
@@ -173,7 +220,7 @@ class JobTable:
             nodes=nodes,
             holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
-            power=None if power is None else power(natural_w),
+            power=None if power is None else power(JobWatts(jobs.number, natural_w, best_w)),
             gross_value=gross,
         )
 
@@ -204,7 +251,7 @@ class JobTable:
             code,
             int(spec.job_class),
             aged_priority(spec.job_class, spec.priority, job.preemptions, self._policy),
-            spec.value_microusd_per_gpu_hour,
+            self.value(job),
             spec.gpus,
             spec.gpu_share_milli,
             spec.gpu_memory_mib,

@@ -146,15 +146,16 @@ def inputs_of(frame: Frame) -> PlanInputs:
     try:
         own, said, others = np.split(jobs, (len(_JOBS), len(_JOBS) + len(_SAID)))
         columns = iter(others)
-        natural_w, gross_value = next(columns) if has_power else None, next(columns) if has_gross else None
         power = None
         if has_power:
+            natural_w, best_w = next(columns), next(columns)
             power = PowerColumns(
                 **_values(_POWER, plain),
                 promised_w=promised_w if has_promise else None,
                 curves=curves,
                 **dict(zip(_BOARDS, boards, strict=True)),
                 natural_w=natural_w,
+                best_w=best_w,
             )
         snapshot = Snapshot(
             now_us=now_us,
@@ -165,7 +166,7 @@ def inputs_of(frame: Frame) -> PlanInputs:
             model_fits=fits.T.astype(bool),
             mix=MixColumns(*mix) if has_mix else None,
             power=power,
-            gross_value=gross_value,
+            gross_value=next(columns) if has_gross else None,
         )
     except (SnapshotError, ValueError, TypeError, IndexError, StopIteration) as error:
         raise FrameError(f"it contradicts itself: {error}") from error
@@ -188,7 +189,7 @@ def _tables(inputs: PlanInputs, before: Frame | None) -> tuple[Any, ...]:
         lasting = (_table(_of_gpus(gpus)), _table(_of_nodes(nodes)), np.array(fits.T, dtype=np.int64))
     of_jobs = (*_of_jobs(snapshot.jobs), *_of_said(inputs.said))
     if power is not None:
-        of_jobs += (power.natural_w,)
+        of_jobs += (power.natural_w, power.best_w)
     if gross is not None:
         of_jobs += (gross,)
     return (

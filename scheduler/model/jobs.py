@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
+from scheduler.model.mining import Miner
 from scheduler.model.reasons import Reason
 
 # Attempts kept on a job; older ones are only counted. A job that restarts for ever stays small.
@@ -88,6 +89,7 @@ class JobSpec:
     pinned_memory_mib: int = 0
     tenant: str = ""
     environment_digest: str = ""  # salted; equal environments of one submission compare equal
+    miner: Miner | None = None  # where it tells what it mines; None = it doesn't
 
     @property
     def is_share(self) -> bool:

@@ -7,6 +7,7 @@ boards only, in whole watts, so that choices compare integers.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from scheduler.model.mining import Hashprice
 from scheduler.model.prices import PricePoint
 
 # A curve's point: part of the natural draw, and the part of the work that is done at it.
@@ -17,6 +18,9 @@ GRID_EVENTS_MAX = 256
 GRID_EVENTS_OVER_KEPT = 64
 # An event that lasts longer is a standing limit, such as a subscription: its report ends here.
 GRID_EVENT_REPORTED_S = 86_400.0
+_MILLI = 1000
+# A plan's budget where nobody sets one: more than the boards of any site draw.
+UNLIMITED_W = 1_000_000_000
 
 
 class ShedState(StrEnum):
@@ -37,6 +41,15 @@ class BudgetKind(StrEnum):
     SAFE = "SAFE"  # the declared level, while the signal of a source is lost
     GRID_EVENT = "GRID_EVENT"
     EMERGENCY = "EMERGENCY"
+
+
+class LimitCause(StrEnum):
+    """Why a GPU's power limit is where it is."""
+
+    FOUND = "FOUND"  # as it was found, or back there
+    NATURAL = "NATURAL"  # what its job draws by nature, and a margin
+    OPERATING_POINT = "OPERATING_POINT"  # its miner earns most there
+    SHED = "SHED"  # it gives up watts for the budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +149,9 @@ class PowerState:
     prices: tuple[PricePoint, ...] = ()
     prices_from: str = ""  # the file or URL; empty = a client set them
     prices_past: tuple[PricePoint, ...] = ()  # that were known for the time before those, each with its end
+    hashprices: tuple[Hashprice, ...] = ()
+    hashprices_from: str = ""
+    hashrates_hs: dict[str, float] = field(default_factory=dict)  # proved: by job id, or standing job
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +179,11 @@ class Curve:
     def least_milli(self) -> int:
         """The least draw of which something is known."""
         return self.points[-1][0]
+
+
+def curve_of(points: tuple[CurvePoint, ...]) -> Curve:
+    """A configured curve in thousandths."""
+    return Curve(tuple((round(draw * _MILLI), round(work * _MILLI)) for draw, work in points))
 
 
 def draw_w(natural_w: float, limit_w: float, clock_w: float | None = None) -> float:

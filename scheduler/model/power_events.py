@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from scheduler.model.mining import Hashprice
 from scheduler.model.power import (
     GRID_EVENTS_OVER_KEPT,
     Baseline,
@@ -114,6 +115,23 @@ class PricesSet:
     source: str = ""  # the file or URL; empty = a client
 
 
+@dataclass(frozen=True, slots=True)
+class HashpricesSet:
+    """What hashrate earns from now on; none: mining is worth what the configuration says."""
+
+    at_s: float
+    hashprices: tuple[Hashprice, ...]
+    source: str = ""  # the file or URL; empty = a client
+
+
+@dataclass(frozen=True, slots=True)
+class HashratesLearned:
+    """What jobs and standing jobs have proved to hash, in hashes a second; 0 = forgotten."""
+
+    at_s: float
+    hashrates_hs: dict[str, float]
+
+
 PowerEvent = (
     PowerBudgetSet
     | GridEventAccepted
@@ -125,6 +143,8 @@ PowerEvent = (
     | DrawsLearned
     | BudgetReturns
     | PricesSet
+    | HashpricesSet
+    | HashratesLearned
 )
 
 
@@ -155,6 +175,11 @@ def folded(state: PowerState, event: PowerEvent) -> PowerState:
         case PricesSet():
             before = past(state.prices_past, state.prices, event.at_s)
             return replace(state, prices=event.points, prices_from=event.source, prices_past=before)
+        case HashpricesSet():
+            return replace(state, hashprices=event.hashprices, hashprices_from=event.source)
+        case HashratesLearned():
+            hashrates = {name: hs for name, hs in {**state.hashrates_hs, **event.hashrates_hs}.items() if hs}
+            return replace(state, hashrates_hs=hashrates)
         case BudgetReturns():
             return replace(state, returned_from_w=event.from_w, return_began_s=event.began_s)
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from scheduler.model.jobs import SHARE_MILLI_WHOLE, JobClass, JobSpec, OnPreempt, RestartRule
+from scheduler.model.mining import Miner, MinerApi
 from scheduler.model.policy import Policy
 
 MICROUSD_PER_USD = 1_000_000
@@ -141,6 +142,25 @@ class PowerConfig:
     price_unknown_usd_per_kwh: float = 1.0  # what a kilowatt-hour counts for after that
 
 
+class OperatingPoint(StrEnum):
+    """Which power limits mining runs under while energy has a price."""
+
+    BEST = "best"  # those at which it earns most
+    FULL = "full"  # those of its natural draw
+
+
+@dataclass(frozen=True, slots=True)
+class MiningConfig:
+    """`[mining]`: what mining earns, and where it runs best."""
+
+    hashprice_source: str = ""  # an absolute path or a URL that hashprices come from; empty = clients
+    hashprice_poll_s: float = 300.0
+    hashprice_max_age_s: float = 21_600.0  # how long a hashprice holds
+    stale_value_usd_per_gpu_hour: float = 0.0  # what a GPU-hour of mining counts for after that
+    value_usd_per_gpu_hour_max: float = 1.0  # a miner that would be worth more is not believed
+    operating_point: OperatingPoint = OperatingPoint.BEST
+
+
 @dataclass(frozen=True, slots=True)
 class OpenAdrConfig:
     """`[openadr]`: an OpenADR 3.1 VTN whose events are grid events here. Watts of the site."""
@@ -185,6 +205,24 @@ class StandingJob:
     restart_loss_s: float | None = None
     draw_w: float | None = None  # None = not known
     tenant: str = ""
+    miner_api: MinerApi | None = None  # None = it tells nobody what it mines
+    miner_port: int | None = None
+    miner_algorithm: str = ""
+    miner_fee_ratio: float = 0.0
+    miner_token_variable: str = ""
+
+    @property
+    def miner(self) -> Miner | None:
+        """Where an instance tells what it mines."""
+        if self.miner_api is None or self.miner_port is None:
+            return None
+        return Miner(
+            self.miner_api,
+            self.miner_port,
+            self.miner_algorithm.lower(),
+            self.miner_fee_ratio,
+            self.miner_token_variable,
+        )
 
     def spec(self, policy: Policy, environment_digest: str = "") -> JobSpec:
         """One instance of it as a job: a whole GPU, kept alive, gives way like any job."""
@@ -214,6 +252,7 @@ class StandingJob:
             draw_w=self.draw_w,
             tenant=self.tenant,
             environment_digest=environment_digest,
+            miner=self.miner,
         )
 
 
@@ -228,6 +267,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     policy: Policy = field(default_factory=Policy)  # with `[classes.*]`
     power: PowerConfig = field(default_factory=PowerConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
     openadr: OpenAdrConfig = field(default_factory=OpenAdrConfig)
     foreign: ForeignConfig = field(default_factory=ForeignConfig)
     standing_jobs: tuple[StandingJob, ...] = ()

@@ -173,6 +173,12 @@ class PowerColumns:
     measured_w: Any  # a fresh reading; UNKNOWN
     # Shape (jobs,).
     natural_w: Any  # per GPU, declared or learned; UNKNOWN
+    # Where a miner earns most, if that is below its full limit; UNKNOWN. Left out it is so for every row.
+    best_w: Any = None
+
+    def __post_init__(self) -> None:
+        if self.best_w is None:
+            object.__setattr__(self, "best_w", np.full(len(self.natural_w), UNKNOWN, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -387,11 +393,12 @@ _OF_GPUS = ("idle_w", "limit_w", "limit_w_min", "limit_w_max", "measured_w")
 
 
 def _check_power(power: PowerColumns, gpus: int, jobs: int) -> None:
-    for name in (*_OF_GPUS, "natural_w"):
-        column, rows = getattr(power, name), jobs if name == "natural_w" else gpus
+    of_jobs = ("natural_w", "best_w")
+    for name in (*_OF_GPUS, *of_jobs):
+        column, rows = getattr(power, name), jobs if name in of_jobs else gpus
         if len(column) != rows:
             raise SnapshotError(f"power.{name} has {len(column)} rows; there are {rows}")
-        least = UNKNOWN if name in ("measured_w", "natural_w") else 0
+        least = UNKNOWN if name in ("measured_w", *of_jobs) else 0
         _check_watts(name, column, column >= least)
     _check_watts("limit_w_max", power.limit_w_max, power.limit_w_max >= power.limit_w_min)
 

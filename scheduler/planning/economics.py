@@ -4,16 +4,62 @@ It holds for the classes that price may steer; all others run whatever a kilowat
 soon as its value net of energy is positive. It is stopped only where going on for an hour would cost more
 than the restart loss that a stop makes: on 200 days of real prices that keeps 99.9 % of what a miner with
 perfect foresight earns (`docs/PRICES.md`).
+
+Mining has three useful states, not two: at full draw, at less, and off. As energy becomes dearer the best
+limit slides down the curve of work against draw, from one of its corners to the next, until off is better.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from scheduler.model.jobs import JobClass
+from scheduler.model.power import Curve
 from scheduler.model.snapshot import PENDING, RUNNING, SUSPENDED, UNKNOWN, Snapshot
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.valuation import restart_cost
 
 PRICE_STEERED = (JobClass.BATCH, JobClass.MINING)
+# A limit stays where it is while another would earn no more than this part of the gross value more.
+DEAD_BAND_MILLI = 5
+_MILLI = 1000
+
+
+class Point(NamedTuple):
+    """A power limit to mine at, and what is earned there net of energy, micro-USD per GPU-hour."""
+
+    limit_w: int  # UNKNOWN = the full one
+    net: int
+
+
+def operating_point(
+    curve: Curve,
+    natural_w: int,
+    gross: int,
+    microusd_per_kwh: int,
+    least_w: int,
+    present_w: int | None = None,
+) -> Point:
+    """Where a miner earns most: at its full limit, or at one of the corners of its curve.
+
+    What is earned is straight between two corners, so that the best lies at one, or at the board's least
+    limit. `gross` is in micro-USD per GPU-hour at full draw. `present_w` is where it is now (UNKNOWN: full),
+    and stays where nothing else is better by more than the dead band. Of equals the larger limit.
+    """
+    points = [Point(UNKNOWN, gross - _cost(natural_w, microusd_per_kwh))]
+    for draw_milli, _ in curve.points[1:]:
+        limit_w = max(least_w, -(-natural_w * draw_milli // _MILLI))
+        if limit_w < natural_w:
+            earned = gross * curve.work_milli(limit_w * _MILLI // natural_w) // _MILLI
+            points.append(Point(limit_w, earned - _cost(limit_w, microusd_per_kwh)))
+    best = max(points, key=lambda point: point.net)
+    for point in points:
+        if point.limit_w == present_w and best.net - point.net <= gross * DEAD_BAND_MILLI // _MILLI:
+            return point
+    return best
+
+
+def _cost(watts: int, microusd_per_kwh: int) -> int:
+    """Micro-USD an hour, rounded."""
+    return (2 * watts * microusd_per_kwh + _MILLI) // (2 * _MILLI)
 
 
 def too_dear_to_start(snapshot: Snapshot) -> Any:

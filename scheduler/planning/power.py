@@ -1,7 +1,8 @@
 """The power stage: limits, sheds and starts, so that what may be drawn fits the budget at every step.
 
 Each board counts with what it may draw: an occupied one with its limit, an empty one with its idle draw. A
-full limit is the job's natural draw and a margin, within what the board takes. Two sums matter. *Now*: limits
+full limit is the job's natural draw and a margin, within what the board takes; of a miner that earns most at
+less, that. Two sums matter. *Now*: limits
 as they are in force, and whoever stops still has his. *Planned*: limits as this plan sets them, and whoever
 stops has gone. Nothing starts and no limit rises unless *now* has room; jobs are stopped until *planned* has.
 
@@ -19,7 +20,7 @@ from typing import Any
 from scheduler.model.actions import RequeueJob, SetPowerLimit
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy
-from scheduler.model.power import PowerOutlook
+from scheduler.model.power import UNLIMITED_W, PowerOutlook
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import (
     PENDING,
@@ -145,7 +146,7 @@ class PowerStage:
         most_w = power.limit_w_max[self._gpu]
         natural_w = xp.where(natural_w == UNKNOWN, most_w, xp.minimum(natural_w, most_w))
         self._natural_w = xp.bincount(self._gpu, weights=natural_w, minlength=count).astype(xp.int64)
-        self._full_w = self._full(self._natural_w)
+        self._full_w = self._at_best(self._full(self._natural_w))
         self._planned_w = xp.where(self.stays, self._full_w, power.idle_w)
         empty_w = xp.maximum(power.idle_w, power.measured_w)
         self._in_force_w = xp.where(self.stays | self.leaves, power.limit_w, empty_w)
@@ -172,6 +173,16 @@ class PowerStage:
         power = self._power
         wanted = -(-natural_w * (MILLI + power.margin_milli) // MILLI)
         return xp.clip(wanted, power.limit_w_min, power.limit_w_max)
+
+    def _at_best(self, full_w: Any) -> Any:
+        """The limits, lower where all that is on a board is a miner that earns most at less."""
+        power, count = self._power, len(full_w)
+        best_w = power.best_w[self._job]
+        known = best_w != UNKNOWN
+        others = xp.bincount(self._gpu[~known], minlength=count) > 0
+        sums_w = xp.bincount(self._gpu[known], weights=best_w[known], minlength=count).astype(xp.int64)
+        at_best = (sums_w > 0) & ~others
+        return xp.where(at_best, xp.minimum(full_w, xp.maximum(sums_w, power.limit_w_min)), full_w)
 
     @property
     def _full_sum_w(self) -> int:
@@ -333,7 +344,11 @@ class PowerStage:
         column = xp.asarray(each_w, dtype=xp.int64)
         rows = xp.asarray(gpus, dtype=xp.int64)
         wanted = -(-column * (MILLI + power.margin_milli) // MILLI)
-        full_w = xp.clip(wanted, power.limit_w_min[rows], power.limit_w_max[rows]).tolist()
+        full = xp.clip(wanted, power.limit_w_min[rows], power.limit_w_max[rows])
+        best_w = int(power.best_w[row])
+        if best_w != UNKNOWN and not beside:
+            full = xp.minimum(full, xp.maximum(best_w, power.limit_w_min[rows]))
+        full_w = full.tolist()
         least_w, idle_w = power.limit_w_min[rows].tolist(), power.idle_w[rows].tolist()
         gpu_milli = request.share_milli * len(gpus)
         lost_gpu_ms = request.restart_loss_us // _US_PER_MS * gpu_milli // WHOLE_MILLI
@@ -444,10 +459,11 @@ class PowerStage:
             self._claimed[gpu] = True
             self._floor_w[gpu] = idle if unit.may_stop else least if unit.may_lower else self._full_w[gpu]
         now_w = self._with(self._in_force_w, unit, in_force_w, ())
-        starts = is_free and not stopped and now_w <= power.budget_w
+        # Without a budget a share need not wait for a neighbour to leave.
+        starts = (is_free or power.budget_w >= UNLIMITED_W) and not stopped and now_w <= power.budget_w
         if starts:
             for gpu, watts in zip(unit.gpus, in_force_w, strict=True):
-                self._in_force_w[gpu], self.stays[gpu] = watts, True
+                self._in_force_w[gpu], self.stays[gpu] = watts, not bool(self.leaves[gpu])
         return Admission(starts, tuple(number for each in stopped for number in each.jobs))
 
     # What follows -------------------------------------------------------------------------------

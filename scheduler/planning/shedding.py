@@ -159,15 +159,20 @@ def _limits(unit: Unit, level_milli: int) -> tuple[int, ...]:
 
 
 def _lowered(unit: Unit, curve: Curve, limits: tuple[int, ...], horizon_us: int) -> Option:
-    """The gang goes as fast as its slowest GPU."""
-    work = min(
-        curve.work_milli(limit * MILLI // natural)
-        for limit, natural in zip(limits, unit.natural_w, strict=True)
-    )
-    work = min(work, MILLI - MARGIN_WORK_MILLI)
+    """What is lost to the full limits, which of a miner may lie below its natural draw already."""
+    full_work = _work(unit, curve, unit.full_w)
+    work = min(_work(unit, curve, limits), MILLI - MARGIN_WORK_MILLI)
     rungs = _LOWERED_GENTLY if work >= _GENTLE_WORK_MILLI else _LOWERED_FAR
-    cost = _cost(unit.value * (MILLI - work) // MILLI, horizon_us, 0, rungs[JobClass(unit.job_class)])
+    cost = _cost(
+        unit.value * max(0, full_work - work) // MILLI, horizon_us, 0, rungs[JobClass(unit.job_class)]
+    )
     return Option(sum(unit.full_w) - sum(limits), cost, limits)
+
+
+def _work(unit: Unit, curve: Curve, limits: tuple[int, ...]) -> int:
+    """Thousandths: the gang goes as fast as its slowest GPU."""
+    pairs = zip(limits, unit.natural_w, strict=True)
+    return min(curve.work_milli(limit * MILLI // natural) for limit, natural in pairs)
 
 
 def _cost(value_per_hour: int, horizon_us: int, loss: int, rung: int) -> int:

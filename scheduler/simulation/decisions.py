@@ -15,7 +15,6 @@ from typing import Any, assert_never
 import msgspec
 import numpy as np
 
-from scheduler.control.power import curve_of
 from scheduler.control.table import value_of_what_is_left
 from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, anchor, head
 from scheduler.effects.journal_read import chain, opened
@@ -35,6 +34,7 @@ from scheduler.model.events import DaemonStarted, PlanDecided
 from scheduler.model.frames import Frame, PlanInputs, decode, inputs_of
 from scheduler.model.jobs import JobClass, job_id
 from scheduler.model.policy import Order, Policy, aged_priority
+from scheduler.model.power import curve_of
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import Snapshot
 from scheduler.planning.planner import digest, plan

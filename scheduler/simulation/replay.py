@@ -14,13 +14,15 @@ from scheduler.control.board import NodeSize
 from scheduler.control.inbox import Item, Submission, Submit
 from scheduler.control.loop import Controller
 from scheduler.control.pace import Pace
-from scheduler.control.power import curve_of
 from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
 from scheduler.model.policy import CLASS_DEFAULTS, Policy
+from scheduler.model.power import curve_of
 from scheduler.model.settings import (
     MICROUSD_PER_USD,
     Config,
     JobsConfig,
+    MiningConfig,
+    OperatingPoint,
     PowerConfig,
     SamplingConfig,
     StateConfig,
@@ -125,6 +127,8 @@ class _Replay:
         config = Config(
             policy=world.policy,
             power=power,
+            # [mining] is no input of a simulation; and of work that falls in proportion no point is better.
+            mining=MiningConfig(operating_point=OperatingPoint.FULL),
             state=_STATE,
             jobs=JobsConfig(pending_max=_PENDING_MAX),
             sampling=SamplingConfig(SAMPLING_PERIOD_S, _DAY_S),

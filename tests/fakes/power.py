@@ -41,6 +41,7 @@ class P(Short):
     margin_milli: int = 100
     curve: Curve = CURVE
     horizon_us: int = HOUR_US
+    best_w: dict[int, int] = field(default_factory=dict)  # by number of a miner that earns most at less
 
     def board(self, uuid: str) -> B:
         return self.boards.get(uuid, B())
@@ -64,6 +65,7 @@ def snapshot(power: P) -> Snapshot:
         limits_inference=power.limits_inference,
         curves=(power.curve,) * 4,
         natural_w=np.array(natural, dtype=np.int64),
+        best_w=np.array([power.best_w.get(job.number, UNKNOWN) for job in power.world.jobs], dtype=np.int64),
         **{f.name: np.array([getattr(b, f.name) for b in boards], dtype=np.int64) for f in fields(B)},
     )
     return replace(worlds.snapshot(power.world), power=on_backend(columns))

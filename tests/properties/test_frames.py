@@ -41,7 +41,11 @@ def snapshots(draw: st.DrawFn, world: W) -> Snapshot:
     boards = {gpu.uuid: B(measured_w=draw(st.integers(-1, 700))) for gpu in world.gpus}
     promised = draw(st.none() | WATTS)
     natural = {job.number: draw(st.integers(-1, 900)) for job in world.jobs}
-    return power.snapshot(P(world, draw(WATTS), boards, natural, promised, is_emergency=draw(st.booleans())))
+    best = {job.number: draw(st.integers(-1, 900)) for job in world.jobs}
+    emergency = draw(st.booleans())
+    return power.snapshot(
+        P(world, draw(WATTS), boards, natural, promised, is_emergency=emergency, best_w=best)
+    )
 
 
 @st.composite

@@ -52,10 +52,12 @@ def powered(draw: st.DrawFn, *, pending: bool = True, gpus_max: int = 4, jobs_ma
         idle = draw(st.sampled_from((20, 70)))
         boards[gpu.uuid] = B(idle, limit, least, most, draw(st.sampled_from((UNKNOWN, idle, 300))))
     top = sum(board.limit_w_max for board in boards.values())
+    miners = [job for job in world.jobs if job.job_class == MINING and job.share_milli == 1000 and job.gpus]
     return P(
         world=world,
         budget_w=draw(st.integers(-50, top * 3 // 4 if tight else top + 100)),
         boards=boards,
+        best_w={job.number: draw(st.sampled_from((150, 250, 320))) for job in miners if draw(st.booleans())},
         natural_w={job.number: draw(st.sampled_from(NATURALS)) for job in world.jobs},
         is_emergency=draw(st.booleans()) and draw(st.booleans()),
         limits_inference=draw(st.booleans()),
@@ -131,7 +133,9 @@ class Sums:
             own = self.power.natural_w.get(job.number, UNKNOWN)
             natural += board.limit_w_max if own == UNKNOWN else min(own, board.limit_w_max)
         wanted = -(-natural * (1000 + self.power.margin_milli) // 1000)
-        return max(board.limit_w_min, min(board.limit_w_max, wanted))
+        full = max(board.limit_w_min, min(board.limit_w_max, wanted))
+        best = self.power.best_w.get(jobs[0].number) if len(jobs) == 1 else None
+        return full if best is None else min(full, max(best, board.limit_w_min))
 
     def empty_w(self, uuid: str) -> int:
         board = self.power.board(uuid)
@@ -346,6 +350,7 @@ def shed_options(
     hourly = sum(max(0, job.value) * job.share_milli * len(job.on) // 1000 for job in jobs)
     klass = min(job.job_class for job in jobs)
     gentle, far, stop = RUNGS[klass]
+    whole = min(work(power, w, n) for w, n in zip(full, natural, strict=True))
     found = [(0, 0, 0)]
     if all(may_lower(power, job) for job in jobs):
         for level in (*range(1000, power.curve.least_milli, -50), power.curve.least_milli):
@@ -355,7 +360,7 @@ def shed_options(
             ]
             if sum(limit) < sum(full):
                 done = min(995, *(work(power, w, n) for w, n in zip(limit, natural, strict=True)))
-                loss = hourly * (1000 - done) // 1000
+                loss = hourly * max(0, whole - done) // 1000
                 found.append((sum(full) - sum(limit), loss, gentle if done >= 950 else far))
         if not all(may_stop(power, job) for job in jobs):
             least = [min(board.limit_w_min, f) for board, f in zip(boards, full, strict=True)]

@@ -12,6 +12,7 @@ from scheduler import config
 from scheduler.config import rules
 from scheduler.errors import ConfigError
 from scheduler.model.jobs import JobClass, RestartRule
+from scheduler.model.mining import Miner, MinerApi
 from scheduler.model.policy import CLASS_DEFAULTS, ClassDefaults, Order, Policy
 from scheduler.model.settings import (
     Config,
@@ -542,3 +543,43 @@ def test_a_vtn_on_this_machine_may_be_spoken_to_in_the_clear() -> None:
 )
 def test_what_is_wrong_with_a_vtn_is_named(text: str, words: str) -> None:
     assert words in problem(text)
+
+
+MINER_JOB = '[[standing_jobs]]\nname = "m"\ncommand = ["/m"]\n'
+WITH_API = 'miner_api = "t-rex"\nminer_port = 4067\nminer_algorithm = "KawPow"\n'
+
+
+def test_a_miners_api_is_read_with_its_algorithm_in_lower_case() -> None:
+    (job,) = config.parse(MINER_JOB + WITH_API + "miner_fee_ratio = 0.02\n", "f").standing_jobs
+    assert job.miner == Miner(MinerApi.T_REX, 4067, "kawpow", 0.02)
+    assert job.spec(Policy()).miner == job.miner
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('miner_api = "phoenix"\n', "standing_jobs[0].miner_api: must be one of t-rex, lolminer"),
+        ("miner_port = 4067\n", "standing_jobs[0].miner_port: does nothing without miner_api"),
+        ('miner_api = "rigel"\nminer_algorithm = "x"\n', "miner_port is missing"),
+        ('miner_api = "rigel"\nminer_port = 4067\n', "miner_algorithm: must be the name"),
+        ('miner_api = "rigel"\nminer_port = 65500\nminer_algorithm = "x"\n', "number from 1 to 65407"),
+        (WITH_API + 'class = "batch"\n', 'miner_api: is for class = "mining" only'),
+        (WITH_API + "miner_fee_ratio = 1.5\n", "number from 0 to 1"),
+        (WITH_API + 'miner_token_variable = "T"\n', 'must be a name in environment, is "T"'),
+        (
+            WITH_API + MINER_JOB.replace('"m"', '"n"') + WITH_API.replace("4067", "4070"),
+            'standing_jobs[1].miner_port: meets the ports of "m" on other GPUs',
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_miners_api_is_named(text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.parse(MINER_JOB + text, "f")
+    assert words in str(raised.value)
+
+
+def test_standing_jobs_that_take_turns_may_share_a_port_and_hashprices_need_a_place() -> None:
+    both = MINER_JOB + WITH_API + MINER_JOB.replace('"m"', '"n"') + WITH_API
+    assert len(config.parse(both, "f").standing_jobs) == 2
+    with pytest.raises(ConfigError, match="hashprice_source: must be an absolute path"):
+        config.parse('[mining]\nhashprice_source = "prices.csv"\n', "f")

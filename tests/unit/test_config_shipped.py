@@ -102,6 +102,7 @@ EXAMPLES = {
     "foreign.rules.*.user",
     "foreign.rules.*.command",
     "standing_jobs.*.environment",
+    "standing_jobs.*.miner_algorithm",
     "node.name",
 }
 

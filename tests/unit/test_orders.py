@@ -61,7 +61,7 @@ class World:
 
 def orders_of(before: Job | None, after: Job) -> list[Any]:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     orders.follow(before, after)
     orders.send()
     said = list(world.said)
@@ -124,7 +124,7 @@ def test_a_verified_hand_over_orders_nothing() -> None:
 
 def test_a_start_is_prepared_before_it_is_durable_and_is_the_same() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     fresh = job(JobState.STARTING, replace(RUNS, started_s=None))
     orders.prepare(fresh)
     assert world.said == [("prepare", FIRST_KEY, "GPU-a")]
@@ -135,7 +135,7 @@ def test_a_start_is_prepared_before_it_is_durable_and_is_the_same() -> None:
 
 def test_what_was_prepared_in_a_tick_that_is_not_kept_is_taken_back() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     orders.prepare(job(JobState.STARTING, replace(RUNS, started_s=None)))
     orders.clear()
     orders.send()
@@ -147,7 +147,7 @@ PENDING = job(JobState.PENDING)
 
 def test_a_preemptors_start_is_prepared_ahead_and_gets_its_gpus_when_it_starts() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     orders.prepare_ahead(PENDING)
     orders.prepare_ahead(PENDING)
     orders.send()
@@ -161,7 +161,7 @@ def test_a_preemptors_start_is_prepared_ahead_and_gets_its_gpus_when_it_starts()
 
 def test_a_preemptor_that_ends_without_a_start_is_taken_back() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     orders.prepare_ahead(PENDING)
     orders.send()
     orders.follow(PENDING, job(JobState.CANCELLED))
@@ -171,7 +171,7 @@ def test_a_preemptor_that_ends_without_a_start_is_taken_back() -> None:
 
 def test_what_was_prepared_ahead_outlives_a_later_tick_that_is_not_kept() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     orders.prepare_ahead(PENDING)
     orders.send()
     orders.clear()
@@ -180,7 +180,7 @@ def test_what_was_prepared_ahead_outlives_a_later_tick_that_is_not_kept() -> Non
 
 def test_only_so_many_starts_are_prepared_ahead() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     for number in range(2 * PREPARED_AHEAD_MAX):
         orders.prepare_ahead(replace(PENDING, number=number, id=f"j{number}"))
     assert len(world.said) == PREPARED_AHEAD_MAX
@@ -188,7 +188,7 @@ def test_only_so_many_starts_are_prepared_ahead() -> None:
 
 def test_with_a_new_launcher_nothing_is_prepared() -> None:
     world: Any = World()
-    orders = Orders(world, world.environment, world, {})
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
     orders.prepare_ahead(PENDING)
     orders.send()
     orders.launcher_is_new()

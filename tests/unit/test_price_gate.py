@@ -11,7 +11,7 @@ from scheduler.errors import IllegalMove
 from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.prices import PricePoint
 from scheduler.model.reasons import Reason
-from scheduler.model.settings import Config, PowerConfig, SamplingConfig
+from scheduler.model.settings import Config, MiningConfig, OperatingPoint, PowerConfig, SamplingConfig
 from scheduler.simulation.machine import Workload
 from scheduler.simulation.virtual_time import EPOCH_S, run
 from tests.harness.simulated import SimulatedNode
@@ -29,7 +29,11 @@ MINER: dict[str, Any] = {
 
 class World(SimulatedNode):
     def __init__(self, tmp_path: Path, power: PowerConfig | None = None) -> None:
-        config = Config(power=power or PowerConfig(), sampling=SamplingConfig(period_s=30.0))
+        config = Config(
+            power=power or PowerConfig(),
+            mining=MiningConfig(operating_point=OperatingPoint.FULL),  # on and off only
+            sampling=SamplingConfig(period_s=30.0),
+        )
         super().__init__(tmp_path, lambda _: Workload(draw_w=500.0, stop_s=0.5), config=config)
 
     async def mine(self) -> str:

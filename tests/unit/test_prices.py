@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.effects import price_feed
-from scheduler.effects.price_feed import FEED_BYTES_MAX, FilePrices, UrlPrices, parse
+from scheduler.effects.feed import FEED_BYTES_MAX, FETCH_S_MAX, Feed, FileSource, Source, UrlSource
+from scheduler.effects.price_feed import parse_prices as parse
 from scheduler.errors import FeedError
 from scheduler.model.prices import PRICE_POINTS_MAX, Price, PricePoint, PriceSeries, checked
 
@@ -123,12 +123,16 @@ def test_any_bytes_are_a_series_or_a_feed_error(body: bytes) -> None:
         assert parse(body, "f")
 
 
+async def fetched(source: Source) -> tuple[PricePoint, ...]:
+    return await Feed(source, parse).fetch()
+
+
 async def test_a_file_is_read_and_a_missing_one_says_so(tmp_path: Path) -> None:
     path = tmp_path / "prices.csv"
     with pytest.raises(FeedError, match="No such file"):
-        await FilePrices(path).fetch()
+        await fetched(FileSource(path))
     path.write_text("start,usd_per_kwh\n0,0.5\n")
-    assert await FilePrices(path).fetch() == (PricePoint(0.0, 0.5),)
+    assert await fetched(FileSource(path)) == (PricePoint(0.0, 0.5),)
 
 
 class Odd(http.server.BaseHTTPRequestHandler):
@@ -183,15 +187,15 @@ async def test_a_url_that_is_no_feed_says_why_and_keeps_what_is_secret(
     server: str, path: str, words: str
 ) -> None:
     with pytest.raises(FeedError, match=words) as caught:
-        await UrlPrices(server + path, timeout_s=0.5).fetch()
+        await fetched(UrlSource(server + path, timeout_s=0.5))
     assert "secret" not in str(caught.value)
 
 
 async def test_a_url_that_is_a_feed_is_read(server: str) -> None:
-    assert await UrlPrices(server + "/good").fetch() == (PricePoint(0.0, 0.05),)
+    assert await fetched(UrlSource(server + "/good")) == (PricePoint(0.0, 0.05),)
 
 
 async def test_a_url_where_nobody_listens_says_so() -> None:
     with pytest.raises(FeedError, match="can't be read"):
-        await UrlPrices("http://127.0.0.1:9", timeout_s=5.0).fetch()
-    assert price_feed.FETCH_S_MAX < 60
+        await fetched(UrlSource("http://127.0.0.1:9", timeout_s=5.0))
+    assert FETCH_S_MAX < 60

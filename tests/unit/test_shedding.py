@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.control.power import curve_of
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import BURSTY, COMPUTE_BOUND, MEMORY_BOUND
-from scheduler.model.power import Curve, draw_w
+from scheduler.model.power import Curve, curve_of, draw_w
 from scheduler.planning.shedding import CELLS_MAX, Option, Unit, cheapest, given_back, options
 
 HOUR_US = 3_600_000_000
@@ -49,6 +48,12 @@ def test_options_go_from_full_limits_along_the_curve_to_a_stop() -> None:
     assert [option.gain_w for option in found] == [0, 30, 45, 60, 75, 90, 105, 120, 260]
     assert found[-2].cost // 16 == 7_500  # 15 % of the work of 0.05 USD an hour
     assert found[-1].cost // 16 == 50_000
+
+
+def test_of_a_miner_at_its_best_point_only_what_is_given_up_from_there_counts() -> None:
+    found = options(unit(full_w=(270,)), CURVE, HOUR_US)  # 900 thousandths of its draw, 970 of its work
+    assert [option.limits_w for option in found] == [(270,), (255,), (240,), (225,), (210,), None]
+    assert found[-2].cost // 16 == 6_000  # from 97 to 85 % of the work of 0.05 USD an hour
 
 
 def test_nothing_is_offered_below_what_a_curve_knows_or_a_board_takes() -> None:
