@@ -273,7 +273,7 @@ def test_where_the_beginning_has_aged_out_a_replay_begins_at_the_next_whole_fram
             await asyncio.sleep(50.0)
         assert world.daemon.journal.expire(EPOCH_S, 0.0, 10).more
 
-    kept = StateConfig(journal_segment_events_max=50, journal_segments_kept_max=2)
+    kept = StateConfig(journal_segment_events_max=67, journal_segments_kept_max=2)
     played(tmp_path, story, config=Config(state=kept), gpus=1)
     decisions = Decisions(tmp_path)
     assert all(decision.is_same for decision in decisions.again())
