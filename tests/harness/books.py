@@ -39,7 +39,8 @@ class Books:
         self.meters = Meters()
         self.telemetry = Telemetry(self.meters)
         self.board = GpuBoard(self.ledger, (NodeSize(8, 1024, 64),), self.telemetry)
-        parts = SimpleNamespace(config=self.config, ledger=self.ledger, board=self.board)
+        no_limits = SimpleNamespace(points=SimpleNamespace(mined=lambda: (None, 0)))
+        parts = SimpleNamespace(config=self.config, ledger=self.ledger, board=self.board, power=no_limits)
         self.prices = Prices(parts)  # type: ignore[arg-type]
         self.accounts = Accounts(self.ledger, self.board, self.meters, self.telemetry, self.prices)
         self.accounts.resume(rebooted=rebooted)
