@@ -11,7 +11,7 @@ that starts, whatever became of the one before, goes on from there.
 
 import math
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 from scheduler.control.board import GpuBoard
 from scheduler.control.energy import EnergyMeter, Used
@@ -37,7 +37,7 @@ _IDLE_UTILIZATION = 0.005
 _Part = tuple[str, int]  # a GPU or a MIG instance, and its compute slices
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class _User:
     """Whoever used a GPU or an instance: an attempt of a job, idle, or one that is not known."""
 
@@ -173,11 +173,11 @@ class Accounts:
             if used:
                 gpu.parts = parts
 
-    def book(self, now_s: float, *, has_readings: bool) -> None:
-        """Put into the ledger's transaction what is due: all each minute, GPUs that were left at readings."""
+    def book(self, now_s: float) -> None:
+        """Put what is due after readings into the transaction: all each minute, GPUs that were left."""
         if abs(now_s - self._booked_s) >= BOOKING_PERIOD_S:
             self.book_all(now_s)
-        elif has_readings and self._ended_on:
+        elif self._ended_on:
             self._book(now_s, [gpu for gpu in self._gpus.values() if self._was_left(gpu)])
 
     def book_all(self, now_s: float) -> None:
@@ -317,9 +317,7 @@ class Accounts:
         for gpu in gpus:
             self._time(gpu, wholes.get(gpu.uuid, gpu.parts), holds, now_s)
             self._ended_on.difference_update(part for part, _ in gpu.parts)
-        entries = tuple(
-            self._entry(user, gpu.used[user]) for gpu in gpus for user in sorted(gpu.used, key=astuple)
-        )
+        entries = tuple(self._entry(user, gpu.used[user]) for gpu in gpus for user in sorted(gpu.used))
         self._ledger.apply(UsageBooked(now_s, entries, whole, tuple(map(self._booked, gpus))))
         used = tuple((gpu, gpu.used) for gpu in gpus)
         for gpu in gpus:

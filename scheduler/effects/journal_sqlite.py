@@ -4,6 +4,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from scheduler.effects.journal import Derived, Expired, JobFilter, NodeState, UsageRow
@@ -13,6 +14,7 @@ from scheduler.effects.journal_file import (
     Storage,
     chained,
     check_tail,
+    decode_booked,
     decode_environment,
     decode_job,
     decode_node,
@@ -25,6 +27,7 @@ from scheduler.effects.journal_file import (
     translated,
 )
 from scheduler.model.events import Event, JobSubmitted
+from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import FINAL_STATES, Job, job_id
 
 # A sealed segment is the unit in which old events age out.
@@ -84,6 +87,7 @@ class SqliteJournal:
         self._staged: list[tuple[int, float, str, bytes, bytes]] = []
         self._requests: list[tuple[str, int, str]] = []
         self._committed = (self._head, self._hash)
+        self._booked: dict[str, GpuBooked] | None = None  # as it was written or read last; None = neither
 
     def _read_ends(self, path: Path) -> None:
         db = self._db
@@ -109,8 +113,10 @@ class SqliteJournal:
         return bool(self._staged)
 
     def node_state(self) -> NodeState:
-        text = self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0]
-        return decode_node(text)
+        booked = decode_booked(meta(self._db, "booked"))
+        if self._booked is None:
+            self._booked = booked
+        return replace(decode_node(meta(self._db, "node")), booked=booked)
 
     def stage(self, event: Event) -> int:
         kind = type(event).__name__
@@ -131,6 +137,8 @@ class SqliteJournal:
             self.abandon()
             raise translated(error) from error
         self._committed = (self._head, self._hash)
+        if derived.node:
+            self._booked = derived.node.booked
         self._staged.clear()
         self._requests.clear()
 
@@ -171,7 +179,11 @@ class SqliteJournal:
         if booked:
             db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", booked)
         if derived.node:
-            db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (encode(derived.node),))
+            # A row of its own: it is as long as there are GPUs, and changes but once a minute.
+            if derived.node.booked is not self._booked:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'booked'", (encode(derived.node.booked),))
+            text = encode(replace(derived.node, booked={}))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (text,))
         if self._staged:
             db.execute(_SET_HEAD, (encode_head(self._head, self._hash),))
             if self._head - self._sealed >= self._segment_events:

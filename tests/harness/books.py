@@ -64,7 +64,7 @@ class Books:
             self.ledger.apply(event)
         if readings is not None:
             self.accounts.read(now_s)
-        self.accounts.book(now_s, has_readings=readings is not None)
+            self.accounts.book(now_s)
         if is_kept:
             self.ledger.commit()
         else:
