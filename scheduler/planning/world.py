@@ -96,6 +96,7 @@ class World:
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
         # Whether free GPUs serve who wants so much. They only shrink: once they don't, they never will.
         self._free_can: dict[tuple[int, ...], bool] = {}
+        self._displaceable: tuple[tuple[int, int, int], Any] | None = None  # by whoever asked last, by rank
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
@@ -128,8 +129,10 @@ class World:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
             mix = as_parts(mix, self.layout.width)
-            nearness = self.layout.nearness
-            self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
+            layout = self.layout
+            self._placement = Fragmentation(
+                self._free, mix, closed=self.drains, nearness=layout.nearness, numbering=layout.numbering
+            )
         return self._placement
 
     @cached_property
@@ -183,6 +186,7 @@ class World:
             self.leaving[each] = True
             self._leaving_for.setdefault(preemptor, []).append(hold)
         self.incumbents.may_yield[victim.index] = False
+        self._displaceable = None
 
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
@@ -219,7 +223,8 @@ class World:
         can = self._free_can.get(wants)
         if can is None:
             can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
-        if not can:
+        # To know that it fits nowhere is much cheaper than to make what chooses.
+        if not can or (self._placement is None and not (self.free.fit(request) & ~self.drains).any()):
             return None
         found = self.placement.best(request, without)
         if found is None and not without:
@@ -237,9 +242,12 @@ class World:
         return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
-        """Bool, shape (incumbents,): whom the request may displace."""
+        """Bool, shape (incumbents,): whom the request may displace. Not to be changed."""
         jobs = self.incumbents
-        return jobs.outranked(request, self._policy.order) & jobs.may_yield
+        rank = (request.job_class, request.priority, request.value)
+        if self._displaceable is None or self._displaceable[0] != rank:
+            self._displaceable = rank, jobs.outranked(request, self._policy.order) & jobs.may_yield
+        return self._displaceable[1]
 
     def within_reach(self, request: Request) -> "Reach":
         """What is free, leaves, or is held by jobs that the request may displace."""
@@ -250,6 +258,17 @@ class World:
         if known is None:
             known = self._reaches[key] = self._made_reach(outranked)
         return known
+
+    def is_hopeless(self, request: Request) -> bool:
+        """Whether the request fits nowhere, whoever goes, by what was found out when another one was refused.
+
+        It is said only while nothing has changed since then: to find it out costs more than to look for room.
+        """
+        self._flush()
+        if not self._reaches:
+            return False
+        known = self._reaches.get(self.displaceable(request).tobytes())
+        return known is not None and not (known.pool.fit(request) & ~self.drains).any()
 
     def _made_reach(self, outranked: Any) -> "Reach":
         jobs = self.incumbents

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.saturation [--data DIR] [--seed 42] [--out DIR]
 
-The experiment of "Beware of Fragmentation" (Weng et al., USENIX ATC'23) under the scheduler's real loop: 1,213
-nodes with 6,212 GPUs, a task a second in the published order until they ask for 1.3 times the GPUs, and none
-leaves. There one that fits nowhere is dropped; here it waits, and each tick looks whether it fits now.
+The experiment of "Beware of Fragmentation" (Weng et al., USENIX ATC'23) under the scheduler's real loop:
+1,213 nodes with 6,212 GPUs, a task a second in the published order until they ask for 1.3 times the GPUs, and
+none leaves. There one that fits nowhere is dropped; here it waits, and each tick looks whether it fits now.
 Allocation is of all GPU thousandths, in percent, where 100 % and 130 % of them have been asked for.
 """
 

@@ -164,9 +164,7 @@ def test_openb_nodes_are_not_filled_with_nothing(tmp_path: Path, wrong: str) -> 
     for name, text in (texts | {wrong: empty[wrong]}).items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=f"{wrong}: there is no GPU in the list"):
-        converters.openb_filling(
-            tmp_path / "nodes", tmp_path / "tasks", tmp_path / "jobs.csv", 100, range
-        )
+        converters.openb_filling(tmp_path / "nodes", tmp_path / "tasks", tmp_path / "jobs.csv", 100, range)
 
 
 def test_philly_times_are_in_milliseconds_and_the_smaller_may_be_worth_more(tmp_path: Path) -> None:
