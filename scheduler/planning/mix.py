@@ -40,14 +40,14 @@ def mix_of(jobs: JobColumns) -> MixColumns:
 
 def _ordered(columns: list[Any]) -> Any:
     """The rows in the order of the columns, the last first: by one number each, where they fit into that."""
-    key, bits = xp.zeros(len(columns[0]), dtype=xp.int64), 0
-    for column in reversed(columns):
-        least = int(column.min())
-        span = (int(column.max()) - least).bit_length()
-        bits += span
-        if bits > _KEY_BITS:
-            return xp.lexsort(xp.stack(columns))
-        key = (key << span) | (column - least)
+    stacked = xp.stack(columns)
+    least, most = stacked.min(axis=1).tolist(), stacked.max(axis=1).tolist()
+    spans = [(high - low).bit_length() for low, high in zip(least, most, strict=True)]
+    if sum(spans) > _KEY_BITS:
+        return xp.lexsort(stacked)
+    key = xp.zeros(len(columns[0]), dtype=xp.int64)
+    for column, low, span in reversed(list(zip(columns, least, spans, strict=True))):
+        key = (key << span) | (column - low)
     return xp.argsort(key, kind="stable")
 
 
