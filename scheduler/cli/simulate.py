@@ -125,8 +125,9 @@ def _config(path: Path | None) -> Config:
 
     from scheduler import config as configuration
     from scheduler.model.settings import Config, NodeConfig
+    from scheduler.simulation.replay import CLASSES
 
-    found = configuration.load(path)
+    found = configuration.load(path, CLASSES)
     plain = Config(node=NodeConfig(name=found.node.name))
     used = ("policy", "power")
     idle = [

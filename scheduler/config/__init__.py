@@ -8,6 +8,7 @@ finds, so that a file is put right in one go.
 import re
 import socket
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +16,22 @@ from scheduler.config.reader import Reader
 from scheduler.config.rules import Problem, contradictions, listen_problem, metrics_listen_problem
 from scheduler.config.toml_lines import KeyPath, key_lines, key_name
 from scheduler.errors import ConfigError
+from scheduler.model.jobs import JobClass
+from scheduler.model.policy import CLASS_DEFAULTS, ClassDefaults
 from scheduler.model.settings import Config
 
 CONFIG_BYTES_MAX = 1024 * 1024  # a file beyond that is not a configuration
 PROBLEMS_SHOWN_MAX = 20
 
 
-def load(path: Path | None) -> Config:
-    """The settings in a file; all defaults where there is none (`None`).
+def load(path: Path | None, classes: Mapping[JobClass, ClassDefaults] = CLASS_DEFAULTS) -> Config:
+    """The settings in a file; all defaults where there is none (`None`). `classes` are the defaults of each.
 
     Raises:
         ConfigError: The file can't be read, or something in it is wrong; all of it is named.
     """
     if path is None:
-        return parse("", "built-in defaults")
+        return parse("", "built-in defaults", classes)
     try:
         with path.open("rb") as file:
             raw = file.read(CONFIG_BYTES_MAX + 1)
@@ -41,10 +44,10 @@ def load(path: Path | None) -> Config:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: is not UTF-8; save the file as UTF-8") from None
-    return parse(text, str(path))
+    return parse(text, str(path), classes)
 
 
-def parse(text: str, file_name: str) -> Config:
+def parse(text: str, file_name: str, classes: Mapping[JobClass, ClassDefaults] = CLASS_DEFAULTS) -> Config:
     """The settings in a text; `file_name` is for the messages.
 
     Raises:
@@ -55,7 +58,7 @@ def parse(text: str, file_name: str) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(str(error), text, file_name) from None
     lines = key_lines(text)
-    reader = Reader()
+    reader = Reader(classes)
     config = reader.config(document)
     problems = reader.problems or list(contradictions(config))
     if problems:

@@ -2,6 +2,7 @@
 
 import difflib
 import enum
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -12,7 +13,7 @@ import msgspec
 from scheduler.config.rules import CLASS_KEYS, Problem, limits_of, shown
 from scheduler.config.toml_lines import KeyPath, key_name
 from scheduler.model.jobs import JobClass
-from scheduler.model.policy import CLASS_DEFAULTS, ClassDefaults, Policy
+from scheduler.model.policy import ClassDefaults, Policy
 from scheduler.model.power import CurvePoint
 from scheduler.model.settings import (
     Config,
@@ -36,7 +37,9 @@ _KEYS_BY_FIELD = {"job_class": "class"}  # where a key is no Python name
 class Reader:
     """Makes dataclasses of TOML tables, and keeps the problems that it meets on the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Mapping[JobClass, ClassDefaults]) -> None:
+        """`classes`: what a class's jobs get where no table says it."""
+        self._class_defaults = classes
         self.problems: list[Problem] = []
 
     def config(self, document: dict[str, Any]) -> Config:
@@ -58,14 +61,14 @@ class Reader:
         )
 
     def _classes(self, table: Any) -> dict[JobClass, ClassDefaults]:
-        classes = dict(CLASS_DEFAULTS)
+        classes = dict(self._class_defaults)
         if not isinstance(table, dict):
             self._problem(("classes",), f"must be tables such as [classes.mining], is {shown(table)}")
             return classes
         self._refuse_unknown(("classes",), table, list(CLASS_KEYS))
         for name, job_class in CLASS_KEYS.items():
             if name in table:
-                base = CLASS_DEFAULTS[job_class]
+                base = self._class_defaults[job_class]
                 classes[job_class] = self._table(("classes", name), ClassDefaults, table[name], base=base)
         return classes
 

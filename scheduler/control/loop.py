@@ -307,7 +307,7 @@ class Controller:
     def _schedule(self) -> None:
         self._stop_lingering()
         if self._running and self._scheduled is None:
-            self._scheduled = asyncio.get_running_loop().call_soon(self._tick)
+            self._scheduled = self.pace.schedule(self._tick)
 
     def _stop_lingering(self) -> None:
         if self._lingering is not None:

@@ -4,6 +4,9 @@ A lone client never waits. Where many submit one by one, gRPC hands their calls 
 without a moment's patience each would pay for a commit of its own (400 a second; with it 1,300).
 """
 
+import asyncio
+from collections.abc import Callable
+
 from scheduler.control.inbox import Asked, HandoverResult, Item, Submit
 from scheduler.effects.launcher import Acknowledged, CheckpointSaved, Exited, Signalled, Started
 
@@ -36,6 +39,10 @@ class Pace:
         if isinstance(item, Asked) and isinstance(item.command, Submit) and self._in_company:
             return SUBMIT_LINGER_S
         return 0.0
+
+    def schedule(self, tick: Callable[[], None]) -> asyncio.Handle:
+        """Have the tick called when its time has come."""
+        return asyncio.get_running_loop().call_soon(tick)
 
     def took(self, items: list[Item]) -> None:
         """A tick took these."""

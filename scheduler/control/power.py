@@ -26,6 +26,7 @@ from scheduler.control.inbox import (
 from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.power_view import GpuPowerView, PowerView
 from scheduler.control.sheds import Sheds
+from scheduler.control.slowed import Slowed
 from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
@@ -90,7 +91,8 @@ class PowerControl:
         self._read_s = 0.0
         self._give_back_s = 0.0  # not before
         self._knows_budget = False  # the first readings come before the first look at the sources
-        ledger.table.natural_w = self.draws.natural_w
+        self.slowed = Slowed()
+        ledger.table.natural_w, ledger.table.behind_s = self.draws.natural_w, self.slowed.behind_s
         for job in ledger.jobs.values():
             ledger.table.put(job)
         controller.board.power = self._columns_now
@@ -149,8 +151,27 @@ class PowerControl:
         """Go by the budget that holds now; begin and end grid events."""
         self._knows_budget = True
         self.sheds.advance(now_s)
+        self._fall_behind(now_s)
         self._cut_graces(now_s)
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
+
+    def _fall_behind(self, now_s: float) -> None:
+        """Count the work that limits keep jobs from doing."""
+        ledger, classes = self._control.ledger, self._control.config.policy.classes
+        identities = {gpu.uuid: gpu for gpu in self._control.board.identities}
+        curves = {job_class: curve_of(defaults.power_curve) for job_class, defaults in classes.items()}
+
+        def speed(job: Job) -> float:
+            natural_w = self.draws.natural_w(job)
+            boards = [identities[uuid] for uuid in job.attempts[-1].gpus if uuid in identities]
+            if natural_w is None or not boards:
+                return 1.0
+            limit_w = min(self.limits.in_force_w(gpu) for gpu in boards)
+            draw_milli = math.floor(min(1.0, limit_w / natural_w) * MILLI)
+            return curves[job.spec.job_class].work_milli(draw_milli) / MILLI
+
+        for job in self.slowed.advance(ledger.live_jobs(), speed, now_s):
+            ledger.table.put(job)
 
     def wake_s(self, now_s: float) -> float | None:
         """The next moment at which time alone changes the budget, or ends a grace."""

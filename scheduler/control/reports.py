@@ -2,6 +2,7 @@
 
 import errno
 import signal as signals
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scheduler.effects.launcher import (
@@ -191,7 +192,10 @@ class ReportHandler:
     def _end(self, job: Job, ending: Ending) -> None:
         self._control.accounts.ended(job, ending.at_s, ending.reason, lost=ending.lost)
         self._control.health.ended(job, ending.at_s)
+        slowed = self._control.power.slowed
+        ending = replace(ending, behind_s=slowed.behind_s(job))
         event = ended(job, ending, self._control.config.policy)
+        slowed.forget(job.number)
         self._apply(event)
         if event.preemptions > job.preemptions:
             self._control.accounts.count_preemption(job, event.at_s)

@@ -79,6 +79,8 @@ class JobTable:
         self._policy = policy
         # What a job draws per GPU, as far as anybody knows.
         self.natural_w: Callable[[Job], float | None] = lambda job: job.spec.draw_w
+        # How much later than at full speed its live attempt will be done.
+        self.behind_s: Callable[[Job], float] = lambda _: 0.0
         self.energy: EnergyPrice | None = None  # what energy costs; None = nobody knows
         self._rows: dict[int, int] = {}  # job number -> row
         self._arrays = self._allocate(_ROWS_AT_FIRST)
@@ -186,7 +188,9 @@ class JobTable:
         spec, last = job.spec, job.last
         live = code != columns.PENDING and last is not None
         preemptor, stop_us = gave_way(last.notice if live and last else None)
-        natural_w = self.natural_w(job)
+        natural_w, expected_s = self.natural_w(job), job.expected_attempt_s
+        if expected_s is not None:
+            expected_s += self.behind_s(job)
         return (
             job.number,
             code,
@@ -204,7 +208,7 @@ class JobTable:
             microseconds(spec.min_runtime_s),
             microseconds(spec.grace_s),
             microseconds(spec.restart_loss_s),
-            microseconds(job.expected_attempt_s),
+            microseconds(expected_s),
             microseconds(spec.deadline_s),
             microseconds(spec.time_limit_s),
             microseconds(last.started_s) if live and last else UNKNOWN,
@@ -243,9 +247,12 @@ class JobTable:
 def value_of_what_is_left(jobs: JobColumns, whole_us: Any, now_us: int) -> Any:
     """Micro-USD per GPU-hour of the work that is left: who pays at the end is worth more, the less is left.
 
-    Jobs whose duration nobody declared, and those that pay as they go, are worth what they say.
+    Who will be done too late for his deadline earns nothing. Jobs whose duration nobody declared, and those
+    that pay as they go, are worth what they say.
     """
     ran_us = np.where(jobs.started_us == UNKNOWN, 0, now_us - jobs.started_us)
-    left_us = np.maximum(jobs.expected_us - np.maximum(ran_us, 0), _LEFT_US_MIN)
-    grown = np.rint(jobs.value * (whole_us / left_us)).clip(-_GROWN_VALUE_MAX, _GROWN_VALUE_MAX)
-    return np.where(whole_us == UNKNOWN, jobs.value, grown.astype(np.int64))
+    left_us = jobs.expected_us - np.maximum(ran_us, 0)
+    grown = np.rint(jobs.value * (whole_us / np.maximum(left_us, _LEFT_US_MIN)))
+    grown = grown.clip(-_GROWN_VALUE_MAX, _GROWN_VALUE_MAX).astype(np.int64)
+    is_late = (jobs.deadline_us != UNKNOWN) & (now_us + left_us > jobs.deadline_us)
+    return np.where(whole_us == UNKNOWN, jobs.value, np.where(is_late, 0, grown))

@@ -153,6 +153,7 @@ class AttemptEnded:
     eligible_s: float = 0.0  # of a requeued job: not started before
     preemptions: int = 0  # the job's counters from now on
     failures: int = 0
+    behind_s: float = 0.0  # work that power limits kept it from doing, at full speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,7 +461,7 @@ def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
         failures=event.failures,
         queued_since_s=job.queued_since_s if final else event.at_s,
         finished_s=event.at_s if final else None,
-        worked_s=job.worked_s + _saved_s(job, attempt),
+        worked_s=job.worked_s + max(0.0, _saved_s(job, attempt) - event.behind_s),
     )
 
 

@@ -22,6 +22,7 @@ class Ending:
     lost: bool = False
     retry_start: bool = False  # the start failed for the node's reasons
     never_again: bool = False  # the start failed for the job's own reasons
+    behind_s: float = 0.0  # work that power limits kept it from doing
 
 
 def ended(job: Job, ending: Ending, policy: Policy) -> AttemptEnded:
@@ -115,4 +116,5 @@ def _event(
         eligible_s=eligible_s,
         preemptions=job.preemptions if preemptions is None else preemptions,
         failures=job.failures if failures is None else failures,
+        behind_s=ending.behind_s,
     )

@@ -182,7 +182,7 @@ class Planner:
             limited = running & (limit_us != UNKNOWN) & (ran_us >= limit_us)
             deadline_us = jobs.deadline_us[timed]
             live = running | (jobs.state[timed] == SUSPENDED)
-            missed = live & (deadline_us != UNKNOWN) & (deadline_us <= now_us)
+            missed = live & (deadline_us != UNKNOWN) & (deadline_us < now_us)  # done by then is in time
             for where, reason in ((missed, Reason.DEADLINE_MISSED), (limited, Reason.TIME_LIMIT)):
                 numbers = jobs.number[timed[where]].tolist()
                 order.update((number, StopJob(number, reason)) for number in numbers)
@@ -368,7 +368,7 @@ class Planner:
             late = timed[dated & (codes[timed] >= 0)]
             moments += [
                 jobs.started_us[limited] + jobs.time_limit_us[limited],
-                jobs.deadline_us[timed[dated & (running | (jobs.state[timed] == SUSPENDED))]],
+                jobs.deadline_us[timed[dated & (running | (jobs.state[timed] == SUSPENDED))]] + 1,
                 jobs.deadline_us[late] + 1 - unknown_as_zero(jobs.expected_us[late]),
             ]
         if (codes >= 0).any():

@@ -6,8 +6,9 @@ as they are in force, and whoever stops still has his. *Planned*: limits as this
 stops has gone. Nothing starts and no limit rises unless *now* has room; jobs are stopped until *planned* has.
 
 A shed looks at all jobs from the start, as if nobody had been lowered, so it finds the same answer in each
-plan (R7). A start must not undo that: it is let in only if the same optimum, with it, stops nobody and lowers
-nobody of a higher class. Where it doesn't fit so, jobs that it outranks are stopped for it, of least loss.
+plan (R7). A start must not undo that: it is let in only if the same optimum, with it, stops nobody and (where
+class decides) lowers nobody of a higher one. Where it doesn't fit so, jobs that it outranks are stopped for
+it, of least loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from scheduler.model.actions import RequeueJob, SetPowerLimit
 from scheduler.model.jobs import JobClass
-from scheduler.model.policy import Policy
+from scheduler.model.policy import Order, Policy
 from scheduler.model.power import PowerOutlook
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import (
@@ -367,7 +368,7 @@ class PowerStage:
         for lowers in (True, False):
             choices = []
             for each, stops in zip(others, stoppable, strict=True):
-                may_lower = lowers and each.job_class >= request.job_class
+                may_lower = lowers and self._may_slow(request, each)
                 choices.append([*self._kept(each, may_lower), *([_victim(each)] if stops else ())])
             chosen = cheapest([*choices, self._kept(unit, lowers)], need_w)
             if chosen is not None:
@@ -380,11 +381,11 @@ class PowerStage:
         return kept if lowers else kept[:1]
 
     def _harms_nobody(self, request: Request, units: Sequence[Unit], chosen: Sequence[Option]) -> bool:
-        """Nobody is stopped, and of a higher class nobody is lowered further than before."""
+        """Nobody is stopped, and nobody who is not to be slowed for it is lowered further than before."""
         return all(
             option.limits_w is not None
             and (
-                each.job_class >= request.job_class
+                self._may_slow(request, each)
                 or all(
                     watts >= int(self._planned_w[gpu])
                     for gpu, watts in zip(each.gpus, option.limits_w, strict=True)
@@ -392,6 +393,10 @@ class PowerStage:
             )
             for each, option in zip(units, chosen, strict=True)
         )
+
+    def _may_slow(self, request: Request, unit: Unit) -> bool:
+        """Whether a start may take watts of who goes on; where value decides the optimum has weighed it."""
+        return self._policy.order is Order.VALUE or unit.job_class >= request.job_class
 
     def _beyond_promise_w(self, request: Request, unit: Unit, leaving: Sequence[Unit]) -> int:
         """How far above an accepted event the floor would lie with this job; 0 or less: it can be met."""

@@ -125,8 +125,8 @@ class Board:
         return max(self.profile.idle_w, min(self.natural_w, self.power_limit_w))
 
     @property
-    def speed(self) -> float:
-        """How fast work on it proceeds: in proportion under a limit that binds."""
+    def draw_ratio(self) -> float:
+        """What it draws of what it would without a limit."""
         return self.target_w / self.natural_w
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from scheduler.effects.launcher import AttemptKey
 from scheduler.model.jobs import SHARE_MILLI_WHOLE
+from scheduler.model.power import Curve
 from scheduler.simulation.boards import PROCESS_MEMORY_MIB, Board, Occupant
 from scheduler.simulation.virtual_time import VirtualClock
 
@@ -20,6 +21,7 @@ SIGTERM = 15
 # Field 22 of /proc/<pid>/stat counts these since the boot.
 _TICKS_PER_S = 100
 _FIRST_PID = 1000
+_MILLI = 1000
 _STRANGERS_COMMAND = "python3"
 _STRANGERS_USER = "somebody"
 
@@ -34,6 +36,7 @@ class Workload:
     draw_w: float | None = None  # per GPU; None = the largest limit
     memory_mib: int = PROCESS_MEMORY_MIB  # per GPU
     share_milli: int = SHARE_MILLI_WHOLE
+    power_curve: Curve | None = None  # work against draw under a limit; None = in proportion
     stop_s: float | None = 0.0  # from SIGTERM to the exit; None = it ignores SIGTERM
     stop_exit_code: int | None = None  # None = the signal ends it
     release_s: float = 0.0  # from the exit until its GPU memory is free
@@ -232,7 +235,8 @@ class Machine:
             process = self.processes.get(pid)
             if process is not None:
                 self._count(process)
-                process.speed = min((self.boards[uuid].speed for uuid in process.gpus), default=1.0)
+                draw = min((self.boards[uuid].draw_ratio for uuid in process.gpus), default=1.0)
+                process.speed = speed_at(process.workload.power_curve, draw)
                 self._await_done(process)
 
     def _await_done(self, process: Process) -> None:
@@ -286,3 +290,14 @@ class Machine:
             if timer is not None:
                 timer.cancel()
         process.done = process.ending = None
+
+
+def speed_at(curve: Curve | None, draw_ratio: float) -> float:
+    """How fast work proceeds at a part of the natural draw; in proportion below the curve's last point."""
+    if curve is None or draw_ratio >= 1.0:
+        return draw_ratio
+    least_draw, least_work = curve.points[-1]
+    draw_milli = draw_ratio * _MILLI
+    if draw_milli < least_draw:
+        return draw_milli / least_draw * least_work / _MILLI
+    return curve.work_milli(round(draw_milli)) / _MILLI

@@ -1,7 +1,7 @@
 """A workload under the real loop in virtual time: jobs come when their rows say, until nothing can change.
 
 A victim stops as soon as it is signalled: its grace bounds what it may take, and a trace does not know what
-it would. Whatever else a start, a stop or a hand-over costs is what loop and simulated launcher take.
+it would. The files say how long things take, so that no start and no commit takes time besides.
 """
 
 import asyncio
@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scheduler.control.board import NodeSize
-from scheduler.control.inbox import Submission, Submit
+from scheduler.control.inbox import Item, Submission, Submit
 from scheduler.control.loop import Controller
+from scheduler.control.pace import Pace
+from scheduler.control.power import curve_of
 from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
-from scheduler.model.policy import Policy
+from scheduler.model.policy import CLASS_DEFAULTS, Policy
 from scheduler.model.settings import (
     MICROUSD_PER_USD,
     Config,
@@ -30,7 +32,7 @@ from scheduler.simulation.machine import Machine, Workload
 from scheduler.simulation.record import Changes, Progress, Recorder
 from scheduler.simulation.signals import Signals, look
 from scheduler.simulation.site import Site, budget_steps, price_steps
-from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, run
+from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, VirtualLoop, run
 
 # Nothing of a plan hangs on how often boards are read; what they use is booked as often.
 SAMPLING_PERIOD_S = 6 * 3600.0
@@ -51,6 +53,26 @@ _SM_CLOCK_MHZ = 1500
 _MEMORY = Path("/dev/shm")
 
 
+# Under a limit work slows down in proportion to the draw, unless a policy names a curve.
+IN_PROPORTION = ((1.0, 1.0), (0.01, 0.01))
+CLASSES = {
+    job_class: replace(defaults, power_curve=IN_PROPORTION) for job_class, defaults in CLASS_DEFAULTS.items()
+}
+
+
+class OneTickAMoment(Pace):
+    """All that happens in one moment is known to one tick, so that no order within it decides anything."""
+
+    def linger_s(self, item: Item, *, awaits_exits: bool = False) -> float:
+        del item, awaits_exits
+        return 0.0
+
+    def schedule(self, tick: Callable[[], None]) -> asyncio.Handle:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        return loop.call_when_quiet(tick)
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """What is replayed."""
@@ -58,7 +80,7 @@ class World:
     nodes: tuple[NodeRow, ...]
     prices: tuple[PriceRow, ...] = ()
     events: tuple[EventRow, ...] = ()
-    policy: Policy = Policy()  # noqa: RUF009 (frozen)
+    policy: Policy = Policy(classes=CLASSES)  # noqa: RUF009 (frozen)
     power: PowerConfig = PowerConfig()  # noqa: RUF009 (frozen); its base_w is the nodes'
     until_s: float | None = None  # None = until no job can change any more
 
@@ -114,8 +136,10 @@ class _Replay:
         site = Site(price_steps(world.prices), budgets, world.events, power.base_w, power.pue)
         names = [node.node_id for node in world.nodes]
         record = Recorder(machine, site, names, self._folder, self._on_progress)
+        daemon.launcher.start_s = 0.0
         try:
             await daemon.start()
+            daemon.controller.pace = OneTickAMoment()
             await self._until_over(daemon, record)
             record.finish()
             end_s = asyncio.get_running_loop().time()
@@ -261,4 +285,5 @@ def _workload(row: JobRow, policy: Policy) -> Workload:
         draw_w=row.draw_w,
         memory_mib=row.gpu_memory_mib or PROCESS_MEMORY_MIB,
         share_milli=row.gpu_share_milli,
+        power_curve=None if said.power_curve == IN_PROPORTION else curve_of(said.power_curve),
     )

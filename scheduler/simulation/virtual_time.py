@@ -30,11 +30,18 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now_s = 0.0
         # Called when nothing is left to do at this moment, before time goes on.
         self.on_quiet: Callable[[], None] | None = None
+        self._when_quiet: list[asyncio.Handle] = []
         super().__init__(_Jump(self._jump))
         self._clock_resolution = _RESOLUTION_S
 
     def time(self) -> float:
         return self._now_s
+
+    def call_when_quiet(self, callback: Callable[[], None]) -> asyncio.Handle:
+        """Call it when nothing else is left to do at this moment."""
+        handle = asyncio.Handle(callback, (), self)
+        self._when_quiet.append(handle)
+        return handle
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*_Ts], _T], *args: *_Ts
@@ -49,6 +56,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return done
 
     def _jump(self, by_s: float | None) -> None:
+        handles, self._when_quiet = self._when_quiet, []
+        for handle in handles:
+            if not handle.cancelled():
+                self.call_soon(handle._run)
+        if handles:
+            return
         if by_s is None:
             raise SimulationStuck("everything waits and no timer is set: nothing will ever happen again")
         if self.on_quiet is not None:

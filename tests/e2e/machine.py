@@ -4,6 +4,7 @@ Nothing that happens in it reaches the files of the host. It has a network of it
 command may be run with the host's, to install packages.
 """
 
+import ctypes
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ TOOLS = ("systemd-nspawn", "nsenter", "mount")
 
 ROOT = "root's rights"
 CAP_SYS_ADMIN = 21  # linux/capability.h
+CLONE_NEWNS = 0x20000  # linux/sched.h
 
 _T = TypeVar("_T")
 
@@ -46,6 +48,14 @@ def _may_mount() -> bool:
     return bool(int(effective[1], 16) >> CAP_SYS_ADMIN & 1)
 
 
+def _mounts_of_its_own() -> None:
+    """Part from the host's mounts: what is mounted from now on ends with this process, however that ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "no mounts of its own for this process")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
 class Machine:
     """One booted machine; `close` ends it and leaves nothing behind but its console's log in `directory`."""
 
@@ -57,6 +67,7 @@ class Machine:
         for name in ("root", "upper", "work"):
             (directory / name).mkdir()
         layers = f"lowerdir=/,upperdir={directory}/upper,workdir={directory}/work"
+        _mounts_of_its_own()
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, self.root], check=True)
         self._nspawn: subprocess.Popen[bytes] | None = None
         try:

@@ -127,7 +127,7 @@ class Oracle:
             limit, deadline = job.time_limit_us, job.deadline_us
             if job.state == RUNNING and limit != UNKNOWN and job.started_us + limit <= self.now_us:
                 due[job.number] = Reason.TIME_LIMIT
-            elif job.state in (RUNNING, SUSPENDED) and deadline != UNKNOWN and deadline <= self.now_us:
+            elif job.state in (RUNNING, SUSPENDED) and deadline != UNKNOWN and deadline < self.now_us:
                 due[job.number] = Reason.DEADLINE_MISSED
             elif job.state in (STARTING, RUNNING, SUSPENDED) and any(
                 self.world.nodes[node].drain == 2 for node in self.held(job)

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
-from scheduler.model.actions import RequeueJob, SetPowerLimit, StartJob
-from scheduler.model.policy import Policy
+import pytest
+
+from scheduler.model.actions import PreemptJob, RequeueJob, SetPowerLimit, StartJob
+from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.planning.explain import Obstacle, Remedy, RemedyKind, Rule, explain
 from scheduler.planning.planner import plan
@@ -128,6 +130,25 @@ def test_a_start_that_doesnt_fit_waits_for_power_and_lowers_nobody_of_a_higher_c
     made = planned(power)
     assert made.actions == ()
     assert made.waits == {2: Reason.WAITING_FOR_POWER}
+
+
+@pytest.mark.parametrize(("order", "live"), [(Order.VALUE, [1, 2]), (Order.CLASS, [1, 3])])
+def test_who_starts_takes_watts_as_rank_says_and_is_not_displaced_for_it(
+    order: Order, live: list[int]
+) -> None:
+    """By value, too: else who is kept out for his class displaces who was let in, again and again."""
+    jobs = (
+        running(1, "GPU-0", job_class=TRAINING, value=100_000),
+        J(2, job_class=BATCH, value=900_000),
+        J(3, job_class=TRAINING, value=90_000),
+    )
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=620, natural_w={1: 300, 2: 300, 3: 300})
+    power, policy = power.with_limits({"GPU-0": 330, "GPU-1": 330}), Policy(order=order)
+    for _ in range(4):
+        made = plan(snapshot(power), policy)
+        assert not [action for action in made.actions if isinstance(action, PreemptJob)]
+        power = applied(power, made)
+    assert [job.number for job in power.world.jobs if job.is_live] == live
 
 
 def test_a_job_of_higher_rank_takes_the_watts_of_lower_ones_and_no_more() -> None:

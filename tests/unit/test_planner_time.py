@@ -74,12 +74,12 @@ def test_a_job_that_cannot_meet_its_deadline_any_more_fails_and_others_wake_the_
     [
         (running(1, "GPU-0", time_limit_us=3600 * S), Reason.TIME_LIMIT, None),
         (running(1, "GPU-0", time_limit_us=3601 * S), None, NOW_US + S),
-        (running(1, "GPU-0", deadline_us=NOW_US), Reason.DEADLINE_MISSED, None),
-        (running(1, "GPU-0", deadline_us=NOW_US + 1), None, NOW_US + 1),
-        (running(1, "GPU-0", deadline_us=NOW_US, state=SUSPENDED), Reason.DEADLINE_MISSED, None),
+        (running(1, "GPU-0", deadline_us=NOW_US - 1), Reason.DEADLINE_MISSED, None),
+        (running(1, "GPU-0", deadline_us=NOW_US), None, NOW_US + 1),
+        (running(1, "GPU-0", deadline_us=NOW_US - 1, state=SUSPENDED), Reason.DEADLINE_MISSED, None),
         (running(1, "GPU-0", time_limit_us=1, state=SUSPENDED), None, None),
         (running(1, "GPU-0", time_limit_us=1, state=STARTING), None, None),
-        (running(1, "GPU-0", time_limit_us=1, deadline_us=NOW_US), Reason.TIME_LIMIT, None),
+        (running(1, "GPU-0", time_limit_us=1, deadline_us=NOW_US - 1), Reason.TIME_LIMIT, None),
     ],
 )
 def test_a_running_job_stops_at_its_limits(job: J, stop: Reason | None, wake_us: int | None) -> None:

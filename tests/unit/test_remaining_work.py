@@ -62,6 +62,22 @@ def test_the_less_is_left_the_more_an_hour_of_it_is_worth() -> None:
     assert worth.tolist() == [2_000_000, 8_000_000, 120_000_000, 2_000_000]
 
 
+def test_who_will_be_late_is_worth_nothing_and_a_deadline_itself_is_in_time() -> None:
+    hour = 3600 * SECOND_US
+    declared = {"value": 2_000_000, "expected_us": hour}
+    world = W(
+        jobs=(
+            running(1, "GPU-0", ran_s=1800, deadline_us=NOW_US + hour // 2, **declared),
+            running(2, "GPU-1", ran_s=1800, deadline_us=NOW_US + hour // 2 - 1, **declared),
+            J(3, deadline_us=NOW_US + hour - 1, **declared),
+            J(4, value=2_000_000, deadline_us=NOW_US),
+        ),
+        gpus=gpus(2),
+    )
+    worth = value_of_what_is_left(snapshot(world).jobs, np.array([hour] * 3 + [UNKNOWN]), NOW_US)
+    assert worth.tolist() == [4_000_000, 0, 0, 2_000_000]
+
+
 def test_by_value_a_job_near_its_end_is_not_displaced_and_a_deadline_counts_what_is_left(
     tmp_path: Path,
 ) -> None:

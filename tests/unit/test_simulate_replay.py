@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from scheduler.model.policy import Order, Policy
+from scheduler.model.jobs import JobClass
+from scheduler.model.policy import CLASS_DEFAULTS, Order, Policy
 from scheduler.model.settings import PowerConfig
 from scheduler.simulation.inputs import EventRow, JobStore, NodeRow, PriceRow, Room
 from scheduler.simulation.outputs import percentile, summary
-from scheduler.simulation.replay import World, replay
+from scheduler.simulation.replay import CLASSES, World, replay
 
 HEADER = (
     "job_id,submit_s,class,gpus,duration_s,value_usd_per_gpu_hour,draw_w,restart_loss_s,deadline_s,gpu_share_milli,"
@@ -52,11 +53,11 @@ def test_a_job_runs_for_as_long_as_it_says_and_pays_when_it_is_complete(replayed
     assert attempts == [
         {
             "job_id": "a", "attempt": "1", "node_id": "n0", "gpus": "0", "gpu_share_milli": "1000",
-            "start_s": "10.002", "end_s": "1010.002", "end_reason": "EXITED_ZERO",
+            "start_s": "10.000", "end_s": "1010.000", "end_reason": "EXITED_ZERO",
         }
     ]  # fmt: skip
-    assert (batch["jobs"], batch["completed"], batch["wait_seconds_p99"]) == (1, 1, 0.002)
-    assert batch["completion_seconds_mean"] == pytest.approx(1000.002, abs=1e-5)
+    assert (batch["jobs"], batch["completed"], batch["wait_seconds_p99"]) == (1, 1, 0.0)
+    assert batch["completion_seconds_mean"] == pytest.approx(1000.0, abs=1e-5)
     assert batch["gpu_seconds"] == pytest.approx(1000.0, abs=1e-5)
     assert batch["value_usd"] == pytest.approx(0.25)
     # 350 W more than idle for 1000 s; the last settling is not over when the simulation is.
@@ -67,11 +68,34 @@ def test_a_job_runs_for_as_long_as_it_says_and_pays_when_it_is_complete(replayed
     assert site["profit_usd"] == pytest.approx(0.25 - cost_usd, rel=1e-3)
     assert [(row["time_s"], row["running_jobs"], row["draw_w"], row["usd_per_mwh"]) for row in timeline] == [
         ("0.000", "0", "150.0", "100.0000"),
-        ("10.000", "1", "150.0", "100.0000"),
-        ("10.002", "1", "500.0", "100.0000"),
+        ("10.000", "1", "500.0", "100.0000"),
         ("510.000", "1", "500.0", "-40.0000"),
-        ("1010.002", "0", "150.0", "-40.0000"),
+        ("1010.000", "0", "150.0", "-40.0000"),
     ]
+
+
+def test_what_happens_in_one_moment_is_known_together(replayed: Replay) -> None:
+    """The GPU that comes free at 100 s is there for who comes then; no time is lost between."""
+    rows = "a,0,BATCH,1,100,,,60\nlong,0,BATCH,1,900,,,60\nnew,100,TRAINING,1,800,,,,900,,,800"
+    found, attempts, _ = replayed(rows, node(gpus=2))
+    assert sum(each["preemptions"] for each in found["classes"].values()) == 0
+    assert {row["job_id"]: (row["start_s"], row["end_reason"]) for row in attempts} == {
+        "a": ("0.000", "EXITED_ZERO"),
+        "long": ("0.000", "EXITED_ZERO"),
+        "new": ("100.000", "EXITED_ZERO"),
+    }
+    assert found["classes"]["training"]["completed"] == 1
+
+
+def test_a_limit_costs_what_the_policys_curve_says_and_in_proportion_without_one(replayed: Replay) -> None:
+    events = (EventRow("e", 0.0, 10_000.0, 500.0, 0.0, True),)
+    row = "a,1,TRAINING,1,1000,,500"  # 400 W are left to it
+    _, (plain,), _ = replayed(row, events=events, until_s=5000.0)
+    assert float(plain["end_s"]) - float(plain["start_s"]) == pytest.approx(1250.0, rel=0.01)
+    classes = {**CLASSES, JobClass.TRAINING: CLASS_DEFAULTS[JobClass.TRAINING]}
+    _, (named,), _ = replayed(row, events=events, until_s=5000.0, policy=Policy(classes=classes))
+    work = 0.844 + (0.8 - 0.711) / (0.951 - 0.711) * (0.979 - 0.844)
+    assert float(named["end_s"]) - float(named["start_s"]) == pytest.approx(1000.0 / work, rel=0.01)
 
 
 def test_a_victim_goes_on_where_it_was_after_its_restart_loss(replayed: Replay) -> None:
@@ -132,8 +156,8 @@ def test_shares_are_side_by_side_and_draw_by_share(replayed: Replay) -> None:
     rows = "a,0,BATCH,1,100,3.6,450,,,600\nb,0,BATCH,1,100,3.6,250,,,400\nc,0,BATCH,1,100,3.6,,,,500"
     found, attempts, timeline = replayed(rows)
     shares = {row["job_id"]: (row["gpu_share_milli"], row["start_s"]) for row in attempts}
-    assert shares == {"a": ("600", "0.002"), "b": ("400", "0.002"), "c": ("500", "100.004")}
-    assert float(timeline[1]["draw_w"]) == pytest.approx(150.0 + 0.6 * 400 + 0.4 * 200)
+    assert shares == {"a": ("600", "0.000"), "b": ("400", "0.000"), "c": ("500", "100.000")}
+    assert float(timeline[0]["draw_w"]) == pytest.approx(150.0 + 0.6 * 400 + 0.4 * 200)
     assert max(int(row["allocated_gpu_milli"]) for row in timeline) == 1000
     assert timeline[-1]["arrived_gpu_milli"] == "1500"
     assert found["classes"]["batch"]["gpu_seconds"] == pytest.approx(150.0, abs=1e-3)
@@ -166,7 +190,7 @@ def test_the_timeline_tells_of_the_same_gpus_as_the_attempts(replayed: Replay) -
         held = sum(
             1000 * len(attempt["gpus"].split("|"))
             for attempt in attempts
-            if float(attempt["start_s"]) - 0.0025 <= time_s < float(attempt["end_s"]) - 0.0005
+            if float(attempt["start_s"]) - 0.0005 <= time_s < float(attempt["end_s"]) - 0.0005
         )
         assert int(row["allocated_gpu_milli"]) == held
         by_class = sum(int(row[f"{name}_gpu_milli"]) for name in found["classes"])
@@ -185,7 +209,7 @@ def test_a_grid_event_sheds_and_its_watts_come_back(replayed: Replay) -> None:
     assert 0.3 < found["site"]["over_budget_seconds"] < 3.0
     assert found["site"]["shed_seconds"] == found["site"]["over_budget_seconds"]
     # It works at four fifths of its speed for 30 s, and until the watts come back after the event.
-    late_s = float(attempts[0]["end_s"]) - 100.002
+    late_s = float(attempts[0]["end_s"]) - 100.0
     assert 6.0 <= late_s < 12.0
 
 
@@ -216,8 +240,8 @@ def test_miners_follow_the_price_as_soon_as_it_is_known(replayed: Replay) -> Non
     found, attempts, _ = replayed("m,0,MINING,1,inf,0.035", prices=prices)
     times = [(row["start_s"], row["end_s"], row["end_reason"]) for row in attempts]
     assert times == [
-        ("0.002", "1300.000", "STOPPED_FOR_PRICE"),
-        ("3000.002", "4000.000", "SIMULATION_ENDED"),
+        ("0.000", "1300.000", "STOPPED_FOR_PRICE"),
+        ("3000.000", "4000.000", "SIMULATION_ENDED"),
     ]
     # The true price counts, known or not.
     kwh = (800.0 * 1000.0, 800.0 * 300.0 + 150.0 * 1700.0, 800.0 * 1000.0)
@@ -228,7 +252,7 @@ def test_miners_follow_the_price_as_soon_as_it_is_known(replayed: Replay) -> Non
 def test_many_prices_are_told_bit_by_bit(replayed: Replay) -> None:
     prices = tuple(PriceRow(60.0 * n, 20.0 if n % 200 < 100 else 400.0, 0.0) for n in range(620))
     _, attempts, _ = replayed("m,0,MINING,1,inf,0.035", prices=prices, until_s=37_200.0)
-    assert [row["start_s"] for row in attempts] == [f"{12_000 * n}.002" if n else "0.002" for n in range(4)]
+    assert [row["start_s"] for row in attempts] == [f"{12_000 * n}.000" for n in range(4)]
     assert [row["end_s"] for row in attempts[:3]] == [f"{12_000 * n + 6_000}.000" for n in range(3)]
 
 
