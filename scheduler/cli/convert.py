@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+# Ten times what there is: whoever waits beyond that waits for the same.
+FILL_PERCENT_MAX = 1000
 _SOURCE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the files go."
@@ -20,17 +22,35 @@ def convert() -> None:
 @convert.command()
 @click.argument("nodes", type=_SOURCE)
 @click.argument("tasks", type=_SOURCE)
+@click.option(
+    "--fill",
+    type=click.IntRange(1, FILL_PERCENT_MAX),
+    metavar="PERCENT",
+    help="Instead of the trace: a task a second, drawn by chance, all batch and endless, that ask for so "
+    "much of all GPUs together.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what --fill draws.")
 @_FOLDER
-def openb(nodes: Path, tasks: Path, out: Path) -> None:
+def openb(nodes: Path, tasks: Path, fill: int | None, seed: int, out: Path) -> None:
     """Alibaba's cluster trace of 2023 (openb): its list of NODES and a list of TASKS.
 
     Latency-sensitive tasks become inference, guaranteed and burstable ones training, best effort batch. Tasks
     that never ran or never ended are left out.
     """
+    import itertools
+    import random
+
     from scheduler.simulation import converters
 
     converters.openb_nodes(nodes, _target(out, "nodes.csv"))
-    converters.openb_jobs(tasks, _target(out, "jobs.csv"))
+    jobs = _target(out, "jobs.csv")
+    if fill is None:
+        converters.openb_jobs(tasks, jobs)
+    else:
+        chance = random.Random(seed)
+        converters.openb_filling(
+            nodes, tasks, jobs, fill, lambda count: (chance.randrange(count) for _ in itertools.repeat(None))
+        )
 
 
 @convert.command()

@@ -12,7 +12,7 @@ that starts, whatever became of the one before, goes on from there.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.control.board import GpuBoard
@@ -54,7 +54,7 @@ class Tariff(Protocol):
         """The pieces of a time by their ends, and what energy cost then, micro-USD per MWh; None: unknown."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class _User:
     """Whoever used a GPU or an instance: an attempt of a job, idle, or one that is not known."""
 
@@ -207,11 +207,11 @@ class Accounts:
                 gpu.parts = parts
         self._read_base(now_s)
 
-    def book(self, now_s: float, *, has_readings: bool) -> None:
-        """Put into the ledger's transaction what is due: all each minute, GPUs that were left at readings."""
+    def book(self, now_s: float) -> None:
+        """Put what is due after readings into the transaction: all each minute, GPUs that were left."""
         if abs(now_s - self._booked_s) >= BOOKING_PERIOD_S:
             self.book_all(now_s)
-        elif has_readings and self._ended_on:
+        elif self._ended_on:
             self._book(now_s, [gpu for gpu in self._gpus.values() if self._was_left(gpu)])
 
     def book_all(self, now_s: float) -> None:
@@ -406,7 +406,7 @@ class Accounts:
 
     def _entries(self, gpu: _Gpu) -> Iterator[UsageEntry]:
         """What a GPU's users used, in whole micro-USD; what is less goes on to the next entry."""
-        for user in sorted(gpu.used, key=astuple):
+        for user in sorted(gpu.used):
             cost_microusd, gpu.cost_rest = divmod(gpu.cost_rest + gpu.used[user].cost, _MJ_PER_MWH)
             yield self._entry(user, gpu.used[user], cost_microusd)
 

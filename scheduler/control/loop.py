@@ -384,7 +384,8 @@ class Controller:
         self.mining.advance(now_s)
         self.power.advance(now_s)
         wake_s = self._plan(now_s)
-        self.accounts.book(now_s, has_readings=has_readings)
+        if has_readings:  # nothing else adds energy; where they are rare, as in a replay, so are bookings
+            self.accounts.book(now_s)
         try:
             self._commit()
         except JournalError as error:

@@ -172,6 +172,8 @@ class PowerControl:
     def _fall_behind(self, now_s: float) -> None:
         """Count the work that limits keep jobs from doing."""
         ledger, classes = self._control.ledger, self._control.config.policy.classes
+        if not (self.is_active or ledger.power.limits or self.slowed):
+            return  # no limit is ours, and nobody is behind: a full site has thousands of jobs to ask about
         identities = {gpu.uuid: gpu for gpu in self._control.board.identities}
         curves = {job_class: curve_of(defaults.power_curve) for job_class, defaults in classes.items()}
 

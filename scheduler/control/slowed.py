@@ -25,6 +25,9 @@ class Slowed:
     def __init__(self) -> None:
         self._by_number: dict[int, _Slowed] = {}
 
+    def __len__(self) -> int:
+        return len(self._by_number)
+
     def behind_s(self, job: Job) -> float:
         """How much later than at full speed the job's live attempt will be done; seconds."""
         found = self._by_number.get(job.number)

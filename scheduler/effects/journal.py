@@ -63,7 +63,7 @@ class NodeState:
     drain: NodeDrainChanged | None
     next_number: int  # of the next job; never used before
     boot_id: str  # under which the last daemon started
-    booked: dict[str, GpuBooked]  # by UUID of the whole GPU
+    booked: dict[str, GpuBooked]  # by UUID of the whole GPU; replaced, never changed
     booked_seq: int  # of the last booking of all GPUs
     power: PowerState = field(default_factory=PowerState)
     baselines: dict[str, GpuBaseline] = field(default_factory=dict)  # by UUID

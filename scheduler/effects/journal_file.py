@@ -15,6 +15,7 @@ import msgspec
 from scheduler.effects.journal import NodeState
 from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLocked
 from scheduler.model.events import Event
+from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import Job
 
 FORMAT = 3
@@ -62,6 +63,7 @@ encode = msgspec.json.Encoder().encode
 decode_job = msgspec.json.Decoder(Job).decode
 decode_environment = msgspec.json.Decoder(dict[str, str]).decode
 decode_node = msgspec.json.Decoder(NodeState).decode
+decode_booked = msgspec.json.Decoder(dict[str, GpuBooked]).decode
 
 
 def chained(before: bytes, seq: int, kind: str, body: bytes) -> bytes:
@@ -146,6 +148,7 @@ def open_database(storage: Storage, path: Path, now_s: float, first_number: int 
                     ("created_s", now_s),
                     ("salt", secrets.token_bytes(16)),
                     ("node", encode(NodeState({}, None, first_number, "", {}, 0))),
+                    ("booked", encode({})),
                     ("watch_floor", 0),
                     ("head", encode_head(0, GENESIS)),
                     ("anchor", encode_head(0, GENESIS)),

@@ -5,6 +5,7 @@ import sqlite3
 from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from scheduler.effects.journal import HISTORY_EVENTS_MAX, DrawPiece, NodeState
@@ -12,8 +13,10 @@ from scheduler.effects.journal_file import (
     DATABASE_NAME,
     DECODERS,
     check_format,
+    decode_booked,
     decode_job,
     decode_node,
+    meta,
     translated,
 )
 from scheduler.errors import JournalError
@@ -36,8 +39,7 @@ class JournalHistory:
         self._db = db
 
     def node_state(self) -> NodeState:
-        text = self._db.execute("SELECT value FROM meta WHERE key = 'node'").fetchone()[0]
-        return decode_node(text)
+        return replace(decode_node(meta(self._db, "node")), booked=decode_booked(meta(self._db, "booked")))
 
     def job(self, number: int) -> Job | None:
         row = self._db.execute("SELECT body FROM jobs WHERE number = ?", (number,)).fetchone()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from scheduler.effects.journal import Derived, DrawPiece, Expired, JobFilter, NodeState, UsageRow
@@ -25,6 +26,7 @@ from scheduler.effects.journal_file import (
 )
 from scheduler.effects.journal_history import DRAWS_KEPT_S, JournalHistory, draw_row
 from scheduler.model.events import Event, JobSubmitted
+from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import FINAL_STATES, Job, job_id
 
 # A sealed segment is the unit in which old events age out.
@@ -85,6 +87,7 @@ class SqliteJournal:
         self._staged: list[tuple[int, float, str, bytes, bytes]] = []
         self._requests: list[tuple[str, int, str]] = []
         self._committed = (self._head, self._hash)
+        self._booked: dict[str, GpuBooked] | None = None  # as it was written or read last; None = neither
 
     def _read_ends(self, path: Path) -> None:
         db = self._db
@@ -110,7 +113,10 @@ class SqliteJournal:
         return bool(self._staged)
 
     def node_state(self) -> NodeState:
-        return self._history.node_state()
+        state = self._history.node_state()
+        if self._booked is None:
+            self._booked = state.booked
+        return state
 
     def draws(self, since_s: float, until_s: float) -> list[DrawPiece]:
         return self._history.draws(since_s, until_s)
@@ -137,6 +143,8 @@ class SqliteJournal:
             self.abandon()
             raise translated(error) from error
         self._committed = (self._head, self._hash)
+        if derived.node:
+            self._booked = derived.node.booked
         self._staged.clear()
         self._requests.clear()
 
@@ -181,7 +189,11 @@ class SqliteJournal:
         if derived.draws:
             db.executemany("INSERT INTO draws VALUES (?, ?, ?, ?, ?)", map(draw_row, derived.draws))
         if derived.node:
-            db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (encode(derived.node),))
+            # A row of its own: it is as long as there are GPUs, and changes but once a minute.
+            if derived.node.booked is not self._booked:
+                db.execute("UPDATE meta SET value = ? WHERE key = 'booked'", (encode(derived.node.booked),))
+            text = encode(replace(derived.node, booked={}))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'node'", (text,))
         if self._staged:
             db.execute(_SET_HEAD, (encode_head(self._head, self._hash),))
             if self._head - self._sealed >= self._segment_events:

@@ -25,10 +25,45 @@ _KEY_BITS = 62
 _CHUNK_BITS = 32
 
 
+class Numbering:
+    """What is free on the GPUs of each node, and whom they serve, as a number; equal nodes have equal ones.
+
+    It outlives a plan: the next one numbers only the nodes that are not as they were.
+    """
+
+    def __init__(self, pool: Pool, nearness: Sequence[Any]) -> None:
+        self.of = xp.zeros(len(pool.cpus), dtype=xp.int64)  # by node
+        self._sorts = _sorts(pool, nearness)
+        self._numbers: dict[Hashable, int] = {}
+        self._milli, self._mib = pool.milli - 1, pool.mib.copy()  # as they were numbered: not yet at all
+        self.follow(pool)
+
+    def follow(self, pool: Pool) -> None:
+        """Number the nodes of another pool, of the same GPUs."""
+        other = (pool.milli != self._milli) | (pool.mib != self._mib)
+        self.renew(pool, rows_where(other.any(axis=1)))
+
+    def renew(self, pool: Pool, rows: Any) -> bool:
+        """Look at these nodes again; whether all were numbered anew, so that no number means what it did."""
+        numbers = self._numbers
+        is_anew = len(numbers) + len(rows) > STATES_MAX and len(rows) < len(self.of)
+        if is_anew:
+            numbers.clear()
+            rows = xp.arange(len(self.of), dtype=xp.int64)
+        states = [
+            numbers.setdefault((self._sorts[row], *milli, *mib), len(numbers))
+            for row, milli, mib in zip(rows.tolist(), *lists((pool.milli, pool.mib), rows), strict=True)
+        ]
+        self.of[rows] = xp.asarray(states, dtype=xp.int64)
+        self._milli[rows], self._mib[rows] = pool.milli[rows], pool.mib[rows]
+        return is_anew
+
+
 class States:
     """The state of each node of a pool, renewed by whoever changes it, and what is known of the states."""
 
-    def __init__(self, pool: Pool, mix: MixColumns, nearness: Sequence[Any]) -> None:
+    def __init__(self, pool: Pool, mix: MixColumns, numbering: Callable[[], Numbering]) -> None:
+        """Take the pool, the mix, and how to come by the numbering where it is of use."""
         self._pool = pool
         self._cpus = xp.unique(mix.cpus)
         self._memory_mib = xp.unique(mix.memory_mib)
@@ -36,26 +71,15 @@ class States:
         fits = (levels**2 * _SLOTS).bit_length() + _NUMBER_BITS <= _KEY_BITS
         self.are_of_use = fits and len(pool.cpus) > NODES_FEW
         self._levels = levels
-        self._sorts = _sorts(pool, nearness) if self.are_of_use else []
-        self._numbers: dict[Hashable, int] = {}
-        self._number = xp.zeros(len(pool.cpus), dtype=xp.int64)
+        self._numbering = numbering() if self.are_of_use else None
         self._known: dict[Hashable, tuple[Any, Any]] = {}
         self._answers = 0
-        if self.are_of_use:
-            self.renew(xp.arange(len(pool.cpus), dtype=xp.int64))
 
     def renew(self, rows: Any) -> None:
         """Look at these nodes again."""
-        pool, numbers = self._pool, self._numbers
-        if len(numbers) + len(rows) > STATES_MAX and len(rows) < len(self._number):
-            numbers.clear()
+        assert self._numbering is not None, "they are of use"
+        if self._numbering.renew(self._pool, rows):
             self._forget()
-            rows = xp.arange(len(self._number), dtype=xp.int64)
-        states = [
-            numbers.setdefault((self._sorts[row], *milli, *mib), len(numbers))
-            for row, milli, mib in zip(rows.tolist(), *lists((pool.milli, pool.mib), rows), strict=True)
-        ]
-        self._number[rows] = xp.asarray(states, dtype=xp.int64)
 
     def answers(self, request: Shape, rows: Any, found: Callable[[Any], Any]) -> Any:
         """What is known of these nodes for the request, int64 of shape (columns, rows).
@@ -89,11 +113,12 @@ class States:
 
     def _seen_by(self, request: Shape, rows: Any) -> Any:
         """The nodes' states with what the host has now and would have left. Shape (rows,)."""
-        pool = self._pool
+        pool, numbering = self._pool, self._numbering
+        assert numbering is not None, "they are of use"
         cpus, memory_mib = pool.cpus[rows], pool.memory_mib[rows]
         now = self._level(cpus, memory_mib)
         then = self._level(cpus - request.cpus, memory_mib - request.memory_mib)
-        key = (self._number[rows] * self._levels + now) * self._levels + then
+        key = (numbering.of[rows] * self._levels + now) * self._levels + then
         return key * _SLOTS + xp.minimum(pool.slots[rows], _SLOTS - 1)
 
     def _level(self, cpus: Any, memory_mib: Any) -> Any:

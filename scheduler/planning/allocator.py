@@ -87,6 +87,7 @@ class Live:
     index: int  # of `world.Incumbents`
     rows: tuple[int, ...]  # of the nodes that it is on
     hold: Hold  # what it has of this one
+    gpus: int  # on all its nodes
     job_class: int
     priority: int
     value_bar: int  # least value that displaces it at equal priority
@@ -94,7 +95,6 @@ class Live:
     yields_us: int  # when its minimum runtime is over; NEVER for one that may not be preempted
     ends_us: int  # declared end, now for an overrun; NEVER where unknown
     started_us: int
-    gpus: int  # on all its nodes
     lost_gpu_ms: int
     loss_microusd: int
 

@@ -34,7 +34,7 @@ from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.gangs import soonest
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import Queue
-from scheduler.planning.search import NODES_TRIED_MAX, Limits
+from scheduler.planning.search import NODES_ALL_TRIED_MAX, NODES_TRIED_MAX, Limits
 from scheduler.planning.valuation import outranked, value_bar, value_bars
 from scheduler.planning.world import NEVER, World
 
@@ -69,7 +69,8 @@ def blocked(request: Request, world: World, order: Order, claims: Iterable[Claim
     """
     best = Blocked(request, NEVER)
     releases = _Releases(request, world, order, claims)
-    for row in _soonest_first(request, world, order, releases.rows):
+    rows = _soonest_first(request, world, order, releases.rows)
+    for row in _hopeful(rows, request, world, order, releases.rows):
         room = releases.room(request, row, best.start_us)
         if room is not None:
             best = Blocked(request, room[0], (room[1],))
@@ -82,6 +83,7 @@ def blocked_over(request: Request, world: World, order: Order, claims: Iterable[
     releases = _Releases(request, world, order, claims)
     for way in world.kinds.divisions(request):
         rows = _soonest_first(way.whole, world, order, releases.rows, way.nodes, way.wholes + NODES_TRIED_MAX)
+        rows = _hopeful(rows, way.least, world, order, releases.rows)
         moments = [
             {row: room[0] for row in rows if (room := releases.room(part, row, NEVER)) is not None}
             for part in (way.whole, way.least)
@@ -158,10 +160,8 @@ def _soonest_first(
     open_rows = rows_where(~world.drains & among)
     if len(open_rows) <= most:
         return open_rows.tolist()  # type: ignore[no-any-return]
-    yields_us = xp.where(jobs.outranked(request, order), xp.maximum(jobs.yields_us, now_us), NEVER)
-    free_us = xp.minimum(jobs.ends_us, yields_us)
     release_us = xp.full(layout.cells, now_us, dtype=xp.int64)
-    xp.maximum.at(release_us, jobs.cell, free_us[jobs.holder])
+    xp.maximum.at(release_us, jobs.cell, _free_us(request, world, order)[jobs.holder])
     claimed = xp.asarray(claimed_rows, dtype=xp.int64)
     by_node = release_us.reshape(layout.row.shape)
     by_node[claimed] = now_us  # when claims end is looked at there
@@ -172,6 +172,27 @@ def _soonest_first(
     wanted = min(max(request.gpus, 1), layout.width)
     free_us = xp.sort(by_node, axis=1)[:, wanted - 1]
     return open_rows[xp.lexsort(xp.stack([open_rows, free_us]))[:most]].tolist()  # type: ignore[no-any-return]
+
+
+def _hopeful(
+    rows: list[int], request: Request, world: World, order: Order, claimed_rows: list[int]
+) -> list[int]:
+    """Of these nodes those where anything is released at a moment that is known, or that fit as it is."""
+    if len(rows) <= NODES_ALL_TRIED_MAX:
+        return rows
+    hosts = world.incumbents.hosts
+    hopeful = world.soon.fit(request)
+    hopeful[hosts.node[_free_us(request, world, order)[hosts.job] < NEVER]] = True
+    hopeful[xp.asarray(claimed_rows, dtype=xp.int64)] = True
+    looked_at = xp.asarray(rows, dtype=xp.int64)
+    return looked_at[hopeful[looked_at]].tolist()  # type: ignore[no-any-return]
+
+
+def _free_us(request: Request, world: World, order: Order) -> Any:
+    """Shape (incumbents,): when each is gone at the latest, as far as the request can count on it; NEVER."""
+    jobs = world.incumbents
+    yields_us = xp.maximum(jobs.yields_us, world.now_us)
+    return xp.minimum(jobs.ends_us, xp.where(jobs.outranked(request, order), yields_us, NEVER))
 
 
 class _Started(NamedTuple):

@@ -23,12 +23,12 @@ Scores are kept by request shape and renewed only where a node has changed; node
 are rated once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
-from scheduler.planning.alike import States
+from scheduler.planning.alike import Numbering, States
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, Shape
@@ -109,6 +109,7 @@ class Fragmentation:
             None: by row.
         closed: Bool, shape (nodes,): nodes that must take nothing; None: none.
         nearness: Bool, shape (nodes, width, width) each: which GPUs are near each other, the nearest first.
+        numbering: The states of the pool's nodes as somebody keeps them; None: they are made here.
     """
 
     def __init__(
@@ -119,8 +120,9 @@ class Fragmentation:
         tie_rank: Any = None,
         closed: Any = None,
         nearness: Sequence[Any] = (),
+        numbering: Callable[[Pool], Numbering] | None = None,
     ) -> None:
-        nodes, width = pool.milli.shape
+        nodes = len(pool.cpus)
         assert nodes < 1 << _RANK_BITS, "the tie rank has its bits"
         assert len(nearness) < 1 << _NEAR_BITS, "and nearness its own"
         self._pool = pool
@@ -129,7 +131,8 @@ class Fragmentation:
         self._closed = closed
         self._nearness = nearness
         # What power a node draws for it depends on more than its state.
-        alike = States(pool, mix, nearness) if watts is None else None
+        made = numbering or (lambda free: Numbering(free, nearness))
+        alike = States(pool, mix, lambda: made(pool)) if watts is None else None
         self._alike = alike if alike is not None and alike.are_of_use else None
         self._kept = Kept(nodes)
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
@@ -138,12 +141,8 @@ class Fragmentation:
         assert self._weight < _WEIGHT_SUM_MAX, "weighted sums are exact"
         self._cpus_asked = (mix.weight * mix.cpus).sum().item()
         self._milli_asked = (mix.weight * mix.gpus * mix.share_milli).sum().item()
-        # Bool, shape (nodes, kinds, width): GPUs of a model that the kind accepts.
-        accepted = [
-            _accepted(pool, models, gpus)
-            for models, gpus in zip(mix.models.tolist(), mix.gpus.tolist(), strict=True)
-        ]
-        self._accepted = xp.stack(accepted, axis=1) if accepted else xp.ones((nodes, 0, width), dtype=bool)
+        # Bool, shape (sets, nodes, width): GPUs of the models of a set; and of each kind which set is its.
+        self._served, self._sets = _served(pool, mix)
         self._pressure = _pressure(pool, mix)
         # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and
         # how many such GPUs; of each node the weighted thousandths that are no fragment.
@@ -325,13 +324,13 @@ class Fragmentation:
 
     def _parts(self, rows: Any) -> Iterator[Any]:
         """The rows in parts whose intermediate arrays are of bounded size."""
-        size = max(1, _CELLS_MAX // max(1, self._accepted.shape[1] * self._accepted.shape[2]))
+        size = max(1, _CELLS_MAX // max(1, len(self._mix) * self._served.shape[2]))
         return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _large(self, rows: Any, milli: Any, mib: Any) -> tuple[Any, Any]:
         """By kind, thousandths on GPUs large enough for it, and how many those are. Shape (rows, kinds)."""
         mix = self._mix
-        large = self._accepted[rows] & (milli[:, None] >= mix.share_milli[:, None])
+        large = self._served[self._sets, rows[:, None]] & (milli[:, None] >= mix.share_milli[:, None])
         large &= (mix.gpu_memory_mib == 0)[:, None] | (mib[:, None] >= mix.gpu_memory_mib[:, None])
         return xp.where(large, milli[:, None], 0).sum(axis=2), large.sum(axis=2)
 
@@ -342,7 +341,7 @@ class Fragmentation:
     def _usable_with_gpu(self, rows: Any, at: Any, milli: Any, mib: Any, host: _Host) -> Any:
         """The same, if of the GPU at this position this much is left. Shape (rows,)."""
         pool, mix = self._pool, self._mix
-        accepted = self._accepted[rows, :, at]
+        accepted = self._served[self._sets, rows[:, None], at[:, None]]
         milli_before, mib_before = pool.milli[rows, at][:, None], pool.mib[rows, at][:, None]
         milli, mib = milli[:, None], mib[:, None]
         any_memory = mix.gpu_memory_mib == 0
@@ -363,10 +362,18 @@ class Fragmentation:
         return (xp.where(fits, large_milli, 0) * mix.weight).sum(axis=1)
 
 
-def _accepted(pool: Pool, models: int, gpus: int) -> Any:
-    """GPUs that serve requests with this set of models and for so many GPUs. Shape (nodes, width)."""
-    accepted = xp.ones(pool.milli.shape, dtype=bool) if models == UNKNOWN else pool.fits[models]
-    return accepted & pool.whole if gpus > 1 and pool.whole is not None else accepted
+def _served(pool: Pool, mix: MixColumns) -> tuple[Any, Any]:
+    """GPUs by who is served: shape (sets, nodes, width); and the row of it for each kind of the mix.
+
+    A set is one of models, or any; and, where there are MIG instances, the same without those.
+    """
+    anything = xp.ones((1, *pool.milli.shape), dtype=bool)
+    served = xp.concatenate([pool.fits, anything])
+    sets = xp.where(mix.models == UNKNOWN, len(pool.fits), mix.models)
+    if pool.whole is not None:
+        sets = sets + xp.where(mix.gpus > 1, len(served), 0)
+        served = xp.concatenate([served, served & pool.whole])
+    return served, sets
 
 
 def _nowhere(rows: int) -> Any:

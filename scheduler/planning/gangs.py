@@ -303,6 +303,8 @@ class _Look:
 def _likely(way: Division, request: Request, world: World, horizons: Horizons) -> list[int]:
     """Rows of nodes that may have to give way, a bounded number: those first that lose least at least."""
     horizon = horizons.of(request)
+    if horizon is None:
+        return []
     chosen: set[int] = set()
     for part, wanted in ((way.whole, way.wholes), (way.least, 1)):
         rows = rows_where(way.nodes & ~world.drains & horizon.pool.fit(part))

@@ -1,9 +1,9 @@
 """What requests of a class could have of each node at most, and at what loss at least.
 
-Whom a request may displace depends on its own rank; here everybody counts whom any request of its class may
-displace. So a node that does not do here will not do at all, and what it costs here it costs at least: the
-few nodes where looking closely pays (`search.py`) are found without looking at the others. A change on a node
-changes its row only.
+Whom a request may displace depends on its own rank; here everybody counts whom the first of its class may
+displace, which is all that those after it may. So a node that does not do here will not do at all, and what
+it costs here it costs at least: the few nodes where looking closely pays (`search.py`) are found without
+looking at the others. A change on a node changes its row only.
 """
 
 from typing import Any
@@ -13,20 +13,21 @@ from scheduler.planning.allocator import Live, Node, Request
 from scheduler.planning.arrays import xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, summed
+from scheduler.planning.preemption import outranks
 from scheduler.planning.world import NEVER, World
 
 
 class Horizon:
-    """Bounds of what requests of one class can have."""
+    """Bounds of what a request, and those of its class that rank after it, can have."""
 
-    def __init__(self, world: World, job_class: int | None) -> None:
-        """Count everybody who may go, of this class and the later ones; None = of all."""
+    def __init__(self, world: World, first: Request, order: Order) -> None:
         self._world = world
-        self._job_class = job_class
+        self._first = first
+        self._order = order
         jobs, soon = world.incumbents, world.soon
         nodes, width = soon.milli.shape
         self._bounds = Kept(nodes)
-        goes = jobs.may_yield if job_class is None else jobs.may_yield & (jobs.job_class >= job_class)
+        goes = world.displaceable(first)
         holds, hosts = goes[jobs.holder], jobs.hosts.of(goes)
         self._going = xp.bincount(hosts.node, minlength=nodes).tolist()
         cell, holder = jobs.cell[holds], jobs.holder[holds]
@@ -61,11 +62,7 @@ class Horizon:
     def changed(self, node: Node, live: list[Live]) -> None:
         """Look at a node again that gave something away or got it back."""
         row, width = node.row, self.pool.milli.shape[1]
-        going = [
-            each
-            for each in live
-            if each.may_yield and (self._job_class is None or each.job_class >= self._job_class)
-        ]
+        going = [each for each in live if each.may_yield and outranks(self._first, each, self._order)]
         self._going[row] = len(going)
         self._bounds.changed(row)
         reach = node.soon.copy()
@@ -104,23 +101,26 @@ class Horizon:
 
 
 class Horizons:
-    """The horizons of a plan, made when they are first asked for."""
+    """The horizon of the requests that are served now, made when it is first asked for."""
 
     def __init__(self, world: World, order: Order) -> None:
         self._world = world
         self._order = order
-        self._made: dict[int | None, Horizon] = {}
+        self._class: int | None = None  # of the horizon that is made
+        self._made: Horizon | None = None
 
-    def of(self, request: Request) -> Horizon:
-        """The horizon that bounds what the request could have."""
-        key = request.job_class if self._order is Order.CLASS else None
-        known = self._made.get(key)
-        if known is None:
-            # Requests come in the order of rank: an earlier class is over.
-            self._made = {key: (known := Horizon(self._world, key))}
-        return known
+    def of(self, request: Request) -> Horizon | None:
+        """The horizon that bounds what the request could have; None: nobody may go for it.
+
+        Requests come in the order of rank.
+        """
+        if self._class is None or (self._order is Order.CLASS and self._class != request.job_class):
+            self._class, self._made = request.job_class, None
+            if self._world.displaceable(request).any():
+                self._made = Horizon(self._world, request, self._order)
+        return self._made
 
     def changed(self, node: Node) -> None:
         """Look at a node again that gave something away or got it back."""
-        for horizon in self._made.values():
-            horizon.changed(node, self._world.live(node.row))
+        if self._made is not None:
+            self._made.changed(node, self._world.live(node.row))

@@ -3,8 +3,10 @@
 from typing import Any
 
 from scheduler.model.snapshot import CLOSED, UNKNOWN, Snapshot
+from scheduler.planning.alike import Numbering
 from scheduler.planning.allocator import Gpu
 from scheduler.planning.arrays import lists, xp
+from scheduler.planning.pool import Pool
 
 
 class Layout:
@@ -44,6 +46,7 @@ class Layout:
                 self.nearness.append(same)
         self.model = self._spread(gpus.model, UNKNOWN, shape)
         self._snapshot = snapshot
+        self._numbering: Numbering | None = None
         self._most: dict[bytes, tuple[Any, Any]] = {}
         self._gpus: dict[int, tuple[Gpu, ...]] = {}
         self._suitable: dict[int, dict[tuple[int, int, bool], tuple[int, ...]]] = {}
@@ -56,6 +59,14 @@ class Layout:
     def holds_for(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot has the same GPUs and sets of models."""
         return self._key == _layout_key(snapshot)
+
+    def numbering(self, free: Pool) -> Numbering:
+        """The states of the nodes' GPUs, for `alike.States`, with so much free."""
+        if self._numbering is None:
+            self._numbering = Numbering(free, self.nearness)
+        else:
+            self._numbering.follow(free)
+        return self._numbering
 
     def most_gpus(self, nodes: Any) -> tuple[Any, Any]:
         """By set of models and least memory, the most open GPUs that one of the nodes in the mask has.

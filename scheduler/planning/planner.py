@@ -222,6 +222,8 @@ class Planner:
         free, leaving, by_displacing = find_free, find_leaving, find_by_displacing
         if self.spans(request):
             free, leaving, by_displacing = find_free_over, find_leaving_over, find_over_by_displacing
+        elif self.world.is_hopeless(request):
+            return None
         return (
             free(request, self.world, limits)
             or leaving(request, self.world, limits)

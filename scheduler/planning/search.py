@@ -161,12 +161,14 @@ class _Cheapest:
         self._request = request
         self._world = world
         # So few nodes are looked at one by one: that costs less than the columns.
-        self._horizon = horizons.of(request) if len(world.drains) > NODES_ALL_TRIED_MAX else None
+        self._are_few = len(world.drains) <= NODES_ALL_TRIED_MAX
+        self._horizon = None if self._are_few else horizons.of(request)
 
     def first(self) -> Iterator[tuple[int, int]]:
         """Rows of the nodes to look at, a bounded number, each with its bound; of equals the first row."""
-        if self._horizon is None:
+        if self._are_few:
             yield from ((row, 0) for row in rows_where(~self._world.drains).tolist())
+        if self._horizon is None:
             return
         fits = self._horizon.pool.fit_host(self._request)
         bounds = xp.where(fits, self._horizon.bounds(self._request), NEVER)

@@ -10,7 +10,7 @@ it what incumbents hold, the live jobs that stay unless they are displaced.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import (
@@ -96,6 +96,7 @@ class World:
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
         # Whether free GPUs serve who wants so much. They only shrink: once they don't, they never will.
         self._free_can: dict[tuple[int, ...], bool] = {}
+        self._displaceable: tuple[tuple[int, int, int], Any] | None = None  # by whoever asked last, by rank
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
@@ -128,8 +129,10 @@ class World:
             mix = self._snapshot.mix
             mix = mix_of(self._snapshot.jobs) if mix is None else mix
             mix = as_parts(mix, self.layout.width)
-            nearness = self.layout.nearness
-            self._placement = Fragmentation(self._free, mix, closed=self.drains, nearness=nearness)
+            layout = self.layout
+            self._placement = Fragmentation(
+                self._free, mix, closed=self.drains, nearness=layout.nearness, numbering=layout.numbering
+            )
         return self._placement
 
     @cached_property
@@ -183,6 +186,7 @@ class World:
             self.leaving[each] = True
             self._leaving_for.setdefault(preemptor, []).append(hold)
         self.incumbents.may_yield[victim.index] = False
+        self._displaceable = None
 
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
@@ -219,7 +223,8 @@ class World:
         can = self._free_can.get(wants)
         if can is None:
             can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
-        if not can:
+        # To know that it fits nowhere is much cheaper than to make what chooses.
+        if not can or (self._placement is None and not (self.free.fit(request) & ~self.drains).any()):
             return None
         found = self.placement.best(request, without)
         if found is None and not without:
@@ -237,9 +242,12 @@ class World:
         return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
-        """Bool, shape (incumbents,): whom the request may displace."""
+        """Bool, shape (incumbents,): whom the request may displace. Not to be changed."""
         jobs = self.incumbents
-        return jobs.outranked(request, self._policy.order) & jobs.may_yield
+        rank = (request.job_class, request.priority, request.value)
+        if self._displaceable is None or self._displaceable[0] != rank:
+            self._displaceable = rank, jobs.outranked(request, self._policy.order) & jobs.may_yield
+        return self._displaceable[1]
 
     def within_reach(self, request: Request) -> "Reach":
         """What is free, leaves, or is held by jobs that the request may displace."""
@@ -250,6 +258,16 @@ class World:
         if known is None:
             known = self._reaches[key] = self._made_reach(outranked)
         return known
+
+    def is_hopeless(self, request: Request) -> bool:
+        """Whether the request fits nowhere, whoever goes, by what was found out when another one was refused.
+
+        It is said only while nothing has changed since then: to find it out costs more than to look for room.
+        """
+        if self._changed or not self._reaches:
+            return False
+        known = self._reaches.get(self.displaceable(request).tobytes())
+        return known is not None and not (known.pool.fit(request) & ~self.drains).any()
 
     def _made_reach(self, outranked: Any) -> "Reach":
         jobs = self.incumbents
@@ -429,61 +447,43 @@ class World:
         return holds
 
     def _made_live(self, row: int) -> list[Live]:
-        jobs = self.incumbents
+        jobs, width = self.incumbents, self.layout.width
         by_node, first_on_node = self._places
         here = by_node[int(first_on_node[row]) : int(first_on_node[row + 1])]
-        members, width = jobs.hosts.job[here], self.layout.width
+        members = jobs.hosts.job[here]
+        firsts, counts = jobs.first[members], jobs.first[members + 1] - jobs.first[members]
+        # The holdings of one after those of the other, and where those of each begin.
+        ends = xp.cumsum(counts)
+        starts = ends - counts
+        places = xp.arange(int(counts.sum()), dtype=xp.int64)
+        holdings = (firsts - starts)[xp.searchsorted(ends, places, side="right")] + places
+        held = list(zip(*lists((jobs.cell, jobs.milli, jobs.mib), holdings), strict=True))
         made = []
-        for index, cpus, memory_mib, first, end, *values in zip(
+        for index, cpus, memory_mib, start, count, values in zip(
             members.tolist(),
             *lists((jobs.hosts.cpus, jobs.hosts.memory_mib), here),
-            *lists((jobs.first[:-1], jobs.first[1:]), members),
-            *lists(tuple(getattr(jobs, name) for name in _LiveRow._fields), members),
+            starts.tolist(),
+            counts.tolist(),
+            zip(*lists(tuple(getattr(jobs, name) for name in _LIVE_COLUMNS), members), strict=True),
             strict=True,
         ):
-            each = _LiveRow(*values)
             parts: dict[int, list[int]] = {}
             rows = {row}
-            held = (jobs.cell[first:end], jobs.milli[first:end], jobs.mib[first:end])
-            for cell, milli, mib in zip(*(column.tolist() for column in held), strict=True):
+            for cell, milli, mib in held[start : start + count]:
                 if cell // width != row:
                     rows.add(cell // width)
                     continue
                 part = parts.setdefault(cell - row * width, [0, 0])
                 part[0] += milli
                 part[1] += mib
-            hold = Hold(each.number, parts, cpus, memory_mib, 1, UNKNOWN, UNKNOWN, each.ready_us)
-            made.append(
-                Live(
-                    index=index,
-                    rows=tuple(sorted(rows)),
-                    hold=hold,
-                    job_class=each.job_class,
-                    priority=each.priority,
-                    value_bar=each.value_bar,
-                    may_yield=each.may_yield,
-                    yields_us=each.yields_us,
-                    ends_us=each.ends_us,
-                    started_us=each.started_us,
-                    gpus=end - first,
-                    lost_gpu_ms=each.lost_gpu_ms,
-                    loss_microusd=each.loss_microusd,
-                )
-            )
+            number, ready_us, *rest = values
+            hold = Hold(number, parts, cpus, memory_mib, 1, UNKNOWN, UNKNOWN, ready_us)
+            made.append(Live(index, tuple(sorted(rows)), hold, count, *rest))
         return made
 
 
-class _LiveRow(NamedTuple):
-    """One row of `Incumbents`."""
-
-    number: int
-    job_class: int
-    priority: int
-    value_bar: int
-    may_yield: bool
-    yields_us: int
-    ends_us: int
-    started_us: int
-    ready_us: int
-    lost_gpu_ms: int
-    loss_microusd: int
+# Of `Incumbents`: what a job's hold has, then what the job has, in the order of `Live`.
+_LIVE_COLUMNS = (
+    "number", "ready_us", "job_class", "priority", "value_bar", "may_yield", "yields_us", "ends_us",
+    "started_us", "lost_gpu_ms", "loss_microusd",
+)  # fmt: skip

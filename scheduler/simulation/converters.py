@@ -5,7 +5,7 @@ training clusters pass them on. Azure's LLM inference: a request a row; replicas
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,46 @@ def openb_jobs(source: Path, target: Path) -> None:
         raise InputError(f"{source}: no task has creation_time, scheduled_time and deletion_time")
     first_s = min(row["creation_time"] for row in timed)
     write_rows(target, JOB_COLUMNS, (openb_job(row, row["creation_time"] - first_s) for row in timed))
+
+
+def openb_filling(
+    nodes: Path, tasks: Path, target: Path, percent: int, order: Callable[[int], Iterable[int]]
+) -> None:
+    """Make a jobs.csv that fills openb's nodes: a task a second, drawn with repetition, and none ever ends.
+
+    All are of one class and worth the same, so that nobody gives way.
+
+    Args:
+        nodes: openb's list of nodes.
+        tasks: openb's list of tasks.
+        target: The file to make.
+        percent: Tasks come as long as they ask for no more than so much of all the nodes' GPUs.
+        order: In which so many tasks come, each by its place in the order of names; may be endless.
+
+    Raises:
+        InputError: A list is wrong or has no GPU in it, or the target can't be written.
+    """
+    gpus = sum(row["gpu"] for _, row in csv_files.rows(nodes, OPENB_NODE_COLUMNS, Problems(str(nodes))))
+    by_name = sorted(
+        (row for _, row in csv_files.rows(tasks, OPENB_TASK_COLUMNS, Problems(str(tasks)))),
+        key=lambda row: str(row["name"]),
+    )
+    for source, has_any in ((nodes, gpus), (tasks, any(row["num_gpu"] for row in by_name))):
+        if not has_any:
+            raise InputError(f"{source}: there is no GPU in the list, so that nothing fills up")
+    milli = percent * gpus * SHARE_MILLI_WHOLE // 100
+    write_rows(target, JOB_COLUMNS, _filling(by_name, order(len(by_name)), milli))
+
+
+def _filling(tasks: list[dict[str, Any]], order: Iterable[int], milli_max: int) -> Iterator[dict[str, Any]]:
+    """Tasks that ask for no more thousandths of GPUs than these, all together."""
+    asked_milli = 0
+    for second, place in enumerate(order):
+        job = openb_job(tasks[place], float(second), math.inf)
+        asked_milli += job["gpus"] * (job["gpu_share_milli"] or SHARE_MILLI_WHOLE)
+        if asked_milli > milli_max:
+            return
+        yield job | {"job_id": f"{second}-{job['job_id']}", "class": "BATCH"}
 
 
 def openb_job(row: dict[str, Any], submit_s: float, duration_s: float | None = None) -> dict[str, Any]:

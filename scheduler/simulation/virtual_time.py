@@ -5,6 +5,7 @@ tasks only; what would go to a thread is done at once, and there are no sockets 
 """
 
 import asyncio
+import math
 import selectors
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
@@ -66,6 +67,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if self.on_quiet is not None:
             self.on_quiet()
         self._now_s += by_s
+        # From half a year on it is less than the next number after this one, and nothing would ever be due.
+        self._clock_resolution = max(_RESOLUTION_S, math.ulp(self._now_s))
 
 
 class _Jump(selectors.BaseSelector):

@@ -75,7 +75,7 @@ class Books:
         self.prices.advance(now_s)
         if readings is not None:
             self.accounts.read(now_s)
-        self.accounts.book(now_s, has_readings=readings is not None)
+            self.accounts.book(now_s)
         if is_kept:
             self.ledger.commit()
         else:

@@ -3,21 +3,23 @@
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import PENDING, Snapshot
-from scheduler.planning import alike, fragmentation, horizon, kept, search, world
+from scheduler.planning import alike, backfill, fragmentation, horizon, kept, search, world
 from scheduler.planning.allocator import Node, host_fits
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.kept import Kept
-from scheduler.planning.planner import Planner, digest, plan
+from scheduler.planning.planner import Memo, Planner, digest, plan
 from scheduler.planning.preemption import choose_victims
 from scheduler.planning.queue import request_of
 from scheduler.planning.valuation import rank_key
 from scheduler.simulation import worlds as drawn
+from scheduler.simulation.changes import carried_out, changed
 from tests.fakes.worlds import W, snapshot
 from tests.properties.strategies import contested, fleets, policies
 
@@ -43,6 +45,8 @@ FORGETFUL = (
     *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, world)),
     (Node, "choices", property(lambda _: {}, lambda *_: None)),
     (search, "first_turn", lambda *_: (False, 0, 0, 0)),
+    (world.World, "is_hopeless", lambda *_: False),
+    (backfill, "_hopeful", lambda rows, *_: rows),
 )
 TIGHT = ((kept, "VALUES_MAX", 1), (alike, "ANSWERS_MAX", 1), (alike, "STATES_MAX", 1))
 
@@ -63,6 +67,19 @@ def test_what_a_plan_of_a_fleet_remembers_changes_nothing_and_nor_does_forgettin
         assert _planned(lambda: drawn.world(300, 120, seed), policy, *patches) == expected
 
 
+@pytest.mark.parametrize("tight", [(), TIGHT])
+def test_the_plan_before_saves_work_and_changes_nothing(tight: tuple[tuple[Any, str, Any], ...]) -> None:
+    random, memo, policy = np.random.default_rng(0), Memo(), Policy()
+    made = drawn.world(300, 120, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for patched in (*FLEET, *tight):
+            patch.setattr(*patched)
+        for _ in range(6):
+            found = plan(made, policy, memo)
+            assert digest(found) == digest(plan(made, policy))
+            made = changed(carried_out(made, found), 20, random)
+
+
 @given(st.one_of(fleets(), contested()), policies())
 def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_helps(
     few: W, policy: Policy
@@ -77,15 +94,17 @@ def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_hel
         ),
     )
     for request in pending:
-        bounds = horizons.of(request).bounds(request).tolist()
+        found = horizons.of(request)
+        bounds = [world.NEVER] * len(made.nodes) if found is None else found.bounds(request).tolist()
         for node, bound in zip(planner.world.nodes(), bounds, strict=True):
             candidates = planner.candidates(request, node)
-            chosen = choose_victims(request, node, candidates)
+            chosen = choose_victims(request, node, candidates) if candidates else None
             if chosen is not None and not node.drains:
                 loss = sum(victim.loss_microusd for victim in chosen[1])
                 assert bound <= loss
                 if host_fits(request, node.soon):
-                    horizons.of(request).learn(request, node.row, loss, len(candidates))
+                    assert found is not None
+                    found.learn(request, node.row, loss, len(candidates))
 
 
 def test_a_column_is_computed_where_a_node_changed_and_keeps_what_was_written_elsewhere() -> None:

@@ -15,6 +15,7 @@ from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.journal_verify import verify
 from scheduler.errors import JournalCorrupt, JournalError, JournalFull, StateLocked
 from scheduler.model.events import Event, GpuMarked, UsageBooked, UsageEntry
+from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import JobState
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
@@ -358,6 +359,36 @@ def test_usage_sums_by_key_and_time_and_pages(journal: SqliteJournal) -> None:
     assert sums("job_id", 20.0) == {"j1": 11, "j2": 13}
     assert sums("job_id", after="j1") == {"j2": 13}
     assert journal.node_state().booked_seq == journal.head
+
+
+def test_what_is_booked_of_gpus_outlives_a_tick_that_was_not_kept_and_is_written_when_it_changes(
+    journal: SqliteJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def booked(at_s: float) -> UsageBooked:
+        return UsageBooked(at_s, (), True, (GpuBooked("GPU-a", at_s, at_s, None, None, ()),))
+
+    def kept() -> float:
+        return journal.node_state().booked["GPU-a"].timed_s
+
+    ledger = Ledger(journal, Policy())
+    live(ledger, (booked(10.0),))
+    ledger.apply(booked(20.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_write", _full)
+        with pytest.raises(JournalError):
+            ledger.commit()
+    live(ledger, (submission(1),))
+    assert (kept(), journal.node_state().next_number) == (10.0, 2)
+    live(ledger, (booked(30.0),))
+    assert kept() == 30.0
+    writes: list[str] = []
+    journal._db.set_trace_callback(writes.append)
+    live(ledger, (submission(2),))
+    assert not [text for text in writes if "'booked'" in text]  # as long as there are GPUs
+
+
+def _full(_: object) -> None:
+    raise sqlite3.OperationalError("disk full")
 
 
 def test_a_filter_takes_all_its_conditions_together(journal: SqliteJournal) -> None:

@@ -135,6 +135,38 @@ def test_openb_tasks_become_jobs(tmp_path: Path) -> None:
     assert (second.gpu_models, second.gpus, second.job_class.name) == (("V100M16", "V100M32"), 2, "TRAINING")
 
 
+OPENB_NODES = "sn,cpu_milli,memory_mib,gpu,model\nx,96000,393216,2,T4\ny,64000,1000,1,T4\n"
+OPENB_TASKS = (
+    "name,cpu_milli,memory_mib,num_gpu,gpu_milli,gpu_spec,qos\n"
+    "p2,12000,16384,2,1000,T4,LS\np1,3152,5600,1,460,,BE\np3,1000,10,0,0,,LS\n"
+)
+
+
+def test_openb_nodes_are_filled_with_endless_tasks_until_so_much_is_asked_for(tmp_path: Path) -> None:
+    nodes, tasks, target = tmp_path / "n.csv", tmp_path / "t.csv", tmp_path / "jobs.csv"
+    nodes.write_text(OPENB_NODES)
+    tasks.write_text(OPENB_TASKS)
+    converters.openb_filling(nodes, tasks, target, 83, lambda count: [1, 2, 0, 0, count])  # of 3 GPUs: 2.49
+    found = rows(target)
+    assert [(row["job_id"], row["submit_s"]) for row in found] == [
+        ("0-p2", "0.0"), ("1-p3", "1.0"), ("2-p1", "2.0"),
+    ]  # fmt: skip
+    assert {(row["class"], row["duration_s"]) for row in found} == {("BATCH", "inf")}
+
+
+@pytest.mark.parametrize("wrong", ["nodes", "tasks"])
+def test_openb_nodes_are_not_filled_with_nothing(tmp_path: Path, wrong: str) -> None:
+    texts = {"nodes": OPENB_NODES, "tasks": OPENB_TASKS}
+    empty = {
+        "nodes": "sn,cpu_milli,memory_mib,gpu\nx,1,1,0\n",
+        "tasks": "name,cpu_milli,memory_mib,num_gpu,gpu_milli\np,1,1,0,0\n",
+    }
+    for name, text in (texts | {wrong: empty[wrong]}).items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{wrong}: there is no GPU in the list"):
+        converters.openb_filling(tmp_path / "nodes", tmp_path / "tasks", tmp_path / "jobs.csv", 100, range)
+
+
 def test_philly_times_are_in_milliseconds_and_the_smaller_may_be_worth_more(tmp_path: Path) -> None:
     source = tmp_path / "trace.csv"
     source.write_text(

@@ -30,6 +30,22 @@ def test_a_week_passes_at_once_and_in_order() -> None:
     assert time.monotonic() - begun < WEEK_S / 2
 
 
+def test_a_timer_of_years_from_now_goes_off_at_its_time() -> None:
+    async def waits() -> list[float]:
+        loop = asyncio.get_running_loop()
+        woken = []
+        for _ in range(100):
+            await asyncio.sleep(7.3 * WEEK_S + 0.1)
+            due = asyncio.Event()
+            loop.call_at(loop.time(), due.set)
+            await due.wait()
+            woken.append(loop.time())
+        return woken
+
+    woken = run(waits())
+    assert woken == pytest.approx([(7.3 * WEEK_S + 0.1) * (1 + count) for count in range(100)])
+
+
 def test_a_clock_that_is_set_differs_from_the_true_time() -> None:
     async def reads() -> tuple[float, float]:
         clock = VirtualClock()
