@@ -309,7 +309,7 @@ async def test_a_stop_gives_notice_before_it_signals(bench: Bench) -> None:
 
 async def test_sigterm_reaches_every_process_and_wakes_the_stopped(bench: Bench) -> None:
     child = 'trap "echo child; exit" TERM; echo up; while :; do sleep 0.01; done'
-    program = f"(setsid sh -c '{child}' &); trap 'echo main; exit' TERM; while :; do sleep 0.01; done"
+    program = f"trap 'echo main; exit' TERM; (setsid sh -c '{child}' &); while :; do sleep 0.01; done"
     key = bench.start("sh", "-c", program)
     await bench.wrote(key, "up")
     os.kill((await bench.started(key)).pid, signal.SIGSTOP)
