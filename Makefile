@@ -12,6 +12,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 COMPILED := $(VENV)/.compiled
+# The fast tests have passed on all that is here.
+TESTED := $(VENV)/.tested
 
 PROTO_FILES := $(wildcard proto/scheduler/v1/*.proto)
 # Processes that tests run in: most of them wait for daemons more than they compute.
@@ -20,11 +22,13 @@ PARALLEL := -n $(TEST_PROCESSES) --dist worksteal
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py \
   tests/simulation/test_fault_seeds.py tests/simulation/test_scenarios.py)
-# Slow: fault simulation and published data.
-LONG_TESTS := $(wildcard tests/simulation)
+# Slow: fault simulation, published data, and the hunts among the fast ones through more seeds.
+LONG_TESTS := $(wildcard tests/simulation tests/properties/test_planner_hunt.py)
 # These want root, Prometheus, systemd or a GPU with CuPy, say so when they skip, and have the machine to themselves.
 LONE_TESTS := $(wildcard tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
+TESTED_FILES := $(shell find $(PYTHON_SOURCES) docs deploy README.md CHANGELOG.md pyproject.toml \
+  -type f -not -path '*/__pycache__/*' -not -path 'scheduler/v1/*')
 RULE_TESTS := $(wildcard deploy/prometheus/*test*.yml)
 RULES := $(filter-out $(RULE_TESTS),$(wildcard deploy/prometheus/*rules*.yml))
 UNITS := $(wildcard deploy/*.service deploy/*.socket)
@@ -51,10 +55,15 @@ run: $(COMPILED) ## Serve on simulated GPUs (SIMULATE=8xH100)
 
 test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
 	$(PY) -m pytest $(PARALLEL) $(FAST_TESTS)
+	@touch $(TESTED)
 
-test-all: $(COMPILED) ## All tests: also real Prometheus, real systemd, fault simulation
-	HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) $(PY) -m pytest $(PARALLEL) $(FAST_TESTS) $(LONG_TESTS)
+test-all: $(TESTED) ## All tests: also real Prometheus, real systemd, fault simulation
+	HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) $(PY) -m pytest $(PARALLEL) $(LONG_TESTS)
 	$(PY) -m pytest $(LONE_TESTS)
+
+# As any make does it: fast tests that passed are not repeated until a file has changed since.
+$(TESTED): $(COMPILED) $(TESTED_FILES)
+	@$(MAKE) --no-print-directory test
 
 sim: $(COMPILED) ## Print the story of one seed of the fault simulation (SEED=7); where it fails, the shortest that does
 	$(PY) -m tests.simulation $(SEED)
