@@ -17,7 +17,7 @@ from scheduler.control.polling import Polled
 from scheduler.effects.feed import feed_of
 from scheduler.effects.hashprice_feed import parse_hashprices
 from scheduler.effects.miners import TOKEN_CHARACTERS_MAX, read_miner
-from scheduler.errors import FeedError, IllegalMove
+from scheduler.errors import FeedError
 from scheduler.model.jobs import Job, JobState
 from scheduler.model.mining import Hashprice, Miner, MinerDoubt, MinerReading, Proof
 from scheduler.model.power_events import HashpricesSet, HashratesLearned
@@ -70,6 +70,7 @@ class Mining:
         self.polled = Polled(
             controller,
             "hashprices",
+            "[mining] hashprice_source",
             lambda: feed_of(
                 controller.config.mining.hashprice_source,
                 lambda body, name: parse_hashprices(body, name, controller.effects.clock.now_s()),
@@ -185,11 +186,7 @@ class Mining:
         Raises:
             IllegalMove: The configuration names another source.
         """
-        if self.polled.feed is not None:
-            raise IllegalMove(
-                f"hashprices come from {self.polled.name} ([mining] hashprice_source); "
-                "take that out of the configuration and reload to set them from here"
-            )
+        self.polled.refuse_clients()
         self._keep(command.hashprices, "", now_s)
 
     def take(self, item: MiningItem, now_s: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from scheduler.effects.feed import Feed
-from scheduler.errors import FeedError
+from scheduler.errors import FeedError, IllegalMove
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
@@ -27,16 +27,18 @@ class Polled(Generic[_T]):
         self,
         controller: "Controller",
         kind: str,
+        key: str,
         feed: Callable[[], Feed[_T] | None],
         poll_s: Callable[[], float],
         take: Callable[[_T, str], None],
     ) -> None:
         """`kind` is what it brings, for people and as the key of its problem; `take` gets all that was read.
 
-        `feed` and `poll_s` say what the configuration says now.
+        `feed` and `poll_s` say what the configuration says now, `key` where it says it.
         """
         self._control = controller
         self._kind = kind
+        self._key = key
         self._feed_now = feed
         self._poll_s = poll_s
         self._take = take
@@ -48,6 +50,18 @@ class Polled(Generic[_T]):
     def name(self) -> str:
         """The source for a person; empty where there is none."""
         return self.feed.name if self.feed is not None else ""
+
+    def refuse_clients(self) -> None:
+        """Refuse what a client says where there is a source.
+
+        Raises:
+            IllegalMove: The configuration names one.
+        """
+        if self.feed is not None:
+            raise IllegalMove(
+                f"{self._kind} come from {self.name} ({self._key}); "
+                "take that out of the configuration and reload to set them from here"
+            )
 
     def start(self) -> None:
         """Read it from now on, if there is one."""

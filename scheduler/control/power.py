@@ -360,6 +360,7 @@ class PowerControl:
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
         """The power columns without a budget: only miners are limited, all others have what boards take."""
+        # So large a margin that each full limit is its board's largest.
         return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
     def columns(self, jobs: JobWatts) -> PowerColumns:

@@ -11,7 +11,6 @@ from scheduler.control.polling import Polled
 from scheduler.control.table import EnergyPrice
 from scheduler.effects.feed import feed_of
 from scheduler.effects.price_feed import parse_prices
-from scheduler.errors import IllegalMove
 from scheduler.model.power_events import PricesSet
 from scheduler.model.prices import Price, PricePoint, PriceSeries
 
@@ -32,6 +31,7 @@ class Prices:
         self.polled = Polled(
             controller,
             "prices",
+            "[power] price_source",
             lambda: feed_of(controller.config.power.price_source, parse_prices),
             lambda: controller.config.power.price_poll_s,
             lambda points, source: controller.inbox.put(PricesRead(points, source)),
@@ -96,11 +96,7 @@ class Prices:
         Raises:
             IllegalMove: The configuration names another source.
         """
-        if self.polled.feed is not None:
-            raise IllegalMove(
-                f"prices come from {self.polled.name} ([power] price_source); "
-                "take that out of the configuration and reload to set them from here"
-            )
+        self.polled.refuse_clients()
         self._keep(command.points, "", now_s)
 
     def take(self, item: PricesRead, now_s: float) -> None:

@@ -290,5 +290,6 @@ def _workload(row: JobRow, policy: Policy) -> Workload:
         draw_w=row.draw_w,
         memory_mib=row.gpu_memory_mib or PROCESS_MEMORY_MIB,
         share_milli=row.gpu_share_milli,
+        # In proportion is exact; a curve is in thousandths.
         power_curve=None if said.power_curve == IN_PROPORTION else curve_of(said.power_curve),
     )
