@@ -152,6 +152,7 @@ class Controller:
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = 0.0
+        self._turned_s = 0.0
         self._housekeeper = Housekeeper(self)
 
     # Life -------------------------------------------------------------------------------------
@@ -357,6 +358,9 @@ class Controller:
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
+        if now_s < self._turned_s:
+            self._clock_was_set_back(now_s)
+        self._turned_s = now_s
         self._before = self.rebooted, self._gpus_before
         self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
@@ -368,7 +372,7 @@ class Controller:
         self.prices.advance(now_s)
         self.standing.reconcile(now_s)
         self.power.advance(now_s)
-        wake_s = self._plan(now_s)
+        wake_s = self._plan(now_s, has_readings=has_readings)
         self.accounts.book(now_s, has_readings=has_readings)
         try:
             self._commit()
@@ -380,6 +384,13 @@ class Controller:
                 future.set_result(self._newest(result))
         self.watchers.publish_node()
         self._wake_at((wake_s, self.prices.wake_s(now_s), self.power.wake_s(now_s)), now_s)
+
+    def _clock_was_set_back(self, now_s: float) -> None:
+        """What is reckoned from a time that is still to come would stay as it is until then."""
+        log.warning("the clock was set back by %.3f s", self._turned_s - now_s)
+        self.power.clock_was_set_back(now_s)
+        self.health.clock_was_set_back(now_s)
+        self.occupancy.clock_was_set_back(now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -429,15 +440,16 @@ class Controller:
             self.occupancy.prove_again(result)
         return item.answer, result
 
-    def _plan(self, now_s: float) -> float | None:
+    def _plan(self, now_s: float, *, has_readings: bool) -> float | None:
         """Plan and turn the plan into events; returns when time alone could change it."""
         if not self.launcher_id:
             return None
         if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
-        basis = (self.board.basis(), self.config.policy)
-        if not self.power.is_active and self._still_holds(basis, now_s):
+        basis = (self.board.basis(), self.config.policy, self.power.basis(now_s))
+        # What a plan under a budget rests on moves with each reading, and with time alone.
+        if not (self.power.is_active and has_readings) and self._still_holds(basis, now_s):
             return self._wake_s
         begun = time.perf_counter()
         try:
@@ -450,8 +462,7 @@ class Controller:
             return None
         self.problems.pop("planner", None)
         self.meters.plan_s.observe(time.perf_counter() - begun)
-        # What a plan under a budget rests on is in no basis: the draw of this moment, and the budget itself.
-        self.last_plan, self._planned = made, None if self.power.is_active else (basis, now_s)
+        self.last_plan, self._planned = made, (basis, now_s)
         self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
             self.ledger.apply(PlanDecided(now_s, digest(made), self._gpus_changed(snapshot.gpus)))

@@ -56,8 +56,10 @@ if TYPE_CHECKING:
 FRESH_S = 1.0
 # Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
-# An empty board of which nothing is known yet: no common one draws more when idle.
+# Where no board of its model was seen empty: no common one draws more when idle.
 IDLE_W_UNKNOWN = 100.0
+# Answers of a driver that say that there is nothing to read.
+NO_GPUS = frozenset({"ERROR_LIBRARY_NOT_FOUND", "ERROR_GPU_NOT_FOUND"})
 # A V100S drew twice its idle watts for several seconds after the work had ended (NVIDIA/cuda-samples#74).
 IDLE_AFTER_S = 10.0
 # The planner sees these in steps, so that no limit follows every flicker.
@@ -117,8 +119,11 @@ class PowerControl:
     def measured_w(self, now_s: float) -> float | None:
         """What the site draws by fresh readings; None where a board has none.
 
-        A board that the driver has lost can't be read any more: it counts as idle.
+        A board that the driver has lost can't be read any more: it counts as idle. Of a driver that does not
+        answer nobody knows which boards there are.
         """
+        if self.unreadable:
+            return None
         total_w, board = 0.0, self._control.board
         for gpu in board.identities:
             is_there = board.is_present(gpu.uuid)
@@ -127,6 +132,12 @@ class PowerControl:
                 return None
             total_w += watts
         return self.site_w(total_w)
+
+    @property
+    def unreadable(self) -> str:
+        """Why no board can be read, as NVML says it; empty where the driver answers, or there is no GPU."""
+        code = self._control.board.errors.get("driver", "")
+        return "" if code in NO_GPUS else code
 
     def stale(self, now_s: float) -> list[str]:
         """The boards without a fresh reading."""
@@ -137,7 +148,7 @@ class PowerControl:
     def _fresh_w(self, uuid: str, now_s: float) -> float | None:
         sample = self._control.board.samples.get(uuid)
         age_max_s = 2 * self._control.config.sampling.period_s + FRESH_S
-        return None if sample is None or now_s - sample.at_s > age_max_s else sample.power_w
+        return None if sample is None or abs(now_s - sample.at_s) > age_max_s else sample.power_w
 
     @property
     def most_w(self) -> float:
@@ -154,6 +165,13 @@ class PowerControl:
         self._fall_behind(now_s)
         self._cut_graces(now_s)
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
+
+    def clock_was_set_back(self, now_s: float) -> None:
+        """Reckon from now on where it was from a time that is still to come."""
+        self._changed_s = min(self._changed_s, now_s)
+        self._give_back_s = min(self._give_back_s, now_s)
+        self._empty_since_s.clear()
+        self.limits.clock_was_set_back(now_s)
 
     def _fall_behind(self, now_s: float) -> None:
         """Count the work that limits keep jobs from doing."""
@@ -323,6 +341,19 @@ class PowerControl:
         else:
             self._correction_w = max(0.0, self._correction_w + CORRECTION_DECAY * beyond_w)
 
+    def basis(self, now_s: float) -> tuple[object, ...] | None:
+        """What of the power columns can change between two readings; None while nobody sets a budget."""
+        if not self.is_active:
+            return None
+        gpus, events = self._control.board.identities, self._control.ledger.power.events
+        return (
+            self.budget.in_force_w,
+            _in_steps(self._correction_w, CORRECTION_STEP_W),
+            self._promised(now_s),
+            [event for event in events if event.emergency and is_in_force(event, now_s)],
+            [(self.limits.in_force_w(gpu), self.limits.range_w(gpu), self._empty_w(gpu)) for gpu in gpus],
+        )
+
     # What the planner sees ----------------------------------------------------------------------
 
     def _columns_now(self) -> Callable[[Any], PowerColumns] | None:
@@ -368,7 +399,15 @@ class PowerControl:
         board = self._control.board
         if board.foreign.get(gpu.uuid):
             return self.limits.in_force_w(gpu)
-        return self._idle_w.get(gpu.uuid, min(IDLE_W_UNKNOWN, self.limits.in_force_w(gpu)))
+        if gpu.uuid in self._idle_w:
+            return self._idle_w[gpu.uuid]
+        # Boards of a model are alike, and no plan may prefer one of them for what is not known.
+        alike = [
+            self._idle_w[one.uuid]
+            for one in board.identities
+            if one.model == gpu.model and one.uuid in self._idle_w
+        ]
+        return min(max(alike, default=IDLE_W_UNKNOWN), self.limits.in_force_w(gpu))
 
     def _promised(self, now_s: float) -> GridEvent | None:
         """The tightest of the events that are accepted and not over."""

@@ -83,6 +83,8 @@ class Sheds:
         found += [
             f"GPU {uuid} can't be limited: {text}" for uuid, text in self._power.limits.refusals.items()
         ]
+        if code := self._power.unreadable:
+            found.append(f"no GPU can be read: {code}")
         found += [f"GPU {uuid} has no fresh reading" for uuid in self._power.stale(now_s)]
         stopping = sorted(control.ledger.stopping)
         found += [f"job j{number} is still stopping" for number in stopping]

@@ -186,9 +186,11 @@ class Board:
         return self.energy_mj / 1000.0
 
     def restart(self, now_s: float) -> None:
-        """The driver is loaded anew: its energy counter begins at zero."""
+        """The driver is loaded anew: its energy counter begins at zero, and the limit is what it was."""
         self._advance(now_s)
         self.energy_mj = 0.0
+        self.power_limit_w = self.profile.power_limit_w_max
+        self._changed(now_s)
 
     def holders(self, now_s: float) -> GpuHolders:
         """Who is on it now, as the process lists say."""
