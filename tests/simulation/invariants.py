@@ -44,6 +44,7 @@ class Invariants(Watch):
         self._steps: list[tuple[float, float]] = []  # of the clock
         self._without_process_s: dict[AttemptKey, float] = {}
         self._without_job_s: dict[AttemptKey, float] = {}
+        self._without_signal_s: dict[AttemptKey, float] = {}
         self._since_s: dict[AttemptKey, tuple[JobState, float]] = {}
         self._anybody_may_be_killed = False
         self._states: dict[int, Job] = {}
@@ -195,6 +196,7 @@ class Invariants(Watch):
         if not daemon.serves:
             self._without_process_s = dict.fromkeys(self._without_process_s, self._now_s())
             self._without_job_s.clear()
+            self._without_signal_s.clear()
             return
         failures = daemon.controller.meters.tick_failures
         self._demand(not failures, f"{failures} ticks failed")
@@ -237,7 +239,10 @@ class Invariants(Watch):
         self.stops.seen(before, job)
 
     def _processes_are_jobs(self) -> None:
-        """No process without a job, no running job without a process, for longer than it takes to hear."""
+        """No process without a job or the notice that it has got, no running job without a process.
+
+        Not for longer than it takes to hear.
+        """
         world, now_s = self._world, self._now_s()
         daemon, ledger = world.daemon, world.daemon.controller.ledger
         heard = daemon.controller.launcher_id and not daemon.disk.fails
@@ -249,9 +254,16 @@ class Invariants(Watch):
         }
         known = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs()}
         killed = {process.key for process in world.machine.processes.values() if process.killed}
+        told = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs() if job.attempts[-1].notice}
         for there, wanted, since_s, words in (
             (alive - killed, known, self._without_job_s, "runs and is nobody's"),
             (jobs, alive, self._without_process_s, "is running and has no process"),
+            (
+                told & alive - killed,
+                self._signalled_s.keys(),
+                self._without_signal_s,
+                "is to go, and not told",
+            ),
         ):
             for key in there - wanted:
                 since_s.setdefault(key, now_s)
