@@ -6,6 +6,7 @@ old and new until the board has answered.
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.control.inbox import LimitSet
@@ -27,13 +28,26 @@ NEVER = frozenset({"ERROR_NOT_SUPPORTED", "ERROR_FUNCTION_NOT_FOUND"})
 SAME_W = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a board said that its limit is now."""
+
+    watts: float
+    at_s: float
+    known_s: float | None  # the time of the last reading then; it may be later, where the clock was set back
+
+    def is_older(self, sample: GpuSample) -> bool:
+        """Whether the reading was taken after the answer."""
+        return sample.at_s > self.at_s and sample.at_s != self.known_s
+
+
 class Limits:
     """The limits of all boards."""
 
     def __init__(self, controller: "Controller") -> None:
         self._control = controller
         self._asked: dict[str, float] = {}  # on their way
-        self._answered: dict[str, tuple[float, float]] = {}  # watts and when, until a newer reading
+        self._answered: dict[str, _Answer] = {}  # until a newer reading
         self._refused: dict[str, tuple[str, float]] = {}  # why, and until when it is not tried again
         self._theirs: dict[str, float] = {}  # limits that somebody else set, and that are respected
         self._to_send: list[tuple[str, float]] = []
@@ -44,8 +58,8 @@ class Limits:
         sample = self._control.board.samples.get(gpu.uuid)
         watts = sample.power_limit_w if sample is not None else None
         answered = self._answered.get(gpu.uuid)
-        if answered is not None and (sample is None or sample.at_s <= answered[1]):
-            watts = answered[0]
+        if answered is not None and (sample is None or not answered.is_older(sample)):
+            watts = answered.watts
         if watts is None:
             watts = gpu.power_limit_w_default or gpu.power_limit_w_max
         if watts is None:  # an instance of MIG: its part of what its GPU draws is all that is known
@@ -125,7 +139,8 @@ class Limits:
         self._is_well(result.uuid)
         self._refused.pop(result.uuid, None)
         watts = result.limit.power_limit_w or result.asked_w
-        self._answered[result.uuid] = (watts, now_s)
+        known = self._control.board.samples.get(result.uuid)
+        self._answered[result.uuid] = _Answer(watts, now_s, None if known is None else known.at_s)
 
     # Readings -----------------------------------------------------------------------------------
 
@@ -133,7 +148,7 @@ class Limits:
         """Look for a limit that is not ours any more."""
         uuid = sample.uuid
         answered = self._answered.get(uuid)
-        if answered is not None and sample.at_s > answered[1]:
+        if answered is not None and answered.is_older(sample):
             del self._answered[uuid]
         refused = self._refused.get(uuid)
         if refused is not None and now_s >= refused[1]:
@@ -158,6 +173,13 @@ class Limits:
         log.warning("%s", self._control.problems[_problem(uuid)])
         if respects:
             self._theirs[uuid] = seen_w
+
+    def clock_was_set_back(self, now_s: float) -> None:
+        """Believe readings again, and ask boards that refused as soon as ever."""
+        self._answered.clear()
+        for uuid, (why, until_s) in self._refused.items():
+            if until_s != float("inf"):
+                self._refused[uuid] = (why, min(until_s, now_s + RETRY_S))
 
     # Giving back --------------------------------------------------------------------------------
 
