@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 from scheduler.control.inbox import OfferGridEvent, SetPowerBudget
+from scheduler.control.power import LEAD_RATIO
 from scheduler.model.jobs import JobClass
 from scheduler.model.power import BudgetInterval, GridEvent, ShedState
 from scheduler.model.settings import Config, PowerConfig, SamplingConfig
@@ -76,7 +77,7 @@ def test_a_clock_that_was_set_back_makes_no_limit_be_set_again_and_again(tmp_pat
         await node.daemon.ask(SetPowerBudget((BudgetInterval(0.0, None, 500.0),)))
         await asyncio.sleep(0.5)
         (board,) = node.machine.boards.values()
-        assert board.power_limit_w == 500.0
+        assert board.power_limit_w == 500.0 * (1.0 - LEAD_RATIO)
         assert node.daemon.journal.head - head < 10
         node.daemon.stop()
 
