@@ -250,6 +250,8 @@ class PowerControl:
         """Journal the limits that the plan sets; they follow the commit."""
         if actions:
             self._changed_s = now_s
+        if not self.sets_limits:
+            return  # a plan that only keeps a promise for later
         self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
 
     def undo(self) -> None:
@@ -347,7 +349,7 @@ class PowerControl:
     def basis(self, now_s: float) -> object:
         """What of the power columns can change between two readings; None where no plan sets limits."""
         if not self.is_active:
-            return self.points.basis()
+            return self.points.basis(), self._promised(now_s)
         gpus, events = self._control.board.identities, self._control.ledger.power.events
         return (
             self.budget.in_force_w,
@@ -364,10 +366,14 @@ class PowerControl:
     def _columns_now(self) -> Callable[[JobWatts], PowerColumns] | None:
         if self.is_active:
             return self.columns
-        return self._unbudgeted if self.points.is_active else None
+        is_promised = self._promised(self._control.effects.clock.now_s()) is not None
+        return self._unbudgeted if self.points.is_active or is_promised else None
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
-        """The power columns without a budget: only miners are limited, all others have what boards take."""
+        """The power columns without a budget: only miners are limited, all others have what boards take.
+
+        What was accepted for later binds starts already.
+        """
         # So large a margin that each full limit is its board's largest.
         return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
