@@ -358,11 +358,6 @@ def find_leaving_on(
     raise AssertionError("what fits after all stops fits after some")
 
 
-def first_turn(request: Request, node: Node) -> Turn:
-    """When at the earliest something that leaves the node is the request's; something does."""
-    return min(_turn(hold, request.number) for hold in node.leaving)
-
-
 def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], Node]) -> Claim:
     """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
     drawn: list[Hold] = []

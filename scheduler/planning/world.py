@@ -26,9 +26,9 @@ from scheduler.planning.allocator import Hold, Live, Node, Part, Request, Spare
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
-from scheduler.planning.kept import Kept
 from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
+from scheduler.planning.leaving import Leavers, Turns, by_node
 from scheduler.planning.mix import as_parts, mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.valuation import lost_work, outranked, value_bars, value_of
@@ -100,7 +100,8 @@ class World:
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
-        self._soon_fits = Kept(len(self.drains))
+        self._turns: Turns | None = None
+        self._reordered: set[int] = set()  # nodes on which something leaves at another turn
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -134,6 +135,19 @@ class World:
                 self._free, mix, closed=self.drains, nearness=layout.nearness, numbering=layout.numbering
             )
         return self._placement
+
+    @property
+    def turns(self) -> Turns:
+        """When each node is ready for a request that takes what leaves."""
+        self._flush()
+        rows = self._reordered
+        if self._turns is None:
+            self._turns = Turns(self._leavers, self._free, self.leaving, self.drains)
+            rows |= self._nodes.keys()
+        for row in rows:
+            self._turns.put(self.node(row))
+        rows.clear()
+        return self._turns
 
     @cached_property
     def incumbents(self) -> Incumbents:
@@ -191,6 +205,7 @@ class World:
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
         self._served[number] = served
+        self._reordered.update(self._leavers.rows_for.get(number, ()))
         for hold in self._leaving_for.get(number, ()):
             hold.served = served
 
@@ -208,7 +223,8 @@ class World:
                 self._soon.put(node, node.soon)
             if self._placement is not None:
                 self._placement.changed(node.row)
-            self._soon_fits.changed(node.row)
+            if self._turns is not None and node.leaving:
+                self._turns.put(node)
         self._changed.clear()
         self._reaches.clear()
 
@@ -230,16 +246,6 @@ class World:
         if found is None and not without:
             del self._free_can[wants]  # looked at again, when somebody wants the same GPUs
         return found
-
-    def leaving_for(self, request: Request) -> list[int]:
-        """Rows of the nodes on which something leaves and the request fits into that and what is free."""
-        soon = self.soon
-        fits = self._soon_fits.column(
-            request.gpu_part,
-            lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows),
-        )
-        rows = rows_where(fits)
-        return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace. Not to be changed."""
@@ -289,21 +295,7 @@ class World:
     @cached_property
     def _places(self) -> tuple[Any, Any]:
         """Rows of the incumbents' hosts by node, and where in that each node's begin."""
-        return self._by_node(self.incumbents.hosts.node)
-
-    @cached_property
-    def _leaving_places(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """The same of the holdings that go away, and of the hosts of jobs that do."""
-        holdings, hosts = rows_where(self._goes_away), rows_where(self._goes[self._hosts.job])
-        held, first_held = self._by_node(self._cell[holdings] // max(self.layout.width, 1))
-        hosted, first_hosted = self._by_node(self._hosts.node[hosts])
-        return (holdings[held], first_held), (hosts[hosted], first_hosted)
-
-    def _by_node(self, node: Any) -> tuple[Any, Any]:
-        """The order by node, and where in that each node's begin."""
-        by_node = xp.argsort(node, kind="stable")
-        nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
-        return by_node, xp.searchsorted(node[by_node], nodes)
+        return by_node(self.incumbents.hosts.node, len(self.drains))
 
     # From the snapshot --------------------------------------------------------------------------
 
@@ -362,6 +354,15 @@ class World:
         layout, jobs, sizes, hosts = self.layout, snapshot.jobs, snapshot.nodes, self._hosts
         milli = snapshot.holdings.share_milli
         self._goes_away = (self._holder == UNKNOWN) | ~self._stays[self._holder] if len(jobs) else milli > 0
+        self._leavers = Leavers(
+            snapshot,
+            layout,
+            hosts.of(self._goes),
+            rows_where(self._goes_away),
+            self._holder,
+            self._mib,
+            self._stopping,
+        )
         self.leaving = xp.zeros(len(sizes), dtype=bool)
         self.leaving[hosts.of(self._goes).node] = True
         self.leaving[self._cell[self._goes_away] // max(layout.width, 1)] = True
@@ -400,51 +401,11 @@ class World:
             int(self._free.memory_mib[row]),
             int(self._free.slots[row]),
         )
-        leaving = self._made_leaving(row) if self.leaving[row] else []
-        # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
-        leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
+        leaving = self._leavers.on(row) if self.leaving[row] else []
         for hold in leaving:
             hold.served = self._served.get(hold.preemptor, hold.served)
             self._leaving_for.setdefault(hold.preemptor, []).append(hold)
         return Node(row, gpus, free, bool(self.drains[row]), leaving, self.layout.suitable(row))
-
-    def _made_leaving(self, row: int) -> list[Hold]:
-        """What leaves a node: jobs that were told to go, and what ended ones still occupy."""
-        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
-        width = self.layout.width
-        holds = []
-        parts: dict[int, dict[int, list[int]]] = {}
-        (held, first_held), (hosted, first_hosted) = self._leaving_places
-        here = held[int(first_held[row]) : int(first_held[row + 1])]
-        columns = (self._holder, self._cell, holdings.share_milli, self._mib)
-        preemptors = holdings.preemptor[here].tolist(), holdings.stop_us[here].tolist()
-        for holder, cell, milli, mib, preemptor, stop_us in zip(
-            *lists(columns, here), *preemptors, strict=True
-        ):
-            position = cell - row * width
-            if holder == UNKNOWN:  # no live job and no CPUs
-                part = {position: [milli, mib]}
-                holds.append(Hold(UNKNOWN, part, 0, 0, 0, preemptor, stop_us, self.now_us))
-            elif self._goes[holder]:
-                part_of = parts.setdefault(holder, {}).setdefault(position, [0, 0])
-                part_of[0] += milli
-                part_of[1] += mib
-        hosts = self._hosts
-        there = hosted[int(first_hosted[row]) : int(first_hosted[row + 1])]
-        leavers = hosts.job[there]
-        columns = tuple(getattr(jobs, name) for name in ("number", "preemptor", "stop_us", "grace_us"))
-        for job, cpus, memory_mib, number, preemptor, stop_us, grace_us in zip(
-            leavers.tolist(),
-            *lists((hosts.cpus, hosts.memory_mib), there),
-            *lists(columns, leavers),
-            strict=True,
-        ):
-            if number in self._stopping:
-                preemptor, stop_us = UNKNOWN, self.now_us
-            ready_us = max(self.now_us, stop_us + grace_us)
-            held = parts.get(job, {})
-            holds.append(Hold(number, held, cpus, memory_mib, 1, preemptor, stop_us, ready_us))
-        return holds
 
     def _made_live(self, row: int) -> list[Live]:
         jobs, width = self.incumbents, self.layout.width
