@@ -67,13 +67,13 @@ class Kinds:
     def most_on_one(self, request: Request) -> int:
         """The most GPUs of its models and memory, open or not, that a node has."""
         sizes, most = self._layout.most_gpus_ever()
-        size = xp.searchsorted(sizes, xp.asarray([request.gpu_memory_mib], dtype=xp.int64))
+        size = sizes.searchsorted(xp.asarray([request.gpu_memory_mib], dtype=xp.int64))
         return int(most[request.models, size].max())
 
     def spanning(self, jobs: JobColumns) -> Any:
         """Bool, shape (jobs,): the same of each."""
         sizes, most = self._layout.most_gpus_ever()
-        return (jobs.gpus > 1) & (jobs.gpus > most[jobs.models, xp.searchsorted(sizes, jobs.gpu_memory_mib)])
+        return (jobs.gpus > 1) & (jobs.gpus > most[jobs.models, sizes.searchsorted(jobs.gpu_memory_mib)])
 
     def divisions(self, request: Request) -> list[Division]:
         """The ways to divide a gang, those over the fewest nodes first; of equals those without a rest."""

@@ -57,15 +57,14 @@ class Leavers:
         self.snapshot = snapshot
         self.layout = layout
         self.hosts = hosts
-        self.stopping = stopping
         self.holder, self.cell = holder[held], layout.cell[holdings.gpu[held]]
         self.milli, self.mib = holdings.share_milli[held], mib[held]
         self._ended = (holdings.preemptor[held], holdings.stop_us[held])
-        stops = xp.isin(jobs.number[hosts.job], xp.asarray(sorted(stopping), dtype=xp.int64))
-        self._told = (
-            xp.where(stops, UNKNOWN, jobs.preemptor[hosts.job]),
-            xp.where(stops, snapshot.now_us, jobs.stop_us[hosts.job]),
-        )
+        preemptor, stop_us = jobs.preemptor[hosts.job], jobs.stop_us[hosts.job]
+        if stopping:
+            stops = xp.isin(jobs.number[hosts.job], xp.asarray(sorted(stopping), dtype=xp.int64))
+            preemptor, stop_us = xp.where(stops, UNKNOWN, preemptor), xp.where(stops, snapshot.now_us, stop_us)
+        self._told = (preemptor, stop_us)
 
     def on(self, row: int) -> list[Hold]:
         """What leaves a node."""
@@ -174,7 +173,7 @@ class _Scale:
 
     def codes(self, stop_us: Any, number: Any) -> Any:
         """The turns of those whose preemptor was not served."""
-        rank = xp.searchsorted(self._stops_us, stop_us)
+        rank = self._stops_us.searchsorted(stop_us)
         head = (rank << self._served_bits) | ((1 << self._served_bits) - 1)
         tail = xp.where(number == UNKNOWN, 0, number - self._least + 1)
         return ((head << self._number_bits) | (tail >> self.dropped)) + 1
@@ -276,8 +275,8 @@ class Turns:
 
 def by_node(node: Any, nodes: int) -> tuple[Any, Any]:
     """The order by node, and where in that each node's begin."""
-    order = xp.argsort(node, kind="stable")
-    return order, xp.searchsorted(node[order], xp.arange(nodes + 1, dtype=xp.int64))
+    order = node.argsort(kind="stable")
+    return order, node[order].searchsorted(xp.arange(nodes + 1, dtype=xp.int64))
 
 
 def _levels(place: Any, code: Any, amounts: tuple[tuple[Any, Any], ...], stops: int) -> Any:
@@ -289,7 +288,7 @@ def _levels(place: Any, code: Any, amounts: tuple[tuple[Any, Any], ...], stops: 
     size = amounts[0][0].size
     order = xp.lexsort(xp.stack([code, place]))
     place, code = place[order], code[order]
-    turn = xp.arange(len(order), dtype=xp.int64) - xp.searchsorted(place, place)
+    turn = xp.arange(len(order), dtype=xp.int64) - place.searchsorted(place)
     slot = place * (stops + 1) + xp.minimum(turn, stops - 1) + 1
     codes = xp.full(size * (stops + 1), _NEVER, dtype=xp.int64)
     codes[slot[turn < stops]] = code[turn < stops]
@@ -299,7 +298,7 @@ def _levels(place: Any, code: Any, amounts: tuple[tuple[Any, Any], ...], stops: 
     for free, added in amounts:
         after = summed(slot, added[order], size * (stops + 1)).reshape(*shape, stops + 1)
         after[..., 0] += free
-        columns.append(xp.cumsum(after, axis=-1))
+        columns.append(after.cumsum(axis=-1))
     return xp.stack(columns)
 
 

@@ -1,7 +1,7 @@
 """Room for a request among all nodes: free, coming free, or by displacing; columns say where looking pays."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scheduler.planning.allocator import (
     NO_PENALTY,
@@ -106,7 +106,7 @@ def find_by_displacing(
     if best is None:
         return None
     found = _where_they_leave(request, world, limits, best[1], best[2])
-    return replace(found, victims=tuple(sorted(best[2], key=lambda victim: victim.number)))
+    return found._replace(victims=tuple(sorted(best[2], key=lambda victim: victim.number)))
 
 
 def _where_they_leave(

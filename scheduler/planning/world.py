@@ -10,6 +10,7 @@ it what incumbents hold, the live jobs that stay unless they are displaced.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from scheduler.model.policy import Order, Policy
@@ -23,7 +24,7 @@ from scheduler.model.snapshot import (
     Snapshot,
 )
 from scheduler.planning.allocator import Hold, Live, Node, Part, Request, Spare
-from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.arrays import lists, rows_where, some, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
 from scheduler.planning.kinds import Kinds
@@ -101,7 +102,7 @@ class World:
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
         self._turns: Turns | None = None
-        self._reordered: set[int] = set()  # nodes on which something leaves at another turn
+        self._turned = 0  # so many of those who were served are in it
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -140,19 +141,27 @@ class World:
     def turns(self) -> Turns:
         """When each node is ready for a request that takes what leaves."""
         self._flush()
-        rows = self._reordered
+        rows = self._leavers.rows_for
+        others = {row for number in islice(self._served, self._turned, None) for row in rows.get(number, ())}
+        self._turned = len(self._served)
         if self._turns is None:
             self._turns = Turns(self._leavers, self._free, self.leaving, self.drains)
-            rows |= self._nodes.keys()
-        for row in rows:
+            others |= self._nodes.keys()
+        for row in others:
             self._turns.put(self.node(row))
-        rows.clear()
         return self._turns
 
     @cached_property
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
+
+    @cached_property
+    def _leavers(self) -> Leavers:
+        """Who leaves, as the snapshot has it."""
+        goes = self._hosts.of(self._goes)
+        held = rows_where(self._goes_away)
+        return Leavers(self._snapshot, self.layout, goes, held, self._holder, self._mib, self._stopping)
 
     @cached_property
     def kinds(self) -> Kinds:
@@ -205,7 +214,6 @@ class World:
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
         self._served[number] = served
-        self._reordered.update(self._leavers.rows_for.get(number, ()))
         for hold in self._leaving_for.get(number, ()):
             hold.served = served
 
@@ -238,9 +246,9 @@ class World:
         wants = request.gpu_part
         can = self._free_can.get(wants)
         if can is None:
-            can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
+            can = self._free_can[wants] = some(self.free.fit_gpus(request) & ~self.drains)
         # To know that it fits nowhere is much cheaper than to make what chooses.
-        if not can or (self._placement is None and not (self.free.fit(request) & ~self.drains).any()):
+        if not can or (self._placement is None and not some(self.free.fit(request) & ~self.drains)):
             return None
         found = self.placement.best(request, without)
         if found is None and not without:
@@ -273,11 +281,11 @@ class World:
         if self._changed or not self._reaches:
             return False
         known = self._reaches.get(self.displaceable(request).tobytes())
-        return known is not None and not (known.pool.fit(request) & ~self.drains).any()
+        return known is not None and not some(known.pool.fit(request) & ~self.drains)
 
     def _made_reach(self, outranked: Any) -> "Reach":
         jobs = self.incumbents
-        if not outranked.any():
+        if not some(outranked):
             return Reach(self.soon, outranked)
         holds = outranked[jobs.holder]
         hosts = jobs.hosts.of(outranked)
@@ -288,8 +296,9 @@ class World:
         """The UUIDs of the parts, by node and index."""
         found: list[str] = []
         for part in parts:
-            gpus = self.layout.gpus(part.row)
-            found += [gpus[position].uuid for position in sorted(part.positions)]
+            if part.positions:
+                gpus = self.layout.gpus(part.row)
+                found += [gpus[position].uuid for position in sorted(part.positions)]
         return tuple(found)
 
     @cached_property
@@ -320,8 +329,8 @@ class World:
         rows = rows_where(self._stays)
         held = rows_where(self._holder != UNKNOWN)
         held = held[self._stays[self._holder[held]]]
-        held = held[xp.argsort(self._holder[held], kind="stable")]
-        holder = xp.searchsorted(rows, self._holder[held])
+        held = held[self._holder[held].argsort(kind="stable")]
+        holder = rows.searchsorted(self._holder[held])
         milli = snapshot.holdings.share_milli[held]
         started_us = xp.where(jobs.started_us[rows] == UNKNOWN, now_us, jobs.started_us[rows])
         preemptible = jobs.preemptible[rows]
@@ -342,27 +351,18 @@ class World:
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
             loss_microusd=value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
-            hosts=hosts._replace(job=xp.searchsorted(rows, hosts.job)),
+            hosts=hosts._replace(job=rows.searchsorted(hosts.job)),
             holder=holder,
             cell=self._cell[held],
             milli=milli,
             mib=self._mib[held],
-            first=xp.searchsorted(holder, xp.arange(len(rows) + 1, dtype=xp.int64)),
+            first=holder.searchsorted(xp.arange(len(rows) + 1, dtype=xp.int64)),
         )
 
     def _made_free(self, snapshot: Snapshot) -> Pool:
         layout, jobs, sizes, hosts = self.layout, snapshot.jobs, snapshot.nodes, self._hosts
         milli = snapshot.holdings.share_milli
         self._goes_away = (self._holder == UNKNOWN) | ~self._stays[self._holder] if len(jobs) else milli > 0
-        self._leavers = Leavers(
-            snapshot,
-            layout,
-            hosts.of(self._goes),
-            rows_where(self._goes_away),
-            self._holder,
-            self._mib,
-            self._stopping,
-        )
         self.leaving = xp.zeros(len(sizes), dtype=bool)
         self.leaving[hosts.of(self._goes).node] = True
         self.leaving[self._cell[self._goes_away] // max(layout.width, 1)] = True
@@ -414,10 +414,10 @@ class World:
         members = jobs.hosts.job[here]
         firsts, counts = jobs.first[members], jobs.first[members + 1] - jobs.first[members]
         # The holdings of one after those of the other, and where those of each begin.
-        ends = xp.cumsum(counts)
+        ends = counts.cumsum()
         starts = ends - counts
         places = xp.arange(int(counts.sum()), dtype=xp.int64)
-        holdings = (firsts - starts)[xp.searchsorted(ends, places, side="right")] + places
+        holdings = (firsts - starts)[ends.searchsorted(places, side="right")] + places
         held = list(zip(*lists((jobs.cell, jobs.milli, jobs.mib), holdings), strict=True))
         made = []
         for index, cpus, memory_mib, start, count, values in zip(
@@ -429,17 +429,19 @@ class World:
             strict=True,
         ):
             parts: dict[int, list[int]] = {}
-            rows = {row}
+            rows: tuple[int, ...] = (row,)
             for cell, milli, mib in held[start : start + count]:
-                if cell // width != row:
-                    rows.add(cell // width)
-                    continue
-                part = parts.setdefault(cell - row * width, [0, 0])
-                part[0] += milli
-                part[1] += mib
+                node, position = divmod(cell, width)
+                if node != row:
+                    rows = (*rows, node)
+                elif position in parts:
+                    parts[position][0] += milli
+                    parts[position][1] += mib
+                else:
+                    parts[position] = [milli, mib]
             number, ready_us, *rest = values
             hold = Hold(number, parts, cpus, memory_mib, 1, UNKNOWN, UNKNOWN, ready_us)
-            made.append(Live(index, tuple(sorted(rows)), hold, count, *rest))
+            made.append(Live(index, rows if len(rows) == 1 else tuple(sorted(set(rows))), hold, count, *rest))
         return made
 
 
