@@ -7,7 +7,7 @@ host what is there after none, one, two ... of the stops on it. Which node is re
 told without looking into the others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -63,7 +63,8 @@ class Leavers:
         preemptor, stop_us = jobs.preemptor[hosts.job], jobs.stop_us[hosts.job]
         if stopping:
             stops = xp.isin(jobs.number[hosts.job], xp.asarray(sorted(stopping), dtype=xp.int64))
-            preemptor, stop_us = xp.where(stops, UNKNOWN, preemptor), xp.where(stops, snapshot.now_us, stop_us)
+            preemptor = xp.where(stops, UNKNOWN, preemptor)
+            stop_us = xp.where(stops, snapshot.now_us, stop_us)
         self._told = (preemptor, stop_us)
 
     def on(self, row: int) -> list[Hold]:
@@ -204,24 +205,19 @@ class Turns:
     def put(self, node: Node) -> None:
         """Take over what a node has and what leaves it."""
         row, free, code = node.row, node.free, self._leavers.code
-        gpus = [([_FREE], [milli], [mib]) for milli, mib in zip(free.milli, free.mib, strict=True)]
-        host = ([_FREE], [free.cpus], [free.memory_mib], [free.slots])
+        width = len(node.gpus)
+        gpus = _filled((free.milli, free.mib), GPU_STOPS)
+        host = _filled(((free.cpus,), (free.memory_mib,), (free.slots,)), NODE_STOPS)
         in_turn = sorted(
-            ((code((True, hold.stop_us, hold.served, hold.number)), hold) for hold in node.leaving),
+            [(code((True, hold.stop_us, hold.served, hold.number)), hold) for hold in node.leaving],
             key=lambda each: each[0],
         )
         for turn, hold in in_turn:
-            _add(host, turn, (hold.cpus, hold.memory_mib, hold.slots), NODE_STOPS)
+            _add(host, 0, turn, (hold.cpus, hold.memory_mib, hold.slots), NODE_STOPS)
             for position, part in hold.parts.items():
-                _add(gpus[position], turn, part, GPU_STOPS)
-        for levels, stops in ((host, NODE_STOPS), *((each, GPU_STOPS) for each in gpus)):
-            missing = stops + 1 - len(levels[0])
-            for column, last in zip(levels, (_NEVER, *(column[-1] for column in levels[1:])), strict=True):
-                column += [last] * missing
+                _add(gpus, position, turn, part, GPU_STOPS)
         self._hosts[:, row] = xp.asarray(host, dtype=xp.int64)
-        if gpus:
-            by_column = [list(column) for column in zip(*gpus, strict=True)]
-            self._gpus[:, row, : len(gpus)] = xp.asarray(by_column, dtype=xp.int64)
+        self._gpus[:, row, :width] = xp.asarray(gpus, dtype=xp.int64).reshape(3, width, GPU_STOPS + 1)
         self._kept.changed(row)
 
     def in_turn(self, request: Request) -> Iterator[tuple[int, int]]:
@@ -302,15 +298,22 @@ def _levels(place: Any, code: Any, amounts: tuple[tuple[Any, Any], ...], stops: 
     return xp.stack(columns)
 
 
-def _add(levels: tuple[list[int], ...], turn: int, amounts: Any, stops: int) -> None:
-    """Add a stop to the levels of a GPU or a host, to the last where there are enough."""
+def _filled(amounts: Sequence[Sequence[int]], stops: int) -> list[list[int]]:
+    """The same as lists, by place, where nothing leaves yet."""
+    codes = ([_FREE] + [_NEVER] * stops) * len(amounts[0])
+    return [codes, *([amount for amount in each for _ in range(stops + 1)] for each in amounts)]
+
+
+def _add(levels: list[list[int]], place: int, turn: int, amounts: Sequence[int], stops: int) -> None:
+    """Add a stop after the others at its place, to the last where there are enough."""
     if not any(amounts):
         return
-    is_new = len(levels[0]) <= stops
-    if is_new:
-        levels[0].append(turn)
+    first, end = place * (stops + 1) + 1, (place + 1) * (stops + 1)
+    codes = levels[0]
+    while first < end - 1 and codes[first] != _NEVER:
+        first += 1
+    if codes[first] == _NEVER:
+        codes[first] = turn
     for column, amount in zip(levels[1:], amounts, strict=True):
-        if is_new:
-            column.append(column[-1] + amount)
-        else:
-            column[-1] += amount
+        if amount:
+            column[first:end] = [column[first] + amount] * (end - first)

@@ -10,7 +10,6 @@ it what incumbents hold, the live jobs that stay unless they are displaced.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 from scheduler.model.policy import Order, Policy
@@ -102,7 +101,7 @@ class World:
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
         self._turns: Turns | None = None
-        self._turned = 0  # so many of those who were served are in it
+        self._served_since: list[int] = []  # whose turns are not in it
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -142,8 +141,8 @@ class World:
         """When each node is ready for a request that takes what leaves."""
         self._flush()
         rows = self._leavers.rows_for
-        others = {row for number in islice(self._served, self._turned, None) for row in rows.get(number, ())}
-        self._turned = len(self._served)
+        others = {row for number in self._served_since for row in rows.get(number, ())}
+        self._served_since.clear()
         if self._turns is None:
             self._turns = Turns(self._leavers, self._free, self.leaving, self.drains)
             others |= self._nodes.keys()
@@ -214,6 +213,7 @@ class World:
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
         self._served[number] = served
+        self._served_since.append(number)
         for hold in self._leaving_for.get(number, ()):
             hold.served = served
 
