@@ -128,7 +128,7 @@ def rows_where(mask: Any) -> Any:
 
 
 def some(mask: Any) -> bool:
-    """Whether the mask holds anywhere; to count takes a third of what `any` does on few rows."""
+    """Whether the mask holds anywhere; on CuPy this waits for it. `any` takes thrice as long on few rows."""
     return bool(xp.count_nonzero(mask) > 0)
 
 

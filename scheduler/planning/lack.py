@@ -25,7 +25,7 @@ def lack(request: Request, reach: Pool, nodes: Any) -> Reason:
         if some(cpus & memory):
             return Reason.WAITING_FOR_START_SLOT
         return Reason.WAITING_FOR_MEMORY if some(cpus) else Reason.WAITING_FOR_CPUS
-    if some(reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes):
+    if request.gpu_memory_mib and some(reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes):
         return Reason.WAITING_FOR_GPU_MEMORY
     return Reason.WAITING_FOR_GPUS
 
@@ -66,7 +66,7 @@ def least_lacking(request: Request, reason: Reason, reach: Pool, nodes: Any) -> 
     for steps in _steps_down(request, reason, reach, nodes):
         for step in steps:
             tried = least._replace(**step)
-            if some(fit(tried) & nodes):
+            if tried != least and some(fit(tried) & nodes):
                 break
             least = tried
     return least
