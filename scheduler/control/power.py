@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 # Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
-# A draw only nears a limit: for so long after the budget fell those that bind lie below their plan.
+# A draw only nears a limit: until it is inside a budget that fell, at most so long, what binds lies lower.
 LEAD_S = 4.0
 LEAD_RATIO = 0.03
 # Answers of a driver that say that there is nothing to read.
@@ -337,6 +337,8 @@ class PowerControl:
             return
         if measured_w > budget_w:
             self._control.meters.power_over_budget_s += elapsed_s
+        elif not self._control.ledger.stopping:
+            self._fell_s = -math.inf  # the draw is there
         if now_s - self._changed_s < SETTLE_S or self._control.ledger.stopping:
             return  # it is on its way
         beyond_w = (measured_w - budget_w) / self._control.config.power.pue
@@ -370,10 +372,7 @@ class PowerControl:
         return self._unbudgeted if self.points.is_active or is_promised else None
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
-        """The power columns without a budget: only miners are limited, all others have what boards take.
-
-        What was accepted for later binds starts already.
-        """
+        """The power columns without a budget: only miners are limited, and starts keep promises for later."""
         # So large a margin that each full limit is its board's largest.
         return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
