@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scheduler.model.actions import Plan, RequeueJob, StartJob
-from scheduler.model.policy import Policy
+from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP
 from scheduler.planning.explain import explain
@@ -21,6 +21,7 @@ from tests.fakes.worlds import (
     RUNNING,
     SECOND_US,
     SUSPENDED,
+    TRAINING,
     UNKNOWN,
     J,
     W,
