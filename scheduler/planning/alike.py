@@ -92,7 +92,7 @@ class States:
         known = self._known.get(wants)
         if known is not None:
             seen, answers = known
-            places = xp.minimum(xp.searchsorted(seen, states), len(seen) - 1)
+            places = xp.minimum(seen.searchsorted(states), len(seen) - 1)
             missing = rows_where(seen[places] != states)
             if not len(missing):
                 return answers[:, places]
@@ -104,12 +104,12 @@ class States:
         self._answers += len(new)
         if known is not None:
             new = xp.concatenate([seen, new])
-            order = xp.argsort(new, kind="stable")
+            order = new.argsort(kind="stable")
             new, more = new[order], xp.concatenate([answers, more], axis=1)[:, order]
         if self._answers > ANSWERS_MAX:
             self._forget()
         self._known[wants] = (new, more)
-        return more[:, xp.searchsorted(new, states)]
+        return more[:, new.searchsorted(states)]
 
     def _seen_by(self, request: Shape, rows: Any) -> Any:
         """The nodes' states with what the host has now and would have left. Shape (rows,)."""
@@ -122,8 +122,8 @@ class States:
         return key * _SLOTS + xp.minimum(pool.slots[rows], _SLOTS - 1)
 
     def _level(self, cpus: Any, memory_mib: Any) -> Any:
-        level = xp.searchsorted(self._cpus, cpus, side="right") * (len(self._memory_mib) + 1)
-        return level + xp.searchsorted(self._memory_mib, memory_mib, side="right")
+        level = self._cpus.searchsorted(cpus, side="right") * (len(self._memory_mib) + 1)
+        return level + self._memory_mib.searchsorted(memory_mib, side="right")
 
     def _forget(self) -> None:
         self._known.clear()

@@ -237,8 +237,7 @@ class Node:
         return spare
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """Room for a request, not yet taken."""
 
     parts: tuple[Part, ...]  # by node; one, but for a gang over several nodes
@@ -272,7 +271,7 @@ def gpus_fit(request: Request, node: Node, spare: Spare) -> bool:
     if request.is_share:
         return any(share_fits(request, spare, position) for position in suitable)
     milli = spare.milli
-    return sum(milli[position] == WHOLE_MILLI for position in suitable) >= request.gpus
+    return [milli[position] for position in suitable].count(WHOLE_MILLI) >= request.gpus
 
 
 def share_fits(request: Request, spare: Spare, position: int) -> bool:
@@ -347,8 +346,13 @@ def find_leaving_on(
         if stops:
             spare.add(in_turn[stops - 1])
             ready_us = max(ready_us, in_turn[stops - 1].ready_us)
-        for position in [position for position in order if fits_at(request, spare, position)]:
-            best_fit = (spare.milli[position], spare.mib[position]) if request.is_share else (0, 0)
+        milli = spare.milli
+        if request.is_share:
+            fit = [position for position in order if share_fits(request, spare, position)]
+        else:
+            fit = [position for position in order if milli[position] == WHOLE_MILLI]
+        for position in fit:
+            best_fit = (milli[position], spare.mib[position]) if request.is_share else (0, 0)
             ready.append((penalty.get(position, 0), stops, *best_fit, order.pop(position), position))
         if len(ready) >= request.gpus and host_fits(request, spare):
             positions = tuple(entry[-1] for entry in sorted(ready)[: request.gpus])
@@ -356,11 +360,6 @@ def find_leaving_on(
             turn = _turn(in_turn[stops - 1], request.number) if stops else NO_STOP
             return turn, Found((part,), ready_us=ready_us)
     raise AssertionError("what fits after all stops fits after some")
-
-
-def first_turn(request: Request, node: Node) -> Turn:
-    """When at the earliest something that leaves the node is the request's; something does."""
-    return min(_turn(hold, request.number) for hold in node.leaving)
 
 
 def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], Node]) -> Claim:
@@ -377,6 +376,9 @@ def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], No
 def _taken(request: Request, node: Node, positions: tuple[int, ...]) -> list[Hold]:
     """Take the needs out of the node; the leaving holds out of which some of it is."""
     free, memory = node.free, request.gpu_memory_mib if request.is_share else 0
+    if host_fits(request, free) and all(fits_at(request, free, position) for position in positions):
+        free.take(request, positions)
+        return []
     lacking: dict[int, list[int]] = {}
     for position in positions:
         milli = min(max(free.milli[position], 0), request.share_milli)

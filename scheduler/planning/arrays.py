@@ -24,6 +24,7 @@ __all__ = [
     "pool_mib",
     "release",
     "rows_where",
+    "some",
     "unknown_as_zero",
     "xp",
 ]
@@ -121,8 +122,13 @@ def release() -> None:
 
 
 def rows_where(mask: Any) -> Any:
-    """The rows where the mask holds, ascending."""
-    return xp.flatnonzero(mask)
+    """The rows where the mask, of one dimension, holds, ascending."""
+    return mask.nonzero()[0]  # a fifth of what `flatnonzero` takes on few rows
+
+
+def some(mask: Any) -> bool:
+    """Whether the mask holds anywhere; on CuPy this waits for it. `any` takes thrice as long on few rows."""
+    return bool(xp.count_nonzero(mask) > 0)
 
 
 def unknown_as_zero(column: Any) -> Any:

@@ -11,7 +11,7 @@ A job of lower rank may pass if at the promised moment it (a) gives way to the b
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
@@ -195,12 +195,17 @@ def _free_us(request: Request, world: World, order: Order) -> Any:
     return xp.minimum(jobs.ends_us, xp.where(jobs.outranked(request, order), yields_us, NEVER))
 
 
-class _Started(NamedTuple):
+class _Started:
     """A request as an incumbent, once it has started."""
 
-    job_class: int
-    priority: int
-    value_bar: int
+    def __init__(self, request: Request, policy: Policy) -> None:
+        self.job_class, self.priority = request.job_class, request.priority
+        self._request, self._policy = request, policy
+
+    @property
+    def value_bar(self) -> int:
+        """What it takes to displace it; few ask, as class and priority mostly decide."""
+        return value_bar(self._request.value, self._request.restart_loss_us, self._policy)
 
 
 def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> bool:
@@ -211,8 +216,7 @@ def gives_way(request: Request, to: Blocked, policy: Policy, start_us: int) -> b
     in_time = not to.is_promised or start_us + request.min_runtime_us <= to.start_us
     if not (request.preemptible and in_time):
         return False
-    bar = value_bar(request.value, request.restart_loss_us, policy)
-    return outranks(to.request, _Started(request.job_class, request.priority, bar), policy.order)
+    return outranks(to.request, _Started(request, policy), policy.order)
 
 
 def ends_in_time(request: Request, to: Blocked, start_us: int) -> bool:

@@ -5,7 +5,6 @@ How such a gang is divided says `kinds.py`. Each of its parts is looked for as a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -103,7 +102,7 @@ def find_over_by_displacing(
                 del victims[number]
     found = found_with(victims)
     assert found is not None, "the victims were chosen so that the request fits"
-    return replace(found, victims=tuple(victims[number] for number in sorted(victims)))
+    return found._replace(victims=tuple(victims[number] for number in sorted(victims)))
 
 
 def soonest(way: Division, whole: dict[int, Any], rest: dict[int, Any]) -> tuple[list[int], list[int]] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from scheduler.model.policy import Order
 from scheduler.planning.allocator import Live, Node, Request
-from scheduler.planning.arrays import xp
+from scheduler.planning.arrays import some, xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.preemption import outranks
@@ -116,7 +116,7 @@ class Horizons:
         """
         if self._class is None or (self._order is Order.CLASS and self._class != request.job_class):
             self._class, self._made = request.job_class, None
-            if self._world.displaceable(request).any():
+            if some(self._world.displaceable(request)):
                 self._made = Horizon(self._world, request, self._order)
         return self._made
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, Snapshot
-from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.arrays import rows_where, some, xp
 
 
 class Hosts(NamedTuple):
@@ -40,7 +40,7 @@ def hosts_of(snapshot: Snapshot, live: Any, holder: Any) -> Hosts:
         return on_one
     node = snapshot.gpus.node[snapshot.holdings.gpu]
     away = (holder != UNKNOWN) & (node != jobs.node[holder])
-    if not away.any():
+    if not some(away):
         return on_one
     over_several = xp.zeros(len(jobs), dtype=bool)
     over_several[holder[away]] = True

@@ -56,6 +56,7 @@ class Kinds:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._most: dict[tuple[int, int], int] = {}
         there = layout.row != UNKNOWN
         self._gpus = there.sum(axis=1)
         self._made = self._kinds(there) if layout.width else ()
@@ -66,14 +67,18 @@ class Kinds:
 
     def most_on_one(self, request: Request) -> int:
         """The most GPUs of its models and memory, open or not, that a node has."""
-        sizes, most = self._layout.most_gpus_ever()
-        size = xp.searchsorted(sizes, xp.asarray([request.gpu_memory_mib], dtype=xp.int64))
-        return int(most[request.models, size].max())
+        wants = request.models, request.gpu_memory_mib
+        known = self._most.get(wants)
+        if known is None:
+            sizes, most = self._layout.most_gpus_ever()
+            size = sizes.searchsorted(xp.asarray([request.gpu_memory_mib], dtype=xp.int64))
+            known = self._most[wants] = most[request.models, size].max().item()
+        return known
 
     def spanning(self, jobs: JobColumns) -> Any:
         """Bool, shape (jobs,): the same of each."""
         sizes, most = self._layout.most_gpus_ever()
-        return (jobs.gpus > 1) & (jobs.gpus > most[jobs.models, xp.searchsorted(sizes, jobs.gpu_memory_mib)])
+        return (jobs.gpus > 1) & (jobs.gpus > most[jobs.models, sizes.searchsorted(jobs.gpu_memory_mib)])
 
     def divisions(self, request: Request) -> list[Division]:
         """The ways to divide a gang, those over the fewest nodes first; of equals those without a rest."""

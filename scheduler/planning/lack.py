@@ -9,6 +9,7 @@ from typing import Any
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import UNKNOWN
 from scheduler.planning.allocator import Request
+from scheduler.planning.arrays import some
 from scheduler.planning.kinds import Kinds, fits_over
 from scheduler.planning.pool import Pool
 
@@ -18,13 +19,13 @@ _Step = dict[str, Any]
 def lack(request: Request, reach: Pool, nodes: Any) -> Reason:
     """Why the request waits, of the nodes in the mask; `reach` is what it could have of each."""
     here = reach.fit_gpus(request) & nodes
-    if here.any():
+    if some(here):
         cpus = (reach.cpus[here] >= request.cpus) | (request.cpus == 0)
         memory = (reach.memory_mib[here] >= request.memory_mib) | (request.memory_mib == 0)
-        if (cpus & memory).any():
+        if some(cpus & memory):
             return Reason.WAITING_FOR_START_SLOT
-        return Reason.WAITING_FOR_MEMORY if cpus.any() else Reason.WAITING_FOR_CPUS
-    if (reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes).any():
+        return Reason.WAITING_FOR_MEMORY if some(cpus) else Reason.WAITING_FOR_CPUS
+    if request.gpu_memory_mib and some(reach.fit_gpus(request._replace(gpu_memory_mib=0)) & nodes):
         return Reason.WAITING_FOR_GPU_MEMORY
     return Reason.WAITING_FOR_GPUS
 
@@ -65,7 +66,7 @@ def least_lacking(request: Request, reason: Reason, reach: Pool, nodes: Any) -> 
     for steps in _steps_down(request, reason, reach, nodes):
         for step in steps:
             tried = least._replace(**step)
-            if (fit(tried) & nodes).any():
+            if tried != least and some(fit(tried) & nodes):
                 break
             least = tried
     return least

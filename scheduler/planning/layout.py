@@ -1,5 +1,6 @@
 """The GPUs of all nodes by node and position: what depends on them alone, and outlives a plan."""
 
+from functools import cached_property
 from typing import Any
 
 from scheduler.model.snapshot import CLOSED, UNKNOWN, Snapshot
@@ -36,15 +37,6 @@ class Layout:
         serving = xp.zeros((len(fits), self.cells), dtype=bool)
         serving[:, self.cell] = fits & (gpus.state != CLOSED)
         self.fits = serving.reshape(len(fits), *shape)
-        # Where it tells GPUs of a node apart: bool (nodes, width, width), the nearest first.
-        self.nearness: list[Any] = []
-        for near in (gpus.island, gpus.switch, gpus.numa):
-            group = self._spread(near, UNKNOWN, shape)
-            there = self.row != UNKNOWN
-            same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
-            if same.any() and not (same | ~(there[:, :, None] & there[:, None, :])).all():
-                self.nearness.append(same)
-        self.model = self._spread(gpus.model, UNKNOWN, shape)
         self._snapshot = snapshot
         self._numbering: Numbering | None = None
         self._most: dict[bytes, tuple[Any, Any]] = {}
@@ -55,6 +47,24 @@ class Layout:
         spread = xp.full(self.cells, missing, dtype=column.dtype)
         spread[self.cell] = column
         return spread.reshape(shape)
+
+    @cached_property
+    def nearness(self) -> list[Any]:
+        """Where it tells GPUs of a node apart: bool (nodes, width, width), the nearest first."""
+        gpus, shape, there = self._snapshot.gpus, self.row.shape, self.row != UNKNOWN
+        pairs = there[:, :, None] & there[:, None, :]
+        made = []
+        for near in (gpus.island, gpus.switch, gpus.numa):
+            group = self._spread(near, UNKNOWN, shape)
+            same = (group[:, :, None] == group[:, None, :]) & (group != UNKNOWN)[:, :, None]
+            if same.any() and not (same | ~pairs).all():
+                made.append(same)
+        return made
+
+    @cached_property
+    def model(self) -> Any:
+        """Shape (nodes, width): the number of each GPU's model."""
+        return self._spread(self._snapshot.gpus.model, UNKNOWN, self.row.shape)
 
     def holds_for(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot has the same GPUs and sets of models."""

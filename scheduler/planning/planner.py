@@ -35,7 +35,7 @@ from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
 from scheduler.planning.allocator import Claim, Found, Live, Node, Request, claim
-from scheduler.planning.arrays import rows_where, unknown_as_zero, xp
+from scheduler.planning.arrays import rows_where, some, unknown_as_zero, xp
 from scheduler.planning.backfill import (
     Blocked,
     beside,
@@ -266,11 +266,11 @@ class Planner:
 
     def _commit(self, row: int, request: Request, found: Found, admission: Admission) -> None:
         """Start the job, or let it wait for what it claims."""
-        rows = [part.row for part in found.parts]
+        rows = {part.row for part in found.parts}
         for_power = [self._live_job(number) for number in admission.victims]
         for victim in (*found.victims, *for_power):
             self.world.leave(victim, request.number)
-            rows += victim.rows
+            rows.update(victim.rows)
             cause = (request.number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
         given = self.claims[request.number] = claim(request, found.parts, self.world.node)
@@ -281,7 +281,7 @@ class Planner:
             given.ready_us = max((victim.hold.ready_us for victim in for_power), default=0)
             self._for_power[request.number] = row
         self.world.serve(request.number, len(self.claims))
-        for touched in rows if len(rows) == 1 else sorted(set(rows)):
+        for touched in sorted(rows):
             node = self.world.node(touched)
             self.world.changed(node)
             self._horizons.changed(node)
@@ -331,14 +331,16 @@ class Planner:
 
     def _held_back_by(self, request: Request, found: Found) -> Blocked | None:
         """The blocked job that a start as found could delay, if there is one."""
+        first = self._first_blocked
+        if first is None and not self._strict:
+            return None
         start_us = max(self.now_us, found.ready_us)
         strict = None if self._policy.backfill else self._strict.get(request.gpus > 0)
         if strict is not None and not gives_way(request, strict, self._policy, start_us):
             return strict
-        first = self._first_blocked
         if first is None or not first.is_promised:
             return None
-        harmless = gives_way(request, first, self._policy, start_us) or ends_in_time(request, first, start_us)
+        harmless = ends_in_time(request, first, start_us) or gives_way(request, first, self._policy, start_us)
         return None if harmless else first
 
     def _hold_back(self, row: int, request: Request, holder: Blocked) -> None:
@@ -387,7 +389,7 @@ class Planner:
                 jobs.deadline_us[timed[dated & (running | (jobs.state[timed] == SUSPENDED))]] + 1,
                 jobs.deadline_us[late] + 1 - unknown_as_zero(jobs.expected_us[late]),
             ]
-        if (codes >= 0).any():
+        if some(codes >= 0):
             moments.append(self.world.incumbents.yields_us)
         moment_us = xp.concatenate(moments)
         moment_us = moment_us[(moment_us > now_us) & (moment_us < NEVER)]

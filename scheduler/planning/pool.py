@@ -48,10 +48,14 @@ class Pool:
         if request.gpu_memory_mib:
             # Of a GPU that is wholly free all memory is, so that this is its size.
             usable &= self.mib[rows] >= request.gpu_memory_mib
-        usable &= (self.is_open if request.models == UNKNOWN else self.fits[request.models])[rows]
+        return usable & self.suitable(request, rows)
+
+    def suitable(self, request: Shape, rows: Any = ...) -> Any:
+        """Bool, shape (rows, width): open GPUs of its models, whatever they have; no instances for a gang."""
+        suitable = (self.is_open if request.models == UNKNOWN else self.fits[request.models])[rows]
         if request.gpus > 1 and self.whole is not None:
-            usable &= self.whole[rows]
-        return usable
+            suitable = suitable & self.whole[rows]
+        return suitable
 
     def fit_gpus(self, request: Shape, rows: Any = ...) -> Any:
         """Bool, shape (rows,): where the GPU part of the request fits."""

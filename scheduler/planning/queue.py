@@ -16,7 +16,7 @@ from scheduler.model.policy import Order
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import NOT_DRAINING, PENDING, UNKNOWN, JobColumns, Snapshot
 from scheduler.planning.allocator import Request
-from scheduler.planning.arrays import covered_sets, lists, rows_where, unknown_as_zero, xp
+from scheduler.planning.arrays import covered_sets, lists, rows_where, some, unknown_as_zero, xp
 from scheduler.planning.economics import too_dear_to_start
 from scheduler.planning.valuation import first_ranked, packed_ranks
 from scheduler.planning.world import World
@@ -25,7 +25,7 @@ WAIT_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(WAIT_
 # Codes below zero are of jobs that don't wait: not decided yet, starting or failing, not pending at all.
 UNDECIDED, LEAVES, LIVE = -1, -2, -3
 # Requests taken out of the columns at a time: few at first, as one refusal often settles the rest.
-_CHUNK_FIRST, _CHUNK_MAX = 16, 4096
+_CHUNK_FIRST, _CHUNK_MAX = 64, 4096
 
 _REQUEST_COLUMNS = (
     "number", "job_class", "priority", "value", "gpus", "share_milli", "gpu_memory_mib", "models", "cpus",
@@ -52,13 +52,13 @@ class Queue:
     @property
     def is_waiting(self) -> bool:
         """Whether any pending job is left to decide."""
-        return bool((self.codes == UNDECIDED).any())
+        return some(self.codes == UNDECIDED)
 
     def fail_late(self) -> list[int]:
         """Take out the jobs that can't meet their deadline any more; their numbers, ascending."""
         jobs = self.jobs
         late = (jobs.deadline_us != UNKNOWN) & (self.codes == UNDECIDED)
-        if not late.any():
+        if not some(late):
             return []
         late &= self._snapshot.now_us + unknown_as_zero(jobs.expected_us) > jobs.deadline_us
         self.codes[late] = LEAVES
@@ -76,7 +76,7 @@ class Queue:
         too_few = self._too_few(world, ~drains)
         if too_few is None:
             return
-        if drains.any():
+        if some(drains):
             elsewhere = self._too_few(world, xp.ones(len(drains), dtype=bool))
             self._decide(too_few if elsewhere is None else too_few & ~elsewhere, Reason.NODE_DRAINING)
         self._decide(too_few, Reason.NO_SUITABLE_GPU)
@@ -95,7 +95,7 @@ class Queue:
             head = first_ranked(rows, size, ranks, self._order, jobs)
             for row, values in zip(head.tolist(), zip(*lists(columns, head), strict=True), strict=True):
                 if self.codes[row] == UNDECIDED:
-                    yield row, Request(*values)
+                    yield row, Request._make(values)
                     assert self.codes[row] != UNDECIDED, "each request is decided before the next"
             size = min(4 * size, _CHUNK_MAX)
 
@@ -137,7 +137,7 @@ class Queue:
         self.codes[more] = WAIT_CODE[reason]
 
     def _decide(self, where: Any, reason: Reason) -> None:
-        if where.any():
+        if some(where):
             self.codes[where & (self.codes == UNDECIDED)] = WAIT_CODE[reason]
 
     def _too_few(self, world: World, nodes: Any) -> Any | None:
@@ -146,11 +146,11 @@ class Queue:
         sizes, most = world.layout.most_gpus(nodes)
         if len(sizes) and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
             return None
-        level = xp.searchsorted(sizes, jobs.gpu_memory_mib)
+        level = sizes.searchsorted(jobs.gpu_memory_mib)
         too_few = most[jobs.models, level] < jobs.gpus
         if len(nodes) > 1:
             spanning = world.kinds.spanning(jobs) & (self.codes == UNDECIDED)
-            if spanning.any():
+            if some(spanning):
                 self.spanning = spanning
                 of_several = world.kinds.most_gpus(sizes, nodes)[jobs.models, level] < jobs.gpus
                 too_few = xp.where(spanning, of_several, too_few)

@@ -1,7 +1,7 @@
 """Room for a request among all nodes: free, coming free, or by displacing; columns say where looking pays."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scheduler.planning.allocator import (
     NO_PENALTY,
@@ -13,13 +13,13 @@ from scheduler.planning.allocator import (
     Request,
     Turn,
     find_leaving_on,
-    first_turn,
     host_fits,
     place,
 )
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
+from scheduler.planning.leaving import MINE
 from scheduler.planning.preemption import choose_victims
 from scheduler.planning.world import NEVER, World
 
@@ -65,8 +65,8 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
     best: tuple[Turn, int, Found] | None = None
-    for turn, row in sorted((first_turn(request, world.node(row)), row) for row in _leaving(request, world)):
-        if best is not None and best[0] < turn:
+    for bound, row in _in_turn(request, world):
+        if best is not None and bound != MINE and world.turns.is_before(best[0], best[1], bound, row):
             break
         node, penalty = as_limited(request, world, row, limits)
         found = None if node is None else find_leaving_on(request, node, penalty)
@@ -75,10 +75,11 @@ def find_leaving(request: Request, world: World, limits: Limits | None = None) -
     return None if best is None else best[2]
 
 
-def _leaving(request: Request, world: World) -> list[int]:
+def _in_turn(request: Request, world: World) -> Iterator[tuple[int, int]]:
+    """Nodes that may be ready for the request: a bound of their turn, as a code, and their row."""
     if len(world.drains) <= NODES_ALL_TRIED_MAX:
-        return rows_where(world.leaving & ~world.drains).tolist()  # type: ignore[no-any-return]
-    return world.leaving_for(request)
+        return ((MINE, row) for row in rows_where(world.leaving & ~world.drains).tolist())
+    return world.turns.in_turn(request)
 
 
 def find_by_displacing(
@@ -105,7 +106,7 @@ def find_by_displacing(
     if best is None:
         return None
     found = _where_they_leave(request, world, limits, best[1], best[2])
-    return replace(found, victims=tuple(sorted(best[2], key=lambda victim: victim.number)))
+    return found._replace(victims=tuple(sorted(best[2], key=lambda victim: victim.number)))
 
 
 def _where_they_leave(

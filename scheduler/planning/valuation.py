@@ -42,7 +42,7 @@ def first_ranked(rows: Any, count: int, ranks: Any | None, order: Order, jobs: J
     if len(rows) > count:
         first = xp.argpartition(packed, count)[:count]
         rows, packed = rows[first], packed[first]
-    return rows[xp.argsort(packed, kind="stable")]
+    return rows[packed.argsort(kind="stable")]
 
 
 def rank_key(
@@ -97,7 +97,7 @@ def value_bars(value: Any, restart_loss_us: Any, policy: Policy) -> Any:
 def restart_cost(value: Any, restart_loss_us: Any) -> Any:
     """What a restart of each row's job loses, spread over an hour; micro-USD per GPU-hour."""
     restart_ms = xp.minimum(restart_loss_us // _US_PER_MS, _BAR_RESTART_MS_MAX)
-    return -(-xp.clip(value, 0, _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
+    return -(-xp.minimum(xp.maximum(value, 0), _BAR_VALUE_MAX) * restart_ms // _MS_PER_HOUR)
 
 
 def packed_ranks(order: Order, job_class: Any, priority: Any, value: Any, number: Any) -> Any | None:

@@ -23,12 +23,12 @@ from scheduler.model.snapshot import (
     Snapshot,
 )
 from scheduler.planning.allocator import Hold, Live, Node, Part, Request, Spare
-from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.arrays import lists, rows_where, some, xp
 from scheduler.planning.fragmentation import Fragmentation
 from scheduler.planning.hosts import Hosts, hosts_of
-from scheduler.planning.kept import Kept
 from scheduler.planning.kinds import Kinds
 from scheduler.planning.layout import Layout
+from scheduler.planning.leaving import Leavers, Turns, by_node
 from scheduler.planning.mix import as_parts, mix_of
 from scheduler.planning.pool import Pool, summed
 from scheduler.planning.valuation import lost_work, outranked, value_bars, value_of
@@ -100,7 +100,8 @@ class World:
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
         self._soon: Pool | None = None
-        self._soon_fits = Kept(len(self.drains))
+        self._turns: Turns | None = None
+        self._served_since: list[int] = []  # whose turns are not in it
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -135,10 +136,31 @@ class World:
             )
         return self._placement
 
+    @property
+    def turns(self) -> Turns:
+        """When each node is ready for a request that takes what leaves."""
+        self._flush()
+        rows = self._leavers.rows_for
+        others = {row for number in self._served_since for row in rows.get(number, ())}
+        self._served_since.clear()
+        if self._turns is None:
+            self._turns = Turns(self._leavers, self._free, self.leaving, self.drains)
+            others |= self._nodes.keys()
+        for row in others:
+            self._turns.put(self.node(row))
+        return self._turns
+
     @cached_property
     def incumbents(self) -> Incumbents:
         """The live jobs that stay unless they are displaced."""
         return self._made_incumbents(self._snapshot)
+
+    @cached_property
+    def _leavers(self) -> Leavers:
+        """Who leaves, as the snapshot has it."""
+        goes = self._hosts.of(self._goes)
+        held = rows_where(self._goes_away)
+        return Leavers(self._snapshot, self.layout, goes, held, self._holder, self._mib, self._stopping)
 
     @cached_property
     def kinds(self) -> Kinds:
@@ -191,6 +213,7 @@ class World:
     def serve(self, number: int, served: int) -> None:
         """Remember when the job was served, on what leaves for it."""
         self._served[number] = served
+        self._served_since.append(number)
         for hold in self._leaving_for.get(number, ()):
             hold.served = served
 
@@ -208,7 +231,8 @@ class World:
                 self._soon.put(node, node.soon)
             if self._placement is not None:
                 self._placement.changed(node.row)
-            self._soon_fits.changed(node.row)
+            if self._turns is not None and node.leaving:
+                self._turns.put(node)
         self._changed.clear()
         self._reaches.clear()
 
@@ -222,24 +246,14 @@ class World:
         wants = request.gpu_part
         can = self._free_can.get(wants)
         if can is None:
-            can = self._free_can[wants] = bool((self.free.fit_gpus(request) & ~self.drains).any())
+            can = self._free_can[wants] = some(self.free.fit_gpus(request) & ~self.drains)
         # To know that it fits nowhere is much cheaper than to make what chooses.
-        if not can or (self._placement is None and not (self.free.fit(request) & ~self.drains).any()):
+        if not can or (self._placement is None and not some(self.free.fit(request) & ~self.drains)):
             return None
         found = self.placement.best(request, without)
         if found is None and not without:
             del self._free_can[wants]  # looked at again, when somebody wants the same GPUs
         return found
-
-    def leaving_for(self, request: Request) -> list[int]:
-        """Rows of the nodes on which something leaves and the request fits into that and what is free."""
-        soon = self.soon
-        fits = self._soon_fits.column(
-            request.gpu_part,
-            lambda rows: self.leaving[rows] & ~self.drains[rows] & soon.fit_gpus(request, rows),
-        )
-        rows = rows_where(fits)
-        return rows[soon.fit_host(request, rows)].tolist()  # type: ignore[no-any-return]
 
     def displaceable(self, request: Request) -> Any:
         """Bool, shape (incumbents,): whom the request may displace. Not to be changed."""
@@ -267,11 +281,11 @@ class World:
         if self._changed or not self._reaches:
             return False
         known = self._reaches.get(self.displaceable(request).tobytes())
-        return known is not None and not (known.pool.fit(request) & ~self.drains).any()
+        return known is not None and not some(known.pool.fit(request) & ~self.drains)
 
     def _made_reach(self, outranked: Any) -> "Reach":
         jobs = self.incumbents
-        if not outranked.any():
+        if not some(outranked):
             return Reach(self.soon, outranked)
         holds = outranked[jobs.holder]
         hosts = jobs.hosts.of(outranked)
@@ -282,28 +296,15 @@ class World:
         """The UUIDs of the parts, by node and index."""
         found: list[str] = []
         for part in parts:
-            gpus = self.layout.gpus(part.row)
-            found += [gpus[position].uuid for position in sorted(part.positions)]
+            if part.positions:
+                gpus = self.layout.gpus(part.row)
+                found += [gpus[position].uuid for position in sorted(part.positions)]
         return tuple(found)
 
     @cached_property
     def _places(self) -> tuple[Any, Any]:
         """Rows of the incumbents' hosts by node, and where in that each node's begin."""
-        return self._by_node(self.incumbents.hosts.node)
-
-    @cached_property
-    def _leaving_places(self) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """The same of the holdings that go away, and of the hosts of jobs that do."""
-        holdings, hosts = rows_where(self._goes_away), rows_where(self._goes[self._hosts.job])
-        held, first_held = self._by_node(self._cell[holdings] // max(self.layout.width, 1))
-        hosted, first_hosted = self._by_node(self._hosts.node[hosts])
-        return (holdings[held], first_held), (hosts[hosted], first_hosted)
-
-    def _by_node(self, node: Any) -> tuple[Any, Any]:
-        """The order by node, and where in that each node's begin."""
-        by_node = xp.argsort(node, kind="stable")
-        nodes = xp.arange(len(self.drains) + 1, dtype=xp.int64)
-        return by_node, xp.searchsorted(node[by_node], nodes)
+        return by_node(self.incumbents.hosts.node, len(self.drains))
 
     # From the snapshot --------------------------------------------------------------------------
 
@@ -328,8 +329,8 @@ class World:
         rows = rows_where(self._stays)
         held = rows_where(self._holder != UNKNOWN)
         held = held[self._stays[self._holder[held]]]
-        held = held[xp.argsort(self._holder[held], kind="stable")]
-        holder = xp.searchsorted(rows, self._holder[held])
+        held = held[self._holder[held].argsort(kind="stable")]
+        holder = rows.searchsorted(self._holder[held])
         milli = snapshot.holdings.share_milli[held]
         started_us = xp.where(jobs.started_us[rows] == UNKNOWN, now_us, jobs.started_us[rows])
         preemptible = jobs.preemptible[rows]
@@ -350,12 +351,12 @@ class World:
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
             loss_microusd=value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
-            hosts=hosts._replace(job=xp.searchsorted(rows, hosts.job)),
+            hosts=hosts._replace(job=rows.searchsorted(hosts.job)),
             holder=holder,
             cell=self._cell[held],
             milli=milli,
             mib=self._mib[held],
-            first=xp.searchsorted(holder, xp.arange(len(rows) + 1, dtype=xp.int64)),
+            first=holder.searchsorted(xp.arange(len(rows) + 1, dtype=xp.int64)),
         )
 
     def _made_free(self, snapshot: Snapshot) -> Pool:
@@ -400,51 +401,11 @@ class World:
             int(self._free.memory_mib[row]),
             int(self._free.slots[row]),
         )
-        leaving = self._made_leaving(row) if self.leaving[row] else []
-        # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
-        leaving.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
+        leaving = self._leavers.on(row) if self.leaving[row] else []
         for hold in leaving:
             hold.served = self._served.get(hold.preemptor, hold.served)
             self._leaving_for.setdefault(hold.preemptor, []).append(hold)
         return Node(row, gpus, free, bool(self.drains[row]), leaving, self.layout.suitable(row))
-
-    def _made_leaving(self, row: int) -> list[Hold]:
-        """What leaves a node: jobs that were told to go, and what ended ones still occupy."""
-        jobs, holdings = self._snapshot.jobs, self._snapshot.holdings
-        width = self.layout.width
-        holds = []
-        parts: dict[int, dict[int, list[int]]] = {}
-        (held, first_held), (hosted, first_hosted) = self._leaving_places
-        here = held[int(first_held[row]) : int(first_held[row + 1])]
-        columns = (self._holder, self._cell, holdings.share_milli, self._mib)
-        preemptors = holdings.preemptor[here].tolist(), holdings.stop_us[here].tolist()
-        for holder, cell, milli, mib, preemptor, stop_us in zip(
-            *lists(columns, here), *preemptors, strict=True
-        ):
-            position = cell - row * width
-            if holder == UNKNOWN:  # no live job and no CPUs
-                part = {position: [milli, mib]}
-                holds.append(Hold(UNKNOWN, part, 0, 0, 0, preemptor, stop_us, self.now_us))
-            elif self._goes[holder]:
-                part_of = parts.setdefault(holder, {}).setdefault(position, [0, 0])
-                part_of[0] += milli
-                part_of[1] += mib
-        hosts = self._hosts
-        there = hosted[int(first_hosted[row]) : int(first_hosted[row + 1])]
-        leavers = hosts.job[there]
-        columns = tuple(getattr(jobs, name) for name in ("number", "preemptor", "stop_us", "grace_us"))
-        for job, cpus, memory_mib, number, preemptor, stop_us, grace_us in zip(
-            leavers.tolist(),
-            *lists((hosts.cpus, hosts.memory_mib), there),
-            *lists(columns, leavers),
-            strict=True,
-        ):
-            if number in self._stopping:
-                preemptor, stop_us = UNKNOWN, self.now_us
-            ready_us = max(self.now_us, stop_us + grace_us)
-            held = parts.get(job, {})
-            holds.append(Hold(number, held, cpus, memory_mib, 1, preemptor, stop_us, ready_us))
-        return holds
 
     def _made_live(self, row: int) -> list[Live]:
         jobs, width = self.incumbents, self.layout.width
@@ -453,10 +414,10 @@ class World:
         members = jobs.hosts.job[here]
         firsts, counts = jobs.first[members], jobs.first[members + 1] - jobs.first[members]
         # The holdings of one after those of the other, and where those of each begin.
-        ends = xp.cumsum(counts)
+        ends = counts.cumsum()
         starts = ends - counts
         places = xp.arange(int(counts.sum()), dtype=xp.int64)
-        holdings = (firsts - starts)[xp.searchsorted(ends, places, side="right")] + places
+        holdings = (firsts - starts)[ends.searchsorted(places, side="right")] + places
         held = list(zip(*lists((jobs.cell, jobs.milli, jobs.mib), holdings), strict=True))
         made = []
         for index, cpus, memory_mib, start, count, values in zip(
@@ -468,17 +429,19 @@ class World:
             strict=True,
         ):
             parts: dict[int, list[int]] = {}
-            rows = {row}
+            rows: tuple[int, ...] = (row,)
             for cell, milli, mib in held[start : start + count]:
-                if cell // width != row:
-                    rows.add(cell // width)
-                    continue
-                part = parts.setdefault(cell - row * width, [0, 0])
-                part[0] += milli
-                part[1] += mib
+                node, position = divmod(cell, width)
+                if node != row:
+                    rows = (*rows, node)
+                elif position in parts:
+                    parts[position][0] += milli
+                    parts[position][1] += mib
+                else:
+                    parts[position] = [milli, mib]
             number, ready_us, *rest = values
             hold = Hold(number, parts, cpus, memory_mib, 1, UNKNOWN, UNKNOWN, ready_us)
-            made.append(Live(index, tuple(sorted(rows)), hold, count, *rest))
+            made.append(Live(index, rows if len(rows) == 1 else tuple(sorted(set(rows))), hold, count, *rest))
         return made
 
 

@@ -1,6 +1,7 @@
 """What a plan remembers and bounds, and rates once for all alike nodes, saves work and changes nothing."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.model.policy import Order, Policy
-from scheduler.model.snapshot import PENDING, Snapshot
-from scheduler.planning import alike, backfill, fragmentation, horizon, kept, search, world
-from scheduler.planning.allocator import Node, host_fits
+from scheduler.model.snapshot import PENDING, UNKNOWN, Snapshot
+from scheduler.planning import alike, backfill, fragmentation, horizon, kept, leaving, planner, search, world
+from scheduler.planning.allocator import Found, Node, Request, find_leaving_on, host_fits
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.planner import Memo, Planner, digest, plan
@@ -42,13 +43,18 @@ def _planned(made: Callable[[], Snapshot], policy: Policy, *patches: tuple[Any, 
 FLEET = ((search, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
 # Nothing is remembered but what a node and its jobs are.
 FORGETFUL = (
-    *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, world)),
+    *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, leaving)),
     (Node, "choices", property(lambda _: {}, lambda *_: None)),
-    (search, "first_turn", lambda *_: (False, 0, 0, 0)),
+    (leaving.Turns, "is_before", lambda *_: False),
     (world.World, "is_hopeless", lambda *_: False),
     (backfill, "_hopeful", lambda rows, *_: rows),
 )
-TIGHT = ((kept, "VALUES_MAX", 1), (alike, "ANSWERS_MAX", 1), (alike, "STATES_MAX", 1))
+TIGHT = (
+    *((kept, "VALUES_MAX", 1), (alike, "ANSWERS_MAX", 1), (alike, "STATES_MAX", 1)),
+    *((leaving, "GPU_STOPS", 1), (leaving, "NODE_STOPS", 1), (leaving, "CODE_BITS", 8)),
+)
+
+ALL_BITS = leaving.CODE_BITS
 
 
 @given(st.one_of(fleets(), contested()), policies())
@@ -78,6 +84,62 @@ def test_the_plan_before_saves_work_and_changes_nothing(tight: tuple[tuple[Any, 
             found = plan(made, policy, memo)
             assert digest(found) == digest(plan(made, policy))
             made = changed(carried_out(made, found), 20, random)
+
+
+@pytest.mark.parametrize("tight", [(), TIGHT])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_leaves_is_taken_where_the_last_stop_comes_first_as_if_each_node_were_looked_into(
+    seed: int, tight: tuple[tuple[Any, str, Any], ...]
+) -> None:
+    ready_on: list[int] = []
+
+    def compared(request: Request, of: world.World, limits: search.Limits | None = None) -> Found | None:
+        found = search.find_leaving(request, of, limits)
+        if limits is None:
+            nodes = [node for node in of.nodes() if node.leaving and not node.drains]
+            ready = {node.row: there[0] for node in nodes if (there := find_leaving_on(request, node))}
+            first = min(ready, key=lambda row: (ready[row], row), default=None)
+            assert first == (found and found.parts[0].row)
+            turns = {row: of._leavers.code(turn) for row, turn in ready.items()}
+            bounds = {row: turn for turn, row in of.turns.in_turn(request) if turn != leaving.MINE}
+            if tight:
+                assert all(bounds[row] <= turn for row, turn in turns.items() if row in bounds)
+            else:
+                assert all(turns[row] in (turn, leaving.MINE) for row, turn in bounds.items())
+            ready_on.append(len(ready))
+        return found
+
+    random, policy, made = np.random.default_rng(seed), Policy(), drawn.world(500, 200, seed)
+    cpus = made.nodes.cpus // 4
+    with pytest.MonkeyPatch.context() as patch:
+        for patched in (*FLEET, *tight, (planner, "find_leaving", compared)):
+            patch.setattr(*patched)
+        for _ in range(6):
+            made = changed(carried_out(made, plan(made, policy)), 30, random)
+            # A third of the nodes drain, hosts are scarce, and many stops are nobody's gain.
+            drain = random.integers(0, 3, len(made.nodes)) // 2
+            nodes = replace(made.nodes, drain=drain, cpus=cpus)
+            anybody = random.integers(0, 2, len(made.jobs)) == 0
+            preemptor = np.where(anybody, UNKNOWN, made.jobs.preemptor)
+            made = replace(made, nodes=nodes, jobs=replace(made.jobs, preemptor=preemptor))
+    assert max(ready_on) > 1, "there was something to choose"
+
+
+@pytest.mark.parametrize("bits", [ALL_BITS, 12])
+def test_a_node_goes_before_another_by_code_only_if_it_does_by_turn(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaving, "CODE_BITS", bits)
+    made = drawn.world(4000, 2000, 0)
+    made = replace(made, jobs=replace(made.jobs, preemptor=np.full(len(made.jobs), UNKNOWN)))
+    of = Planner(made, Policy()).world
+    holds = [(node.row, hold) for node in of.nodes() for hold in node.leaving]
+    ready = [((True, hold.stop_us, hold.served, hold.number), row) for row, hold in holds]
+    for turn, row in ready:
+        for other, where in ready:
+            before = of.turns.is_before(turn, row, of._leavers.code(other), where)
+            is_sooner = (turn, row) < (other, where)
+            assert before == is_sooner or (bits < ALL_BITS and not before)
 
 
 @given(st.one_of(fleets(), contested()), policies())

@@ -10,7 +10,7 @@ REMEDY = "see what is new with tests/harness/cupy_calls.py, and what is gone: ta
 
 
 def test_cupy_has_what_the_planner_uses_in_the_form_in_which_it_does() -> None:
-    assert {"where", "flatnonzero"} <= set(uses()), "nothing was looked at"
+    assert {"where", "count_nonzero"} <= set(uses()), "nothing was looked at"
     assert planning_problems() == allowed(), REMEDY
 
 
