@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 3
 PARALLEL := -n $(TEST_PROCESSES) --dist worksteal
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py \
-  tests/simulation/test_fault_seeds.py tests/simulation/test_scenarios.py)
+  tests/simulation/test_fault_seeds.py tests/simulation/test_planted_bugs.py tests/simulation/test_scenarios.py)
 # Slow: fault simulation, published data, and the hunts among the fast ones through more seeds.
 LONG_TESTS := $(wildcard tests/simulation tests/properties/test_planner_hunt.py)
 # These want root, Prometheus, systemd or a GPU with CuPy, say so when they skip, and have the machine to themselves.

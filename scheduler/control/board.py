@@ -187,8 +187,10 @@ class GpuBoard:
                         Occupant(job_id, attempt, leaving.share_milli, leaving.memory_mib)
                     )
         for uuid in self._unproved:
-            if not self.is_held(uuid) and uuid not in found:
-                found[uuid] = [Occupant("", 0, SHARE_MILLI_WHOLE, 0)]
+            # Whoever ended there and is final by now is not among the leaving: a restart forgets him.
+            room = rooms.get(uuid, SHARE_MILLI_WHOLE - self._held_milli(uuid))
+            if room > 0:
+                found.setdefault(uuid, []).append(Occupant("", 0, room, 0))
         return found
 
     def is_left(self, uuid: str) -> bool:
@@ -197,6 +199,10 @@ class GpuBoard:
             uuid in leaving.gpus and (job_id, attempt, uuid) not in self._proved
             for (job_id, attempt), leaving in self._ledger.leaving.items()
         )
+
+    def has_room(self, uuid: str) -> bool:
+        """Whether live jobs hold less than the whole GPU."""
+        return self._held_milli(uuid) < SHARE_MILLI_WHOLE
 
     def _held_milli(self, uuid: str) -> int:
         return sum(job.spec.gpu_share_milli for job in self.holders(uuid))

@@ -142,7 +142,7 @@ class DrawLog:
                     found.setdefault(gpu.uuid, []).append(watts)
         means = {uuid: sum(draws_w) / len(draws_w) for uuid, draws_w in (before | since).items()}
         absent = {gpu.uuid: gpu for gpu in board.identities if not board.is_present(gpu.uuid)}
-        means |= {uuid: self._power.empty_w(gpu) for uuid, gpu in absent.items()}
+        means |= {uuid: self._power.idle.of(gpu) for uuid, gpu in absent.items()}
         return means, set(means) - set(since)
 
     def _part_w(self, uuid: str, share_milli: int, board_w: float | None) -> float | None:

@@ -84,6 +84,11 @@ class Health:
             if booked.energy_mj is not None:
                 self._counted |= {uuid: (booked.at_s, booked.energy_mj) for uuid, _ in booked.parts}
 
+    def clock_was_set_back(self, now_s: float) -> None:
+        """Reckon from now on where it was from a time that is still to come."""
+        for times_s in (self._ended_s, self._well_since_s):
+            times_s.update({uuid: min(at_s, now_s) for uuid, at_s in times_s.items()})
+
     def ended(self, job: Job, at_s: float) -> None:
         """Note that an attempt of ours ended: what its GPUs report of that now is no news."""
         for uuid in job.attempts[-1].gpus:

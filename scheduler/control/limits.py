@@ -6,6 +6,7 @@ old and new until the board has answered.
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.control.inbox import LimitSet
@@ -27,13 +28,28 @@ NEVER = frozenset({"ERROR_NOT_SUPPORTED", "ERROR_FUNCTION_NOT_FOUND"})
 SAME_W = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a board said that its limit is now."""
+
+    watts: float
+    at_s: float
+    known_s: float | None  # the time of the last reading then; it may be later, where the clock was set back
+
+    def is_older(self, sample: GpuSample) -> bool:
+        """Whether the reading was taken after the answer."""
+        return sample.at_s > self.at_s and sample.at_s != self.known_s
+
+
 class Limits:
     """The limits of all boards."""
 
     def __init__(self, controller: "Controller") -> None:
         self._control = controller
-        self._asked: dict[str, float] = {}  # on their way
-        self._answered: dict[str, tuple[float, float]] = {}  # watts and when, until a newer reading
+        self._asked: dict[str, float] = {}  # on their way: the largest of those that a board may have now
+        self._in_flight: dict[str, float] = {}
+        self._next: dict[str, float] = {}  # for boards that have not answered yet: one order after the other
+        self._answered: dict[str, _Answer] = {}  # until a newer reading
         self._refused: dict[str, tuple[str, float]] = {}  # why, and until when it is not tried again
         self._theirs: dict[str, float] = {}  # limits that somebody else set, and that are respected
         self._to_send: list[tuple[str, float]] = []
@@ -44,8 +60,8 @@ class Limits:
         sample = self._control.board.samples.get(gpu.uuid)
         watts = sample.power_limit_w if sample is not None else None
         answered = self._answered.get(gpu.uuid)
-        if answered is not None and (sample is None or sample.at_s <= answered[1]):
-            watts = answered[0]
+        if answered is not None and (sample is None or not answered.is_older(sample)):
+            watts = answered.watts
         if watts is None:
             watts = gpu.power_limit_w_default or gpu.power_limit_w_max
         if watts is None:  # an instance of MIG: its part of what its GPU draws is all that is known
@@ -98,8 +114,15 @@ class Limits:
         """Set what was journalled, every board at the same time."""
         for uuid, watts in self._to_send:
             self._asked[uuid] = max(watts, self._asked.get(uuid, 0.0))
-            self._control.spawn(self._set(uuid, watts))
+            if uuid in self._in_flight:
+                self._next[uuid] = watts
+            else:
+                self._begin(uuid, watts)
         self._to_send.clear()
+
+    def _begin(self, uuid: str, watts: float) -> None:
+        self._in_flight[uuid] = watts
+        self._control.spawn(self._set(uuid, watts))
 
     async def _set(self, uuid: str, watts: float) -> None:
         begun_s = self._control.effects.clock.now_s()
@@ -114,7 +137,12 @@ class Limits:
 
     def answered(self, result: LimitSet, now_s: float) -> None:
         """Take a board's answer."""
-        self._asked.pop(result.uuid, None)
+        if self._in_flight.get(result.uuid) != result.asked_w:
+            return  # it was taken before, in a tick that was not kept
+        del self._in_flight[result.uuid], self._asked[result.uuid]
+        if (next_w := self._next.pop(result.uuid, None)) is not None:
+            self._asked[result.uuid] = max(next_w, result.limit.power_limit_w or 0.0 if result.limit else 0.0)
+            self._begin(result.uuid, next_w)
         if result.limit is None:
             forever = result.error in NEVER
             self._refused[result.uuid] = (result.message, float("inf") if forever else now_s + RETRY_S)
@@ -125,7 +153,8 @@ class Limits:
         self._is_well(result.uuid)
         self._refused.pop(result.uuid, None)
         watts = result.limit.power_limit_w or result.asked_w
-        self._answered[result.uuid] = (watts, now_s)
+        known = self._control.board.samples.get(result.uuid)
+        self._answered[result.uuid] = _Answer(watts, now_s, None if known is None else known.at_s)
 
     # Readings -----------------------------------------------------------------------------------
 
@@ -133,7 +162,7 @@ class Limits:
         """Look for a limit that is not ours any more."""
         uuid = sample.uuid
         answered = self._answered.get(uuid)
-        if answered is not None and sample.at_s > answered[1]:
+        if answered is not None and answered.is_older(sample):
             del self._answered[uuid]
         refused = self._refused.get(uuid)
         if refused is not None and now_s >= refused[1]:
@@ -158,6 +187,13 @@ class Limits:
         log.warning("%s", self._control.problems[_problem(uuid)])
         if respects:
             self._theirs[uuid] = seen_w
+
+    def clock_was_set_back(self, now_s: float) -> None:
+        """Believe readings again, and ask boards that refused as soon as ever."""
+        self._answered.clear()
+        for uuid, (why, until_s) in self._refused.items():
+            if until_s != float("inf"):
+                self._refused[uuid] = (why, min(until_s, now_s + RETRY_S))
 
     # Giving back --------------------------------------------------------------------------------
 

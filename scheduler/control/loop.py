@@ -17,7 +17,7 @@ from scheduler.control.accounting import Accounts
 from scheduler.control.board import GpuBoard, NodeSize
 from scheduler.control.commands import CommandHandler
 from scheduler.control.decisions import Decisions
-from scheduler.control.handover import HandoverVerifier, Look
+from scheduler.control.handover import HandoverVerifier
 from scheduler.control.health import Health
 from scheduler.control.housekeeping import Housekeeper
 from scheduler.control.inbox import (
@@ -129,7 +129,7 @@ class Controller:
         self.verifier = HandoverVerifier(
             self.witness,
             self.occupancy.facts(),
-            on_result=self._handover_ended,
+            on_result=lambda *found: self.inbox.put(HandoverResult(*found)),
             timeout_s=lambda: self.config.policy.handover_timeout_s,
         )
         self.mining = Mining(self)
@@ -163,7 +163,7 @@ class Controller:
         self._running = False
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
-        self._looked_s = 0.0
+        self._looked_s = self._turned_s = 0.0  # when it last looked at processes, and ticked
         self._housekeeper = Housekeeper(self)
 
     # Life -------------------------------------------------------------------------------------
@@ -371,6 +371,9 @@ class Controller:
 
     def _turn(self, items: list[Item]) -> None:
         now_s = self.effects.clock.now_s()
+        if now_s < self._turned_s:
+            self._clock_was_set_back(now_s)
+        self._turned_s = now_s
         self._rebooted_before = self.rebooted
         self.accounts.settle()
         # What the driver told of a GPU comes before the end of whoever died of it.
@@ -383,7 +386,7 @@ class Controller:
         self.standing.reconcile(now_s)
         self.mining.advance(now_s)
         self.power.advance(now_s)
-        wake_s = self._plan(now_s)
+        wake_s = self._plan(now_s, has_readings=has_readings)
         if has_readings:  # nothing else adds energy; where they are rare, as in a replay, so are bookings
             self.accounts.book(now_s)
         try:
@@ -393,10 +396,17 @@ class Controller:
             return
         for future, result in answers:
             if not future.done():
-                future.set_result(self._newest(result))
+                future.set_result(self.reports.newest(result))  # a job may have started in this tick
         self.watchers.publish_node()
         wakes_s = (wake_s, *(one.wake_s(now_s) for one in (self.prices, self.mining, self.power)))
         self._wake_at(wakes_s, now_s)
+
+    def _clock_was_set_back(self, now_s: float) -> None:
+        """What is reckoned from a time that is still to come would stay as it is until then."""
+        log.warning("the clock was set back by %.3f s", self._turned_s - now_s)
+        self.power.clock_was_set_back(now_s)
+        self.health.clock_was_set_back(now_s)
+        self.occupancy.clock_was_set_back(now_s)
 
     def _take(self, item: Item, now_s: float) -> tuple[asyncio.Future[Any], object] | None:
         match item:
@@ -447,15 +457,16 @@ class Controller:
             self.occupancy.prove_again(result)
         return item.answer, result
 
-    def _plan(self, now_s: float) -> float | None:
+    def _plan(self, now_s: float, *, has_readings: bool) -> float | None:
         """Plan and turn the plan into events; returns when time alone could change it."""
         if not self.launcher_id:
             return None
         if not (self.ledger.needs_plan or self.power.is_active or self.prices.price):
             self.last_plan = None
             return None
-        basis = (self.board.basis(), self.config.policy, self.power.points.basis())
-        if not self.power.is_active and self._still_holds(basis, now_s):
+        basis = (self.board.basis(), self.config.policy, self.power.basis(now_s))
+        # What a plan under a budget rests on moves with each reading, and with time alone.
+        if not (self.power.is_active and has_readings) and self._still_holds(basis, now_s):
             return self._wake_s
         begun = time.perf_counter()
         try:
@@ -472,8 +483,7 @@ class Controller:
             return None
         self.problems.pop("planner", None)
         self.meters.plan_s.observe(took_s)
-        # What a plan under a budget rests on is in no basis: the draw of this moment, and the budget itself.
-        self.last_plan, self._planned = made, None if self.power.is_active else (basis, now_s)
+        self.last_plan, self._planned = made, (basis, now_s)
         self._wake_s = None if made.wake_us is None else made.wake_us / 1e6
         if made.actions:
             self.power.perform(made.actions, now_s)
@@ -538,22 +548,15 @@ class Controller:
         await self.power.leave()
         await self.effects.gpus.release()
 
-    def _newest(self, result: object) -> object:
-        """The answer as it is after the whole tick: a job may have started in it."""
-        return self.reports.newest(result)
-
     def _wake_at(self, moments_s: tuple[float | None, ...], now_s: float) -> None:
         """Tick again at the first of these moments."""
         wake_s = min((moment for moment in moments_s if moment is not None), default=None)
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = None
         if wake_s is not None:
-            delay_s = max(WAKE_S_MIN, wake_s - now_s)
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._elapsed)
-
-    def _elapsed(self) -> None:
-        self.inbox.put(Elapsed())
+            wait_s = max(WAKE_S_MIN, wake_s - now_s)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self.inbox.put, Elapsed())
 
     # Readings ---------------------------------------------------------------------------------
 
@@ -595,6 +598,3 @@ class Controller:
         except GpuReadError as error:
             self.meters.telemetry_errors[(error.code,)] += 1
             self.inbox.put(LookFailed(uuid, error.code))
-
-    def _handover_ended(self, uuid: str, look: Look | None, error: str) -> None:
-        self.inbox.put(HandoverResult(uuid, look, error))

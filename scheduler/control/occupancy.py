@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scheduler.control.board import describe
@@ -109,16 +110,23 @@ class Occupancy:
         control = self._control
         control.board.doubt(uuid)
         is_left = control.board.is_left(uuid)
-        # Where jobs run and none left there is nothing to prove before one does.
-        if is_left or not control.board.is_held(uuid):
-            # What a job left before a restart of ours has the time that it always has.
-            control.orders.watch(uuid, nobody_left=not is_left)
+        # Where jobs fill it and none left there is nothing to prove before one does.
+        if is_left or control.board.has_room(uuid):
+            # What a job left before a restart of ours has the time that it always has; and a process of one
+            # that starts may be listed before the launcher tells its PID.
+            control.orders.watch(uuid, nobody_left=not is_left and not control.board.is_held(uuid))
 
     def forget(self, known: frozenset[str]) -> None:
         """Remember nothing of other GPUs than these."""
         for of_gpus in (self._asked, self._not_permitted, self._verified_s):
             for uuid in of_gpus.keys() - known:
                 of_gpus.pop(uuid)
+
+    def clock_was_set_back(self, now_s: float) -> None:
+        """Reckon from now on where it was from a time that is still to come."""
+        self._verified_s = {uuid: min(at_s, now_s) for uuid, at_s in self._verified_s.items()}
+        for key, report in self._stuck.items():
+            self._stuck[key] = replace(report, at_s=min(report.at_s, now_s))
 
     def handover(self, result: HandoverResult, now_s: float) -> None:
         """A GPU is proved free, or could not be in time."""

@@ -15,6 +15,7 @@ import numpy as np
 from scheduler.control.budget import Budget, is_in_force
 from scheduler.control.draw_log import DrawLog
 from scheduler.control.draws import Draws
+from scheduler.control.idle_draws import IdleDraws
 from scheduler.control.inbox import (
     CancelGridEvent,
     LimitSet,
@@ -33,7 +34,6 @@ from scheduler.control.sheds import Sheds
 from scheduler.control.slowed import Slowed
 from scheduler.control.table import JobWatts
 from scheduler.control.telemetry import fresh_s
-from scheduler.effects.launcher import AttemptKey
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
 from scheduler.model.gpus import GpuIdentity
@@ -62,10 +62,11 @@ if TYPE_CHECKING:
 
 # Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
-# An empty board of which nothing is known yet: no common one draws more when idle.
-IDLE_W_UNKNOWN = 100.0
-# A V100S drew twice its idle watts for several seconds after the work had ended (NVIDIA/cuda-samples#74).
-IDLE_AFTER_S = 10.0
+# A draw only nears a limit: until it is inside a budget that fell, at most so long, what binds lies lower.
+LEAD_S = 4.0
+LEAD_RATIO = 0.03
+# Answers of a driver that say that there is nothing to read.
+NO_GPUS = frozenset({"ERROR_LIBRARY_NOT_FOUND", "ERROR_GPU_NOT_FOUND"})
 # The planner sees these in steps, so that no limit follows every flicker.
 IDLE_STEP_W = 5
 CORRECTION_STEP_W = 10
@@ -89,13 +90,13 @@ class PowerControl:
         self.draws = Draws(ledger.power)
         self.budget = Budget(ledger, controller.config.node.name)
         self.limits = Limits(controller)
+        self.idle = IdleDraws(controller.board, self.limits)
         self.sheds = Sheds(controller, self)
         self.log = DrawLog(controller, self)
         self.points = OperatingPoints(controller)
-        self._idle_w: dict[str, float] = {}
-        self._empty_since_s: dict[str, float] = {}
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
         self._changed_s = 0.0  # when a limit or a job last changed
+        self._fell_s = -math.inf  # when the budget fell
         self._read_s = 0.0
         self._give_back_s = 0.0  # not before
         self._knows_budget = False  # the first readings come before the first look at the sources
@@ -130,16 +131,25 @@ class PowerControl:
     def measured_w(self, now_s: float) -> float | None:
         """What the site draws by fresh readings; None where a board has none.
 
-        A board that the driver has lost can't be read any more: it counts as idle.
+        A board that the driver has lost can't be read any more: it counts as idle. Of a driver that does not
+        answer nobody knows which boards there are.
         """
+        if self.unreadable:
+            return None
         total_w, board = 0.0, self._control.board
         for gpu in board.identities:
             is_there = board.is_present(gpu.uuid)
-            watts = self._fresh_w(gpu.uuid, now_s) if is_there else self.empty_w(gpu)
+            watts = self._fresh_w(gpu.uuid, now_s) if is_there else self.idle.of(gpu)
             if watts is None:
                 return None
             total_w += watts
         return self.site_w(total_w)
+
+    @property
+    def unreadable(self) -> str:
+        """Why no board can be read, as NVML says it; empty where the driver answers, or there is no GPU."""
+        code = self._control.board.errors.get("driver", "")
+        return "" if code in NO_GPUS else code
 
     def stale(self, now_s: float) -> list[str]:
         """The boards without a fresh reading."""
@@ -150,7 +160,7 @@ class PowerControl:
     def _fresh_w(self, uuid: str, now_s: float) -> float | None:
         sample = self._control.board.samples.get(uuid)
         age_max_s = fresh_s(self._control.config.sampling.period_s)
-        return None if sample is None or now_s - sample.at_s > age_max_s else sample.power_w
+        return None if sample is None or abs(now_s - sample.at_s) > age_max_s else sample.power_w
 
     @property
     def most_w(self) -> float:
@@ -165,9 +175,22 @@ class PowerControl:
         self._knows_budget = True
         self.sheds.advance(now_s)
         self._fall_behind(now_s)
-        self._cut_graces(now_s)
         self.points.advance(now_s)
+        before_w = self.budget.in_force_w
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
+        after_w = self.budget.in_force_w
+        if after_w is not None and (before_w is None or after_w < before_w):
+            self._fell_s = now_s
+
+    def _leads(self, now_s: float) -> bool:
+        return now_s < self._fell_s + LEAD_S
+
+    def clock_was_set_back(self, now_s: float) -> None:
+        """Reckon from now on where it was from a time that is still to come."""
+        self._changed_s, self._fell_s = min(self._changed_s, now_s), min(self._fell_s, now_s)
+        self._give_back_s = min(self._give_back_s, now_s)
+        self.idle.clock_was_set_back()
+        self.limits.clock_was_set_back(now_s)
 
     def _fall_behind(self, now_s: float) -> None:
         """Count the work that limits keep jobs from doing."""
@@ -192,7 +215,8 @@ class PowerControl:
     def wake_s(self, now_s: float) -> float | None:
         """The next moment at which time alone changes the budget, or ends a grace."""
         moments = self.budget.edges_s()
-        moments += [moment for _, moment in self._cut_off()]
+        moments += [moment for _, moment in self.sheds.cut_off()]
+        moments.append(self._fell_s + LEAD_S)
         moments += [moment for moment in [self.points.wake_s(now_s)] if moment is not None]
         moments += [
             self.shed_begins_s(event, now_s)
@@ -203,30 +227,6 @@ class PowerControl:
         if state.returned_from_w is not None:
             moments.append(max(state.return_began_s, now_s + RETURN_STEP_S))
         return min((moment for moment in moments if moment > now_s), default=None)
-
-    def _cut_off(self) -> list[tuple[Job, float]]:
-        """In an emergency, who gives way with a longer grace than it leaves, and when that is over."""
-        control = self._control
-        began = [
-            event.shed_began_s for event in control.ledger.power.events if event.emergency and event.binds
-        ]
-        begun_s = min((began_s for began_s in began if began_s is not None), default=None)
-        if begun_s is None:
-            return []
-        found = []
-        for job in control.ledger.live_jobs():
-            last = job.attempts[-1]
-            if last.notice is not None and last.gpus and last.acknowledged_s is None:
-                ends_s = max(begun_s, last.notice.decided_s) + control.config.power.emergency_grace_s
-                if ends_s < last.notice.deadline_s:
-                    found.append((job, ends_s))
-        return found
-
-    def _cut_graces(self, now_s: float) -> None:
-        """End the graces that are over in an emergency, of jobs that were told to go before it, too."""
-        for job, ends_s in self._cut_off():
-            if now_s >= ends_s:
-                self._control.orders.kill(AttemptKey(job.id, job.attempt))
 
     def shed_begins_s(self, event: GridEvent, now_s: float) -> float:
         """When an event's shed has to begin: a voluntary one so early that whoever stops has had his grace.
@@ -250,6 +250,8 @@ class PowerControl:
         """Journal the limits that the plan sets; they follow the commit."""
         if actions:
             self._changed_s = now_s
+        if not self.sets_limits:
+            return  # a plan that only keeps a promise for later
         self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
 
     def undo(self) -> None:
@@ -289,10 +291,10 @@ class PowerControl:
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
                     learned.append(held[0])
             is_empty = not held and gpu.uuid not in occupants and gpu.uuid not in control.board.foreign
-            if not is_empty:
-                self._empty_since_s.pop(gpu.uuid, None)
-            elif sample.power_w is not None:
-                self._see_idle(gpu.uuid, sample.power_w, now_s)
+            if is_empty:
+                self.idle.empty(gpu.uuid, sample.power_w, now_s)
+            else:
+                self.idle.occupied(gpu.uuid)
         self._learn(self.draws.news(learned), now_s)
         measured_w = self.measured_w(now_s)
         self.log.read(measured_w, now_s)
@@ -315,13 +317,6 @@ class PowerControl:
             "`wattshift power status`"
         )
 
-    def _see_idle(self, uuid: str, watts: float, now_s: float) -> None:
-        """When work has ended the draw falls for seconds; after that the least counts, slowly forgotten."""
-        if now_s - self._empty_since_s.setdefault(uuid, now_s) < IDLE_AFTER_S:
-            return
-        known = self._idle_w.get(uuid, watts)
-        self._idle_w[uuid] = watts if watts < known else known + 0.01 * (watts - known)
-
     def _learn(self, news: dict[str, float], now_s: float) -> None:
         control = self._control
         news |= self.draws.gone({job.id for job in control.ledger.jobs.values()})
@@ -342,6 +337,8 @@ class PowerControl:
             return
         if measured_w > budget_w:
             self._control.meters.power_over_budget_s += elapsed_s
+        elif not self._control.ledger.stopping:
+            self._fell_s = -math.inf  # the draw is there
         if now_s - self._changed_s < SETTLE_S or self._control.ledger.stopping:
             return  # it is on its way
         beyond_w = (measured_w - budget_w) / self._control.config.power.pue
@@ -351,15 +348,31 @@ class PowerControl:
         else:
             self._correction_w = max(0.0, self._correction_w + CORRECTION_DECAY * beyond_w)
 
+    def basis(self, now_s: float) -> object:
+        """What of the power columns can change between two readings; None where no plan sets limits."""
+        if not self.is_active:
+            return self.points.basis(), self._promised(now_s)
+        gpus, events = self._control.board.identities, self._control.ledger.power.events
+        return (
+            self.budget.in_force_w,
+            self._leads(now_s),
+            _in_steps(self._correction_w, CORRECTION_STEP_W),
+            self._promised(now_s),
+            [event for event in events if event.emergency and is_in_force(event, now_s)],
+            [(self.limits.in_force_w(gpu), self.limits.range_w(gpu), self.idle.of(gpu)) for gpu in gpus],
+            self.points.basis(),
+        )
+
     # What the planner sees ----------------------------------------------------------------------
 
     def _columns_now(self) -> Callable[[JobWatts], PowerColumns] | None:
         if self.is_active:
             return self.columns
-        return self._unbudgeted if self.points.is_active else None
+        is_promised = self._promised(self._control.effects.clock.now_s()) is not None
+        return self._unbudgeted if self.points.is_active or is_promised else None
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
-        """The power columns without a budget: only miners are limited, all others have what boards take."""
+        """The power columns without a budget: only miners are limited, and starts keep promises for later."""
         # So large a margin that each full limit is its board's largest.
         return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
@@ -383,11 +396,12 @@ class PowerControl:
             ),
             horizon_us=math.ceil(left_s / HORIZON_S_MIN) * round(HORIZON_S_MIN * 1e6),
             margin_milli=round(config.margin_ratio * MILLI),
+            lead_milli=round(LEAD_RATIO * MILLI) if self._leads(now_s) else 0,
             limits_inference=config.limit_inference,
             curves=tuple(
                 curve_of(control.config.policy.classes[job_class].power_curve) for job_class in JobClass
             ),
-            idle_w=_ints(_in_steps(self.empty_w(gpu), IDLE_STEP_W) for gpu in gpus),
+            idle_w=_ints(_in_steps(self.idle.of(gpu), IDLE_STEP_W) for gpu in gpus),
             limit_w=_ints(math.ceil(self.limits.in_force_w(gpu)) for gpu in gpus),
             limit_w_min=_ints(math.ceil(low) for low, _ in ranges),
             limit_w_max=_ints(math.ceil(high) for _, high in ranges),
@@ -406,13 +420,6 @@ class PowerControl:
             return jobs.best_w
         pairs = zip(jobs.number.tolist(), jobs.best_w.tolist(), strict=True)
         return _ints(held_w.get(number, best_w) for number, best_w in pairs)
-
-    def empty_w(self, gpu: GpuIdentity) -> float:
-        """What a board counts for while no job of ours is on it: a stranger's may draw up to the limit."""
-        board = self._control.board
-        if board.foreign.get(gpu.uuid):
-            return self.limits.in_force_w(gpu)
-        return self._idle_w.get(gpu.uuid, min(IDLE_W_UNKNOWN, self.limits.in_force_w(gpu)))
 
     def _promised(self, now_s: float) -> GridEvent | None:
         """The tightest of the events that are accepted and not over."""
@@ -555,7 +562,7 @@ class PowerControl:
             sum(
                 self.limits.in_force_w(gpu)
                 if board.is_held(gpu.uuid) or gpu.uuid in leaving
-                else self.empty_w(gpu)
+                else self.idle.of(gpu)
                 for gpu in board.identities
             )
         )

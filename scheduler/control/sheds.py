@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from scheduler.effects.launcher import AttemptKey
+from scheduler.model.jobs import Job
 from scheduler.model.power import GridEvent, ShedState
 from scheduler.model.power_events import GridEventMoved
 
@@ -24,7 +26,7 @@ class Sheds:
         self._power = power
 
     def advance(self, now_s: float) -> None:
-        """Begin the events whose time has come, and end those whose time is over."""
+        """Begin the events whose time has come, end those whose time is over, and graces that they cut."""
         control = self._control
         for event in control.ledger.power.events:
             if not event.binds:
@@ -34,6 +36,31 @@ class Sheds:
             elif event.state is ShedState.SCHEDULED and now_s >= self._power.shed_begins_s(event, now_s):
                 baseline = self._power.log.baseline(now_s)
                 control.ledger.apply(GridEventMoved(now_s, event.id, ShedState.SHEDDING, baseline=baseline))
+        self._cut_graces(now_s)
+
+    def cut_off(self) -> list[tuple[Job, float]]:
+        """In an emergency, who gives way with a longer grace than it leaves, and when that is over."""
+        control = self._control
+        began = [
+            event.shed_began_s for event in control.ledger.power.events if event.emergency and event.binds
+        ]
+        begun_s = min((began_s for began_s in began if began_s is not None), default=None)
+        if begun_s is None:
+            return []
+        found = []
+        for job in control.ledger.live_jobs():
+            last = job.attempts[-1]
+            if last.notice is not None and last.gpus and last.acknowledged_s is None:
+                ends_s = max(begun_s, last.notice.decided_s) + control.config.power.emergency_grace_s
+                if ends_s < last.notice.deadline_s:
+                    found.append((job, ends_s))
+        return found
+
+    def _cut_graces(self, now_s: float) -> None:
+        """End the graces that are over in an emergency, of jobs that were told to go before it, too."""
+        for job, ends_s in self.cut_off():
+            if now_s >= ends_s:
+                self._control.orders.kill(AttemptKey(job.id, job.attempt))
 
     def _end(self, event: GridEvent, now_s: float) -> None:
         to = event.state
@@ -85,6 +112,8 @@ class Sheds:
         found += [
             f"GPU {uuid} can't be limited: {text}" for uuid, text in self._power.limits.refusals.items()
         ]
+        if code := self._power.unreadable:
+            found.append(f"no GPU can be read: {code}")
         found += [f"GPU {uuid} has no fresh reading" for uuid in self._power.stale(now_s)]
         stopping = sorted(control.ledger.stopping)
         found += [f"job j{number} is still stopping" for number in stopping]

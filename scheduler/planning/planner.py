@@ -101,6 +101,7 @@ class Planner:
         self._stops: list[Action] = []
         self._preempts: list[PreemptJob] = []
         self._starts: list[StartJob] = []
+        self._for_power: dict[int, int] = {}  # rows by number of those that wait for nothing but watts
         self._first_blocked: Blocked | None = None
         # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
         self._strict: dict[bool, Blocked] = {}
@@ -123,6 +124,7 @@ class Planner:
             self.queue.set_aside(self.world)
             for row, request in self.queue.requests():
                 self._serve(row, request)
+        self._start_late()
         power = self.power
         return Plan(
             actions=(
@@ -277,6 +279,7 @@ class Planner:
             given.is_free, waits = False, Reason.WAITING_FOR_POWER
             given.awaited = tuple(sorted({*admission.victims, *self._leaving_for(request.number)}))
             given.ready_us = max((victim.hold.ready_us for victim in for_power), default=0)
+            self._for_power[request.number] = row
         self.world.serve(request.number, len(self.claims))
         for touched in rows if len(rows) == 1 else sorted(set(rows)):
             node = self.world.node(touched)
@@ -285,11 +288,24 @@ class Planner:
         if not given.is_free:
             self.queue.wait(row, waits)
             return
+        self._start(row, given)
+
+    def _start(self, row: int, given: Claim) -> None:
         reason = Reason.STARTED_ON_FREE_GPUS if self._first_blocked is None else Reason.BACKFILLED
         self._starts.append(
-            StartJob(request.number, self.world.uuids(given.parts), reason, given.parts[0].row)
+            StartJob(given.request.number, self.world.uuids(given.parts), reason, given.parts[0].row)
         )
         self.queue.start(row)
+
+    def _start_late(self) -> None:
+        """Start those for whose watts there was no room when they were served, and is now."""
+        power, begin = self.power, list(self._for_power)
+        while power is not None and begin:  # each that begins may leave room for another
+            begin = [number for number in self._for_power if power.begins_late(number)]
+            for number in begin:
+                given = self.claims[number]
+                given.is_free, given.awaited = True, ()
+                self._start(self._for_power.pop(number), given)
 
     def _live_job(self, number: int) -> Live:
         """The live job with this number."""

@@ -8,12 +8,12 @@ stops has gone. Nothing starts and no limit rises unless *now* has room; jobs ar
 
 A shed looks at all jobs from the start, as if nobody had been lowered, so it finds the same answer in each
 plan (R7). A start must not undo that: it is let in only if the same optimum, with it, stops nobody and (where
-class decides) lowers nobody of a higher one. Where it doesn't fit so, jobs that it outranks are stopped for
-it, of least loss.
+class decides) lowers nobody of a higher one; also once minimum runtimes are over, or it would be stopped as
+soon as it may be. Where it doesn't fit so, jobs that it outranks are stopped for it, of least loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -142,6 +142,8 @@ class PowerStage:
         told = told[~stays[holdings.job[told]]]
         self._goes = (xp.bincount(holdings.gpu[told], minlength=count) > 0) & self.leaves
         self._claimed = xp.zeros(count, dtype=bool)
+        self._begun = xp.zeros(count, dtype=bool)  # by a start of this plan
+        self._lingering: dict[int, Unit] = {}  # by number: admitted and free, but for the watts of now
         natural_w = power.natural_w[self._job]
         most_w = power.limit_w_max[self._gpu]
         natural_w = xp.where(natural_w == UNKNOWN, most_w, xp.minimum(natural_w, most_w))
@@ -219,7 +221,7 @@ class PowerStage:
         lost = lost_work(self._snapshot, self._policy, rows, started_us, milli)
         value = xp.maximum(jobs.value[rows], 0)
         hourly = value * milli // WHOLE_MILLI
-        columns = (jobs.number, jobs.job_class, self._may_stop, self._may_lower)
+        columns = (jobs.number, jobs.job_class, self._may_stop, jobs.preemptible, self._may_lower)
         facts = zip(
             rows.tolist(), *lists(columns, rows), hourly.tolist(), value_of(value, lost).tolist(), strict=True
         )
@@ -234,11 +236,11 @@ class PowerStage:
         return sorted(units, key=lambda unit: unit.jobs)
 
     def _made_unit(self, facts: Sequence[Any], gpus: Sequence[int]) -> Unit:
-        """A unit of jobs (number, class, may stop, may be lowered, value an hour, loss) on these GPUs."""
+        """A unit on these GPUs of jobs: number, class, may stop, yields, may be lowered, value, loss."""
         uuid = self._snapshot.gpus.uuid
         rows = tuple(sorted(gpus, key=lambda gpu: uuid[gpu]))
         power = self._power
-        numbers, classes, may_stop, may_lower, values, losses = zip(*sorted(facts), strict=True)
+        numbers, classes, may_stop, yields, may_lower, values, losses = zip(*sorted(facts), strict=True)
         watts = (self._full_w, self._natural_w, power.limit_w_min, power.idle_w)
         full, natural, least, idle = (tuple(int(column[gpu]) for gpu in rows) for column in watts)
         return Unit(
@@ -248,6 +250,7 @@ class PowerStage:
             value=sum(values),
             loss=sum(losses),
             may_stop=all(may_stop),
+            yields=all(yields),
             may_lower=all(may_lower),
             full_w=full,
             natural_w=tuple(max(1, watts) for watts in natural),
@@ -255,15 +258,20 @@ class PowerStage:
             idle_w=idle,
         )
 
-    def _optimum(self, units: Sequence[Unit], need_w: int) -> Chosen | None:
-        """The least loss that saves so many watts, and no limit lower than it takes."""
-        chosen = cheapest([self._options(unit) for unit in units], need_w)
+    def _optimum(self, units: Sequence[Unit], need_w: int, *, lasts: bool = False) -> Chosen | None:
+        """The least loss that saves so many watts, and no limit lower than it takes.
+
+        `lasts`: also once minimum runtimes are over, and who is held far down now would rather be stopped.
+        """
+        chosen = cheapest([self._options(unit, lasts=lasts) for unit in units], need_w)
         if chosen is None:
             return None
         surplus_w = sum(option.gain_w for option in chosen.options) - max(0, need_w)
         return chosen._replace(options=given_back(units, chosen.options, surplus_w))
 
-    def _options(self, unit: Unit) -> list[Option]:
+    def _options(self, unit: Unit, *, lasts: bool = False) -> list[Option]:
+        if lasts and unit.yields and not unit.may_stop:
+            unit = replace(unit, may_stop=True)
         return options(unit, self._power.curves[unit.job_class], self._power.horizon_us)
 
     def _set(self, units: Sequence[Unit], chosen: Sequence[Option]) -> None:
@@ -307,13 +315,13 @@ class PowerStage:
             return None
         need_w = self._need_w(unit, leaving)
         if need_w <= 0:
-            return self._take(unit, [*others, unit], None, leaving, [])
+            return self._take(request.number, unit, [*others, unit], None, leaving, [])
         if self._refusals < REFUSALS_MAX:
             for stopped in self._ways(unit, request, others, need_w, may_displace):
                 rest = [*(each for each in others if each not in stopped), unit]
-                chosen = self._optimum(rest, self._need_w(unit, [*leaving, *stopped]))
+                chosen = self._optimum(rest, self._need_w(unit, [*leaving, *stopped]), lasts=True)
                 if chosen is not None and self._harms_nobody(request, rest, chosen.options):
-                    return self._take(unit, rest, chosen.options, leaving, stopped)
+                    return self._take(request.number, unit, rest, chosen.options, leaving, stopped)
         self._refusals += 1
         self.lacking_w[request.number] = need_w
         density = unit.value / max(1, sum(unit.full_w) - sum(unit.idle_w))
@@ -359,6 +367,7 @@ class PowerStage:
             value=max(request.value, 0) * gpu_milli // WHOLE_MILLI + sum(unit.value for unit in beside),
             loss=int(value_of(max(request.value, 0), lost_gpu_ms)) + sum(unit.loss for unit in beside),
             may_stop=bool(self._may_stop[row]) and all(unit.may_stop for unit in beside),
+            yields=bool(self._snapshot.jobs.preemptible[row]) and all(unit.yields for unit in beside),
             may_lower=bool(self._may_lower[row]) and all(unit.may_lower for unit in beside),
             full_w=tuple(full_w),
             natural_w=tuple(max(1, watts) for watts in each_w),
@@ -392,7 +401,7 @@ class PowerStage:
 
     def _kept(self, unit: Unit, lowers: bool) -> list[Option]:
         """What may be done with a unit short of a stop; here it costs nothing, as victims are what counts."""
-        kept = [option._replace(cost=0) for option in self._options(unit) if option.limits_w is not None]
+        kept = [option._replace(cost=0) for option in self._options(unit, lasts=True) if option.limits_w]
         return kept if lowers else kept[:1]
 
     def _harms_nobody(self, request: Request, units: Sequence[Unit], chosen: Sequence[Option]) -> bool:
@@ -437,6 +446,7 @@ class PowerStage:
 
     def _take(
         self,
+        number: int,
         unit: Unit,
         units: list[Unit],
         chosen: Sequence[Option] | None,
@@ -450,21 +460,36 @@ class PowerStage:
             self._natural_w[gpu] = natural
         if chosen is not None:
             self._set(units, chosen)
+        # Who started before in this plan may have been lowered for this one: nobody has set its limit yet.
+        begun_w = xp.maximum(power.limit_w, self._planned_w)
+        self._in_force_w = xp.where(self._begun, xp.minimum(self._in_force_w, begun_w), self._in_force_w)
         self._drop([*leaving, *stopped])
         self._units = sorted(units, key=lambda each: each.jobs)
-        is_free, in_force_w = True, []
+        is_free = True
         for gpu, least, idle in zip(unit.gpus, unit.least_w, unit.idle_w, strict=True):
             is_free &= not bool(self.leaves[gpu])
-            in_force_w.append(max(int(power.limit_w[gpu]), int(self._planned_w[gpu])))
             self._claimed[gpu] = True
             self._floor_w[gpu] = idle if unit.may_stop else least if unit.may_lower else self._full_w[gpu]
-        now_w = self._with(self._in_force_w, unit, in_force_w, ())
         # Without a budget a share need not wait for a neighbour to leave.
-        starts = (is_free or power.budget_w >= UNLIMITED_W) and not stopped and now_w <= power.budget_w
-        if starts:
-            for gpu, watts in zip(unit.gpus, in_force_w, strict=True):
-                self._in_force_w[gpu], self.stays[gpu] = watts, not bool(self.leaves[gpu])
+        may_begin = (is_free or power.budget_w >= UNLIMITED_W) and not stopped
+        starts = may_begin and self._begins(unit)
+        if may_begin and not starts:
+            self._lingering[number] = unit
         return Admission(starts, tuple(number for each in stopped for number in each.jobs))
+
+    def begins_late(self, number: int) -> bool:
+        """Whether an admitted job begins now after all: who was let in after it has lowered it."""
+        unit = self._lingering.get(number)
+        return unit is not None and self._begins(unit)
+
+    def _begins(self, unit: Unit) -> bool:
+        """Whether what may be drawn now leaves room for it; then it is counted."""
+        in_force_w = [max(int(self._power.limit_w[gpu]), int(self._planned_w[gpu])) for gpu in unit.gpus]
+        if self._with(self._in_force_w, unit, in_force_w, ()) > self._power.budget_w:
+            return False
+        for gpu, watts in zip(unit.gpus, in_force_w, strict=True):
+            self._in_force_w[gpu], self.stays[gpu], self._begun[gpu] = watts, not bool(self.leaves[gpu]), True
+        return True
 
     # What follows -------------------------------------------------------------------------------
 
@@ -472,7 +497,7 @@ class PowerStage:
         """The limits to set: those that fall first, those that rise as far as there is room now."""
         power = self._power
         is_over = int(self._in_force_w.sum()) > power.budget_w
-        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._planned_w, power.limit_w)
+        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._ahead_w, power.limit_w)
         if is_over:
             # Whoever goes is held down until he has gone; in an emergency everybody is until it is met.
             held_w = xp.minimum(power.limit_w, power.limit_w_min)
@@ -490,6 +515,8 @@ class PowerStage:
             if not bool(self.stays[gpu]):
                 orders.append(self._order(gpu, int(wanted_w[gpu])))  # nobody draws there yet
                 continue
+            if power.lead_milli:
+                continue  # what may be drawn fits, but draws are still on their way there
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
             room_w = power.budget_w - int(self._in_force_w.sum())
             if more_w > room_w:
@@ -499,6 +526,17 @@ class PowerStage:
             self._in_force_w[gpu] += more_w
             orders.append(self._order(gpu, int(self._in_force_w[gpu])))
         return sorted(orders, key=lambda order: (order.reason is Reason.POWER_LIMIT_RAISED, order.gpu))
+
+    @property
+    def _ahead_w(self) -> Any:
+        """What is planned; where it binds less, while draws fall to a lower budget: they only near it."""
+        power = self._power
+        if not power.lead_milli:
+            return self._planned_w
+        binds = self.stays & (self._planned_w < self._natural_w)
+        least_w = xp.minimum(power.limit_w_min, self._planned_w)
+        lower_w = xp.maximum(least_w, self._planned_w * (MILLI - power.lead_milli) // MILLI)
+        return xp.where(binds, lower_w, self._planned_w)
 
     def _order(self, gpu: int, watts: int) -> SetPowerLimit:
         rises = watts > int(self._power.limit_w[gpu])

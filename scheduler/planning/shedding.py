@@ -50,6 +50,7 @@ class Unit:
     value: int  # micro-USD per hour, of all its jobs on all its GPUs
     loss: int  # what a stop loses at once, micro-USD
     may_stop: bool
+    yields: bool  # whether it may be stopped once its minimum runtimes are over
     may_lower: bool
     full_w: tuple[int, ...]
     natural_w: tuple[int, ...]

@@ -190,6 +190,7 @@ class Board:
         self._advance(now_s)
         self.energy_mj = 0.0
         self.power_limit_w = self.profile.power_limit_w_max
+        self._changed(now_s)
 
     def holders(self, now_s: float) -> GpuHolders:
         """Who is on it now, as the process lists say."""

@@ -62,6 +62,11 @@ class SimulatedDaemon:
         return self._serves
 
     @property
+    def loop(self) -> Controller | None:
+        """The loop of the daemon that is up, or about to be."""
+        return self._controller
+
+    @property
     def controller(self) -> Controller:
         """The loop of the daemon that runs.
 

@@ -8,6 +8,7 @@ nothing of that daemon acts any more.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from scheduler.control.loop import Effects
 from scheduler.effects.gpus import GpuReadings, Gpus
@@ -26,6 +27,8 @@ from scheduler.simulation.storage import Disk, Moment
 TIMEOUT = "ERROR_TIMEOUT"
 LOST = "ERROR_GPU_IS_LOST"
 NOT_FOUND = "ERROR_NOT_FOUND"
+_Order = TypeVar("_Order")
+
 # A call that hangs is given up after this long; the child that made it is replaced.
 HANGS_S = 2.0
 
@@ -40,14 +43,18 @@ class Faults:
 
     failing: dict[str, str] = field(default_factory=dict)  # by GPU: the code with which each call fails
     hanging: set[str] = field(default_factory=set)  # GPUs whose calls do not come back
+    slow_s: dict[str, float] = field(default_factory=dict)  # by GPU: how long each call takes
     is_driver_hanging: bool = False
     lost: dict[str, bool] = field(default_factory=dict)  # by GPU: whether the driver still lists it
-    deaf: set[str] = field(default_factory=set)  # GPUs that say yes to a limit and do not take it
+    # GPUs that say yes to a limit and do not take it, and whether their readings say that they did.
+    deaf: dict[str, bool] = field(default_factory=dict)
+    read_s: dict[str, float] = field(default_factory=dict)  # by GPU: the loop's time of its last reading
     verdicts: dict[str, int] | None = (
         None  # recovery actions by GPU, 0 where none; None: the driver gives none
     )
     events: list[GpuEvent] = field(default_factory=list)  # to be told with the next round
     is_launcher_unreachable: bool = False
+    is_heard_twice: bool = False  # each order reaches the launcher again
     on_order: Callable[[StartOrder | StopOrder | AttemptKey, str], None] | None = None
     on_point: Callable[[str], None] | None = None
     _life: "Life | None" = None
@@ -118,26 +125,30 @@ class FaultyLauncher:
 
     def start(self, order: StartOrder) -> None:
         self._ordered(order, "start")
-        self._launcher.start(order)
+        self._say(self._launcher.start, order)
         self._life.point("after start")
 
     def stop(self, order: StopOrder) -> None:
         self._ordered(order, "stop")
-        self._launcher.stop(order)
+        self._say(self._launcher.stop, order)
         self._life.point("after stop")
 
     def end_grace(self, key: AttemptKey) -> None:
         self._ordered(key, "end_grace")
-        self._launcher.end_grace(key)
+        self._say(self._launcher.end_grace, key)
         self._life.point("after end_grace")
 
     def forget(self, key: AttemptKey) -> None:
         self._ordered(key, "forget")
-        self._launcher.forget(key)
+        self._say(self._launcher.forget, key)
         self._life.point("after forget")
 
     async def close(self) -> None:
         await self._launcher.close()
+
+    def _say(self, order: Callable[[_Order], None], said: _Order) -> None:
+        for _ in range(1 + self._life.faults.is_heard_twice):
+            order(said)
 
     def _ordered(self, order: StartOrder | StopOrder | AttemptKey, what: str) -> None:
         self._life.point(f"before {what}")
@@ -153,6 +164,7 @@ class FaultyGpus:
         self._gpus = gpus
         self._life = life
         self._identities: tuple[GpuIdentity, ...] = ()
+        self._said_w: dict[str, float] = {}  # limits that were not taken
 
     async def start(self, on_readings: Callable[[GpuReadings], None], period_s: float) -> GpuReadings:
         self._life.point("before the first round")
@@ -169,6 +181,7 @@ class FaultyGpus:
         self._life.point("before set_power_limit")
         await self._answer(uuid)
         if uuid in self._life.faults.deaf:
+            self._said_w[uuid] = power_limit_w
             return GpuLimit(power_limit_w, power_limit_w)
         limit = await self._gpus.set_power_limit(uuid, power_limit_w)
         self._life.point("after set_power_limit")
@@ -190,6 +203,8 @@ class FaultyGpus:
             GpuReadError: It does not.
         """
         faults = self._life.faults
+        if uuid in faults.slow_s:
+            await asyncio.sleep(faults.slow_s[uuid])
         if faults.is_driver_hanging or uuid in faults.hanging:
             await asyncio.sleep(HANGS_S)
             raise GpuReadError(TIMEOUT, f"GPU {uuid} did not answer within {HANGS_S} s")
@@ -213,11 +228,17 @@ class FaultyGpus:
         self._identities = tuple(gpu for gpu in readings.identities if faults.lost.get(gpu.uuid, True))
         seen = {gpu.uuid for gpu in self._identities}
         samples = tuple(
-            self._judged(one) for one in readings.samples if one.uuid in seen and one.uuid not in errors
+            self._told(one) for one in readings.samples if one.uuid in seen and one.uuid not in errors
         )
+        faults.read_s.update(dict.fromkeys((one.uuid for one in samples), asyncio.get_running_loop().time()))
         events, faults.events = tuple(faults.events), []
         return GpuReadings(self._identities, samples, errors, readings.driver_version, events)
 
-    def _judged(self, sample: GpuSample) -> GpuSample:
-        verdicts = self._life.faults.verdicts
-        return sample if verdicts is None else replace(sample, recovery_action=verdicts.get(sample.uuid, 0))
+    def _told(self, sample: GpuSample) -> GpuSample:
+        """A reading with the driver's verdict, and the limit that it says is in force."""
+        faults, uuid = self._life.faults, sample.uuid
+        if faults.verdicts is not None:
+            sample = replace(sample, recovery_action=faults.verdicts.get(uuid, 0))
+        if faults.deaf.get(uuid) and uuid in self._said_w:
+            sample = replace(sample, power_limit_w=self._said_w[uuid])
+        return sample

@@ -54,6 +54,8 @@ class Disk:
         self._is_full = False
         self._db: _Connection | None = None
         self._next: Image | None = None  # what is found after a crash, where that isn't what is there now
+        # Of a commit whose sync failed: until the next one a crash brings it back to life.
+        self._unsynced: list[_Statement] = []
 
     # The journal's storage ----------------------------------------------------------------------
 
@@ -83,9 +85,16 @@ class Disk:
             pages = self._db.execute("PRAGMA page_count").fetchone()[0] if is_full else _PAGES_MAX
             self._db.execute(f"PRAGMA max_page_count = {max(1, pages)}")
 
+    @property
+    def fails(self) -> bool:
+        """Whether nothing, or not everything, can be written now."""
+        return bool(self.failure) or self._is_full
+
     def image(self, *, is_power_lost: bool = False) -> Image:
         """The files as the next daemon finds them if this one dies now."""
         image = self._next if self._next is not None else self._read()
+        if self._unsynced:
+            image = self._committed_elsewhere(self._unsynced)
         if is_power_lost and not self._is_synced:
             log = image.get(_LOG_NAME, b"")
             image = {**image, _LOG_NAME: log[: self.chance.randint(0, len(log))]}
@@ -102,7 +111,7 @@ class Disk:
     def closed(self) -> None:
         """The journal was closed: nothing is left open."""
         self._db = None
-        self._next = None
+        self._next, self._unsynced = None, []
 
     def fold_now(self) -> None:
         """Fold the log, as the journal does in quiet moments when it has grown long."""
@@ -119,7 +128,7 @@ class Disk:
             self._fail(db)
         before = self._read() if self.on_torn is not None else {}
         committed = db.plainly("COMMIT")
-        self._next = None
+        self._next, self._unsynced = None, []
         self._power_may_fail(before, _LOG_NAME)
         if self.on_commit is not None:
             self.on_commit("after", db.kinds)
@@ -148,7 +157,7 @@ class Disk:
 
     def _fail(self, db: "_Connection") -> None:
         if self.failure == "fsync":
-            self._next = self._committed_elsewhere(db.statements)
+            self._unsynced = db.statements
         db.plainly("ROLLBACK")
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorcode = (

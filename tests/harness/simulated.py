@@ -7,6 +7,7 @@ from typing import Any
 
 from scheduler.control.board import NodeSize
 from scheduler.control.inbox import Submission, Submit
+from scheduler.control.loop import Effects
 from scheduler.model.jobs import Job, JobState
 from scheduler.model.settings import Config
 from scheduler.simulation.boards import PROFILES, Board, boards
@@ -30,12 +31,13 @@ class SimulatedNode:
         gpus: int = 1,
         nodes: int = 1,
         config: Config = DEFAULTS,
+        wrap: Callable[[Effects], Effects] | None = None,
     ) -> None:
         made: dict[str, Board] = {}
         for row in range(nodes):
             made |= boards([PROFILES["H100"]] * gpus, f"n{row}", EPOCH_S, row)
         self.machine = Machine(made, VirtualClock(), workload)
-        self.daemon = SimulatedDaemon(self.machine, state_dir, config, (SIZE,) * nodes)
+        self.daemon = SimulatedDaemon(self.machine, state_dir, config, (SIZE,) * nodes, wrap)
 
     async def submit(self, **fields: Any) -> str:
         """Submit a job; its id."""

@@ -6,12 +6,13 @@ so a failure can be told with the few that it takes.
 
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from scheduler.model.jobs import JobClass, JobSpec, OnPreempt, RestartRule
 from scheduler.simulation.machine import Workload
 from scheduler.simulation.node import START_S
+from scheduler.simulation.virtual_time import EPOCH_S
 from tests.harness.values import SPEC
 
 # Jobs and faults come in this time; a fault that lasts is over by the end of it.
@@ -29,7 +30,7 @@ class Fault:
     at_s: float
     for_s: float = 0.0
     gpu: int = 0
-    number: int = 0  # an XID, a count of steps, a seed of what is torn
+    number: int = 0  # an XID, a count of steps, a seed of what is torn, milliseconds
     word: str = ""  # a code of NVML, the name of a step
 
     def __str__(self) -> str:
@@ -52,6 +53,18 @@ class Arrival:
     )
     says_again: int = 0  # so often it asks again although it was answered
 
+    def __str__(self) -> str:
+        """The job, and what its process does other than most."""
+        usual = {each.name: each.default for each in fields(Workload)} | {
+            "stop_exit_code": self.workload.stop_exit_code
+        }
+        odd = [
+            f"{name} {getattr(self.workload, name)}"
+            for name in usual
+            if getattr(self.workload, name) != usual[name]
+        ]
+        return f"{self.at_s:.3f} s {self.spec.name}: {', '.join(odd) or 'works until it is stopped'}"
+
 
 @dataclass(frozen=True)
 class Wish:
@@ -62,6 +75,12 @@ class Wish:
     target: int = 0  # a job, a GPU, watts
     lead_s: int = 0  # of a grid event: when it begins, from then
     for_s: float = 60.0  # how long what is asked for lasts
+
+    def __str__(self) -> str:
+        if self.what not in OF_WATTS:
+            return f"{self.at_s:.3f} s {self.what} {self.target}"
+        begins = f", begins in {self.lead_s} s" if self.lead_s else ""
+        return f"{self.at_s:.3f} s {self.what} of {self.target} W for {self.for_s:g} s{begins}"
 
 
 @dataclass(frozen=True)
@@ -89,34 +108,51 @@ class Script:
     sampling_s: float = 1.0
     start_s: float = START_S  # from the order to the program's first line
     pids: int = 0  # the kernel has only so many; 0 = as many as it likes
+    budget_w: float | None = None  # by configuration
     node: dict[str, int] = field(default_factory=lambda: {"cpus": 64, "memory_mib": 512_000})
     faults_s: float = FAULTS_S  # until then jobs come and things go wrong
     expectations: tuple[Expectation, ...] = ()
+
+    def __str__(self) -> str:
+        """The place, in words."""
+        said = [f"{self.gpus} GPUs, read each {self.sampling_s:g} s, starts take {self.start_s:g} s"]
+        said += ["miners on idle GPUs"] if self.miners else []
+        said += [] if self.budget_w is None else [f"a budget of {self.budget_w:g} W"]
+        said += [f"{self.pids} PIDs"] if self.pids else []
+        return ", ".join(said)
 
 
 def drawn(seed: int) -> Script:
     """The script of a seed."""
     chance = random.Random(seed)
     gpus = chance.choice((1, 2, 3, 4))
-    rates = {kind: chance.choice((0, 0, 1, 2, 4)) for kind in KINDS}
+    rates = {kind: chance.choice(_RATES) for kind in KINDS if kind not in LATER_KINDS}
     behaves = {kind: chance.choice((0.0, 0.0, 0.2, 0.5)) for kind in BEHAVIOURS}
     count = chance.randint(6, 16)
     arrivals = sorted((_arrival(chance, n, gpus, behaves) for n in range(count)), key=lambda a: a.at_s)
-    faults = [_fault(chance, kind, gpus) for kind in KINDS for _ in range(rates[kind])]
-    return Script(
+    faults = [_fault(chance, kind, gpus) for kind, rate in rates.items() for _ in range(rate)]
+    script = Script(
         seed=seed,
         gpus=gpus,
         arrivals=tuple(arrivals),
         wishes=tuple(
             sorted((_wish(chance, gpus, count) for _ in range(chance.choice((0, 0, 2, 5)))), key=_at)
         ),
-        faults=tuple(sorted(faults, key=lambda fault: (fault.at_s, fault.kind))),
         miners=chance.random() < 0.4,
         gives_verdicts=chance.random() < 0.7,
         sampling_s=chance.choice((1.0, 5.0, 5.0)),
         pids=chance.choice((0, 0, 12)),
         start_s=chance.choice((START_S, START_S, 0.5)),
+        budget_w=chance.choice((*(None,) * 6, *(float(gpus * watts) for watts in _NODE_BUDGETS_W))),
     )
+    faults += [_fault(chance, kind, gpus) for kind in LATER_KINDS for _ in range(chance.choice(_RATES))]
+    return replace(script, faults=tuple(sorted(faults, key=lambda fault: (fault.at_s, fault.kind))))
+
+
+# How often a kind of fault happens in a run: off in many.
+_RATES = (0, 0, 1, 2, 4)
+# By GPU: what none can be run with, what a lowered limit keeps, almost all.
+_NODE_BUDGETS_W = (180, 350, 600)
 
 
 def _at(wish: Wish) -> float:
@@ -158,6 +194,7 @@ def _arrival(chance: random.Random, number: int, gpus: int, behaves: dict[str, f
         restart=chance.choice(list(RestartRule)),
         expected_duration_s=chance.choice((None, None, 30.0)),
         time_limit_s=chance.choice((None, None, None, 40.0)),
+        deadline_s=chance.choice((*(None,) * 7, EPOCH_S + chance.uniform(20.0, FAULTS_S))),
         **takes,
     )
     duration_s = chance.choice((2.0, 10.0, 30.0, 60.0, math.inf))
@@ -221,9 +258,12 @@ def _misbehaviour(chance: random.Random, grace_s: float, behaves: dict[str, floa
 
 # Wishes and faults ------------------------------------------------------------------------------
 
+# Drawn behind everything else, so that they changed nothing else in the stories of older seeds.
+LATER_KINDS = ("nvml_slow", "launcher_hears_twice")
 KINDS = (
     "nvml_fails",
     "nvml_hangs",
+    "limit_not_taken",
     "driver_hangs",
     "gpu_lost",
     "xid",
@@ -241,11 +281,28 @@ KINDS = (
     "write_error",
     "disk_full",
     "clock_step",
+    *LATER_KINDS,
 )
-GPU_KINDS = frozenset({"nvml_fails", "nvml_hangs", "gpu_lost", "xid", "stranger"})
+# Moments that seldom come, so that a death in a number of steps would seldom find them.
+RARE_STEPS = ("before start", "before stop", "before end_grace", "before forget", "before connect")
+GPU_KINDS = frozenset(
+    {"nvml_fails", "nvml_hangs", "nvml_slow", "limit_not_taken", "gpu_lost", "xid", "stranger"}
+)
 
 
-WISHES = ("cancel", "requeue", "cordon", "drain", "acknowledge", "budget", "event", "emergency", "prices")
+WISHES = (
+    "cancel",
+    "requeue",
+    "cordon",
+    "drain",
+    "acknowledge",
+    "budget",
+    "signal_lost",
+    "event",
+    "emergency",
+    "prices",
+)
+OF_WATTS = frozenset({"budget", "signal_lost", "event", "emergency", "prices"})
 # What a grid or a meter may say: a tenth of the node, most of it, nothing, less than nothing, the Sun.
 BUDGETS_W = (300, 1000, 1500, 2500, 0, -1000, 10**9)
 # When an event is to begin, from now: long ago, late, at once, soon, in the far future.
@@ -255,7 +312,7 @@ LEADS_S = (-(10**9), -30, 0, 20, 10**7)
 def _wish(chance: random.Random, gpus: int, jobs: int) -> Wish:
     what = chance.choice(WISHES)
     at_s = chance.uniform(1.0, FAULTS_S * 0.8)
-    if what in ("budget", "event", "emergency", "prices"):
+    if what in OF_WATTS:
         return Wish(at_s, what, chance.choice(BUDGETS_W), chance.choice(LEADS_S))
     return Wish(at_s, what, chance.randrange(gpus if what == "cordon" else jobs))
 
@@ -270,17 +327,27 @@ def _fault(chance: random.Random, kind: str, gpus: int) -> Fault:
             return Fault(kind, at_s, min(left_s, chance.choice((0.1, 5.0, 80.0))), gpu, word=code)
         case "nvml_hangs" | "driver_hangs":
             return Fault(kind, at_s, min(left_s, chance.choice((0.5, 5.0, 80.0))), gpu)
+        case "limit_not_taken":
+            pretends = chance.choice((0, 1))  # the readings say that it was
+            return Fault(kind, at_s, min(left_s, chance.choice((5.0, 80.0))), gpu, pretends)
         case "gpu_lost":
             return Fault(kind, at_s, min(left_s, chance.choice((2.0, 30.0))), gpu, chance.choice((0, 1)))
         case "xid":
             return Fault(kind, at_s, min(left_s, 15.0), gpu, chance.choice(XIDS))
         case "stranger":
             return Fault(kind, at_s, min(left_s, chance.choice((0.5, 40.0))), gpu)
+        case "nvml_slow":
+            return Fault(kind, at_s, min(left_s, 60.0), gpu, chance.choice((30, 300, 1500)))
+        case "launcher_hears_twice":
+            return Fault(kind, at_s, min(left_s, 60.0))
         case "launcher_unreachable":
             return Fault(kind, at_s, min(left_s, chance.choice((1.0, 20.0))))
-        case "crash" | "crash_at_step":
-            steps = chance.randint(1, 40) if kind == "crash_at_step" else chance.randint(0, 4)
-            return Fault(kind, at_s, chance.choice((0.01, 1.0, 15.0)), number=steps)
+        case "crash":
+            return Fault(kind, at_s, chance.choice((0.01, 1.0, 15.0)), number=chance.randint(0, 4))
+        case "crash_at_step":
+            word = chance.choice(("", "", *RARE_STEPS))
+            steps = chance.randint(1, 3 if word else 40)
+            return Fault(kind, at_s, chance.choice((0.01, 1.0, 15.0)), number=steps, word=word)
         case "restart" | "reboot":
             return Fault(kind, at_s, chance.choice((0.5, 20.0)))
         case "torn_commit" | "torn_folding":

@@ -6,10 +6,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from tests.simulation.invariants import Violation
+from scheduler.simulation.node import START_S
 from tests.simulation.script import Script
+from tests.simulation.watching import Violation
 from tests.simulation.world import play
 
 # Runs spent on making a script shorter; each takes a fraction of a second.
@@ -20,6 +21,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 _NUMBERS = re.compile(r"[\d.]+|GPU-\S+")
 
+# What a place may have that others have not.
+_PLAIN: tuple[dict[str, Any], ...] = (
+    {"miners": False},
+    {"budget_w": None},
+    {"pids": 0},
+    {"start_s": START_S},
+    {"sampling_s": 1.0},
+)
 _T = TypeVar("_T")
 
 
@@ -39,6 +48,9 @@ def shrunk(script: Script) -> Script:
         left -= 1
         return left >= 0 and _kind(played(candidate)[1]) == wanted
 
+    for plain in _PLAIN:
+        if fails(replace(script, **plain)):
+            script = replace(script, **plain)
     script = replace(script, faults=_fewest(script.faults, lambda f: fails(replace(script, faults=f))))
     script = replace(script, wishes=_fewest(script.wishes, lambda w: fails(replace(script, wishes=w))))
     script = replace(script, arrivals=_fewest(script.arrivals, lambda a: fails(replace(script, arrivals=a))))
@@ -69,12 +81,14 @@ def told(script: Script) -> str:
     """What a failing script is shrunk to, and the story of that."""
     short = shrunk(script)
     log, violation = played(short)
+    enough = f"{len(short.faults)} of {len(script.faults)} faults and {len(short.arrivals)} jobs are enough"
     lines = [
         f"seed {script.seed} at commit {_commit()}: {violation}",
-        f"{len(short.faults)} of {len(script.faults)} faults and {len(short.arrivals)} jobs are enough:",
-        *(f"  {fault}" for fault in short.faults),
-        *(f"  {wish}" for wish in short.wishes),
-        "Its story:",
+        f"{enough}, with {short}:",
+        *(f"  fault {fault}" for fault in short.faults),
+        *(f"  asked {wish}" for wish in short.wishes),
+        *(f"  job   {arrival}" for arrival in short.arrivals),
+        "The story:",
         *log,
     ]
     return "\n".join(lines)

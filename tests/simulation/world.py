@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,29 +25,32 @@ from scheduler.control.inbox import (
     Uncordon,
     Undrain,
 )
+from scheduler.control.loop import Effects
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.errors import NodeError, RequestError, Unavailable
-from scheduler.model.gpus import GpuEvent
+from scheduler.model.events import Event, PlanDecided
 from scheduler.model.jobs import Job
 from scheduler.model.power import BudgetInterval, GridEvent
 from scheduler.model.prices import PricePoint
-from scheduler.model.settings import Config, SamplingConfig, StandingJob
+from scheduler.model.reasons import Reason
+from scheduler.model.settings import Config, PowerConfig, SamplingConfig, StandingJob
 from scheduler.simulation.boards import PROFILES, boards
 from scheduler.simulation.daemon import SimulatedDaemon
 from scheduler.simulation.faults import Crashed, Faults
 from scheduler.simulation.machine import Machine, Process, Workload
 from scheduler.simulation.virtual_time import EPOCH_S, VirtualClock, VirtualLoop, run
 from tests.simulation.expecting import found_otherwise
-from tests.simulation.invariants import Invariants, Violation
-from tests.simulation.script import Arrival, Expectation, Fault, Script, Wish
+from tests.simulation.invariants import Invariants
+from tests.simulation.script import Arrival, Expectation, Script, Wish
+from tests.simulation.troubles import Troubles
+from tests.simulation.watching import Violation
 
 # Faults are over: so long until all that was under way has come to an end.
 SETTLING_S = 120.0
+COMMAND_CHARACTERS_MAX = 120
 RETRY_S = 0.5  # of a client that was not answered
 REFUSED_START_S = 2.0  # until systemd starts a daemon again that would not
 _MINER = StandingJob("miner", ("work", "miner"))
-# A GPU that fell off the bus takes its processes along after a moment.
-_LOST_PROCESS_S = 0.3
 _PIDS_FIRST = 1000
 LATE_S = 1e6  # no run lasts that long
 
@@ -76,6 +78,13 @@ class WatchedMachine(Machine):
             self.watch.invariants.before_kill(process)
         super().kill(process)
 
+    def set_power_limit(self, uuid: str, power_limit_w: float) -> None:
+        rises = power_limit_w > self.boards[uuid].power_limit_w
+        super().set_power_limit(uuid, power_limit_w)
+        self.watch.say(f"the limit of {self.watch.names((uuid,))} is {power_limit_w:g} W")
+        if rises:
+            self.watch.invariants.watts.before_more(f"the limit of {self.watch.names((uuid,))} rises")
+
 
 class World:
     """Everything that a run is made of; `log` is its story so far."""
@@ -84,6 +93,7 @@ class World:
         """Take the script, and an empty directory for the journal (best in memory)."""
         self.script = script
         self.log: list[str] = []
+        self.failure: Violation | None = None
         self.clock = VirtualClock()
         self.workloads: dict[str, Workload] = {}
         self._behaviours = {arrival.spec.name: arrival.workload for arrival in script.arrivals}
@@ -105,10 +115,11 @@ class World:
             directory,
             Config(
                 sampling=SamplingConfig(period_s=script.sampling_s),
+                power=PowerConfig(budget_w=script.budget_w),
                 standing_jobs=(_MINER,) if script.miners else (),
             ),
             (NodeSize(script.node["cpus"], script.node["memory_mib"], 100),),
-            self.faults.wrap,
+            self._wrapped,
         )
         self.daemon.launcher.start_s = script.start_s
         self.faults.watch(self.daemon.disk)
@@ -116,13 +127,14 @@ class World:
         self.invariants = Invariants(self)
         self.down_s = 0.0  # for how long the next death lasts
         self._tasks: list[asyncio.Task[None]] = []
-        self.failure: Violation | None = None
         self._over = asyncio.Event()
 
     # The story -----------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
-        """Write it down."""
+        """Write it down, up to the end of the story."""
+        if self.failure is not None:
+            return
         self.log.append(f"{asyncio.get_running_loop().time():11.4f}  {text}")
 
     def names(self, gpus: tuple[str, ...]) -> str:
@@ -141,6 +153,19 @@ class World:
 
         self.machine.on_exit = tell
 
+    def _wrapped(self, effects: Effects) -> Effects:
+        """A daemon's effects, with what goes wrong there; its plans are looked at before they are written."""
+        stage = effects.journal.stage
+
+        def watched(event: Event) -> int:
+            if isinstance(event, PlanDecided):
+                assert self.daemon.loop is not None
+                self.invariants.plans.decided(self.daemon.loop, event)
+            return stage(event)
+
+        effects.journal.stage = watched  # type: ignore[method-assign]
+        return self.faults.wrap(effects)
+
     # Life ------------------------------------------------------------------------------------------
 
     async def play(self) -> None:
@@ -158,8 +183,9 @@ class World:
             self._spawn(self._client(arrival))
         for wish in self.script.wishes:
             self._spawn(self._operator(wish))
+        troubles = Troubles(self)
         for fault in self.script.faults:
-            self._spawn(self._fault(fault))
+            self._spawn(troubles.befall(fault))
         for expectation in self.script.expectations:
             self._spawn(self._expect(expectation))
         await self._until(self.script.faults_s)
@@ -169,9 +195,7 @@ class World:
         loop.on_quiet = None
         self.say(f"the journal has {self.daemon.journal.head} events")
         self.daemon.stop()
-        self.invariants.chain_is_whole()
-        self.invariants.energy_is_booked()
-        self.invariants.decisions_replay()
+        self.invariants.is_over()
         if self.failure is not None:
             raise self.failure
 
@@ -234,7 +258,7 @@ class World:
         self.faults.on_point = None
         self.daemon.disk.on_torn = None
         if is_power_lost:
-            self.invariants.power_fails()
+            self.invariants.books.power_fails()
             self.daemon.reboot()
         elif self.daemon.runs:
             self.daemon.crash()
@@ -275,12 +299,12 @@ class World:
             while True:
                 try:
                     await self.daemon.ask(command)
-                    self.say(f"an operator: {command}")
+                    self.say(f"an operator: {str(command)[:COMMAND_CHARACTERS_MAX]}")
                 except Unavailable:
                     await asyncio.sleep(RETRY_S)
                     continue
                 except RequestError as error:
-                    self.say(f"an operator: {command} is refused: {error}")
+                    self.say(f"an operator: {str(command)[:COMMAND_CHARACTERS_MAX]} is refused: {error}")
                 break
 
     def _commands(self, wish: Wish) -> list[tuple[float, Command]]:
@@ -289,8 +313,10 @@ class World:
         now_s, watts = self.clock.now_s(), float(wish.target)
         match wish.what:
             case "cancel":
+                self.invariants.stops.asked(Reason.CANCELLED_BY_REQUEST, job_id)
                 return [(0.0, Cancel(job_id))]
             case "requeue":
+                self.invariants.stops.asked(Reason.REQUEUED_BY_OPERATOR, job_id)
                 return [(0.0, Requeue(job_id))]
             case "acknowledge":
                 self.invariants.may_end_early(job_id)
@@ -302,6 +328,9 @@ class World:
             case "budget":
                 budget = BudgetInterval(now_s + wish.lead_s, None, max(0.0, watts))
                 return [(0.0, SetPowerBudget((budget,))), (wish.for_s, SetPowerBudget(()))]
+            case "signal_lost":  # it is good for a while only, and nobody renews it
+                budget = BudgetInterval(now_s, None, max(0.0, watts))
+                return [(0.0, SetPowerBudget((budget,), now_s + wish.for_s))]
             case "prices":
                 points = (PricePoint(now_s + wish.lead_s, watts / 1e3), PricePoint(now_s + wish.for_s, 0.05))
                 return [(0.0, SetPrices(tuple(sorted(points, key=lambda point: point.start_s))))]
@@ -331,149 +360,11 @@ class World:
         if otherwise:
             self.failed(Violation(f"at {expectation.at_s:g} s {otherwise}"))
 
-    # Faults ----------------------------------------------------------------------------------------
-
-    async def _fault(self, fault: Fault) -> None:
-        await asyncio.sleep(fault.at_s)
-        begin = getattr(self, f"_{fault.kind}")
-        self.say(f"FAULT {fault}")
-        end = begin(fault)
-        if end is not None:
-            await asyncio.sleep(fault.for_s)
-            end()
-            self.say(f"{fault.kind} is over")
-
     def end_faults(self) -> None:
         """From now on nothing goes wrong any more."""
         self.say("faults are over")
         self.faults.on_point = None
         self.daemon.disk.on_torn = None
-
-    def _nvml_fails(self, fault: Fault) -> Any:
-        uuid = self.gpus[fault.gpu]
-        self.faults.failing[uuid] = fault.word
-        return lambda: self.faults.failing.pop(uuid, None)
-
-    def _nvml_hangs(self, fault: Fault) -> Any:
-        uuid = self.gpus[fault.gpu]
-        self.faults.hanging.add(uuid)
-        return lambda: self.faults.hanging.discard(uuid)
-
-    def _driver_hangs(self, fault: Fault) -> Any:
-        self.faults.is_driver_hanging = True
-        return lambda: setattr(self.faults, "is_driver_hanging", False)
-
-    def _gpu_lost(self, fault: Fault) -> Any:
-        uuid = self.gpus[fault.gpu]
-        self.faults.lost[uuid] = bool(fault.number)
-        asyncio.get_running_loop().call_later(_LOST_PROCESS_S, self._fail_processes, uuid)
-        return lambda: self.faults.lost.pop(uuid, None)
-
-    def _fail_processes(self, uuid: str) -> None:
-        for process in list(self.machine.processes.values()):
-            if uuid in process.gpus:
-                self.machine.fail(process)
-
-    def _xid(self, fault: Fault) -> Any:
-        uuid = self.gpus[fault.gpu]
-        self.faults.events.append(GpuEvent(uuid, self.clock.now_s(), "xid", fault.number))
-        if fault.number in (13, 31, 94, 48, 95, 119, 79):  # whoever was on it dies of it
-            self._fail_processes(uuid)
-        if self.faults.verdicts is None or fault.number not in (48, 95, 119, 79):
-            return None
-        self.faults.verdicts[uuid] = 1
-        return lambda: self.faults.verdicts.pop(uuid, None)  # type: ignore[union-attr]
-
-    def _stranger(self, fault: Fault) -> Any:
-        pid = self.machine.intrude(self.gpus[fault.gpu])
-        return lambda: self.machine.leave(pid)
-
-    def _launcher_dies(self, fault: Fault) -> None:
-        with self.invariants.anybody_may_be_killed():
-            self.daemon.launcher.die()
-
-    def _launcher_hangs_up(self, fault: Fault) -> None:
-        self.daemon.launcher.hang_up()
-
-    def _launcher_unreachable(self, fault: Fault) -> Any:
-        self.faults.is_launcher_unreachable = True
-        self.daemon.launcher.hang_up()
-        return lambda: setattr(self.faults, "is_launcher_unreachable", False)
-
-    def _crash(self, fault: Fault, steps: int | None = None) -> None:
-        """After so many turns of the loop: between any two awaits."""
-        left = fault.number if steps is None else steps
-        if left > 0:
-            asyncio.get_running_loop().call_soon(self._crash, fault, left - 1)
-            return
-        self.down_s = fault.for_s
-        if self.daemon.runs:
-            self.die("the daemon is killed")
-
-    def _crash_at_step(self, fault: Fault) -> None:
-        """At the effect that it comes to after so many others."""
-        left = fault.number
-
-        def count(name: str) -> None:
-            nonlocal left
-            left -= fault.word in ("", name)
-            if left <= 0:
-                self.down_s = fault.for_s
-                self.die(f"the daemon is killed {name}")
-
-        self.faults.on_point = count
-
-    def _restart(self, fault: Fault) -> None:
-        if self.daemon.serves:
-            self.say("the daemon is stopped")
-            try:
-                self.daemon.stop()
-            except Crashed:
-                return  # its last booking was one step too many
-            self.faults.end_life()
-            self.invariants.died()
-            self.start_later(fault.for_s)
-
-    def _reboot(self, fault: Fault) -> None:
-        self.down_s = fault.for_s
-        self.die("the power fails", is_power_lost=True)
-
-    def _torn_commit(self, fault: Fault) -> None:
-        if self.daemon.serves:
-            self._tear_next(fault)
-
-    def _tear_next(self, fault: Fault) -> None:
-        disk = self.daemon.disk
-        disk.chance = random.Random(fault.number)
-
-        def fail() -> None:
-            self.down_s = fault.for_s
-            self.die("the power fails in the middle of a write", is_power_lost=True)
-            raise Crashed("power")
-
-        disk.on_torn = fail
-
-    def _torn_folding(self, fault: Fault) -> None:
-        if self.daemon.serves:
-            self._tear_next(fault)
-            with contextlib.suppress(Crashed):
-                self.daemon.disk.fold_now()
-
-    def _fsync_error(self, fault: Fault) -> Any:
-        self.daemon.disk.failure = "fsync"
-        return lambda: setattr(self.daemon.disk, "failure", "")
-
-    def _write_error(self, fault: Fault) -> Any:
-        self.daemon.disk.failure = "write"
-        return lambda: setattr(self.daemon.disk, "failure", "")
-
-    def _disk_full(self, fault: Fault) -> Any:
-        self.daemon.disk.is_full = True
-        return lambda: setattr(self.daemon.disk, "is_full", False)
-
-    def _clock_step(self, fault: Fault) -> None:
-        self.clock.step_s += fault.number
-        self.invariants.clock_stepped(fault.number)
 
 
 def _words(job: Job) -> str:

@@ -62,6 +62,19 @@ def test_the_first_watts_are_taken_from_all_who_mine_before_one_stops() -> None:
     assert not [action for action in made.actions if isinstance(action, RequeueJob)]
 
 
+def test_while_draws_fall_limits_that_bind_lie_lower_and_none_rises() -> None:
+    power = P(W(jobs=miners(2), gpus=gpus(2)), budget_w=600, natural_w={1: 310, 2: 310}, lead_milli=30)
+    planned_w = limits(plan(snapshot(replace(power, lead_milli=0)), Policy()))
+    assert sum(planned_w.values()) == 600
+    lower_w = {gpu: watts * 97 // 100 for gpu, watts in planned_w.items()}
+    assert limits(plan(snapshot(power), Policy())) == lower_w
+    enough = replace(power, budget_w=700)
+    assert limits(plan(snapshot(enough), Policy())) == {"GPU-0": 341, "GPU-1": 341}, "these bind nobody"
+    low = power.with_limits({**lower_w, "GPU-0": 200})
+    assert not plan(snapshot(low), Policy()).actions
+    assert limits(plan(snapshot(replace(low, lead_milli=0)), Policy())) == planned_w
+
+
 def test_mining_stops_before_training_is_slowed_by_much() -> None:
     jobs = (running(1, "GPU-0", job_class=TRAINING), running(2, "GPU-1", **MINER))
     power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=400, natural_w={1: 300, 2: 300})
@@ -225,11 +238,42 @@ def test_explain_says_what_is_missing_and_what_would_do() -> None:
 
 
 def test_a_share_that_joins_one_just_started_is_judged_like_one_that_joins_later() -> None:
-    """Who can't be stopped within his minimum runtime can't from the plan on that starts him."""
+    """Who can't be stopped within his minimum runtime can once it is over, whichever plan started him."""
     said = {"value": 100_000, "min_runtime_us": 60 * SECOND_US}
     shares = (J(1, share_milli=250, priority=700, **said), J(2, share_milli=500, **said))
     power = P(W(jobs=shares, gpus=gpus(3)), budget_w=736, boards={"GPU-0": B(limit_w=596)})
     first = plan(snapshot(power), Policy())
     again = plan(snapshot(applied(power, first)), Policy())
-    assert [action.job for action in first.actions if isinstance(action, StartJob)] == [1, 2]
+    assert [action.job for action in first.actions if isinstance(action, StartJob)] == [1]
     assert not [action for action in again.actions if not isinstance(action, SetPowerLimit)]
+
+
+def test_nobody_starts_at_watts_for_which_it_would_be_stopped_once_it_may_be() -> None:
+    guarded = J(1, min_runtime_us=8 * SECOND_US, **MINER)
+    power = P(W(jobs=(guarded,), gpus=gpus(1)), budget_w=400)
+    assert planned(power) == Outcome(waits={1: Reason.WAITING_FOR_POWER})
+    # It is not let in beside one that runs and can't be stopped yet, either.
+    held = running(2, "GPU-0", ran_s=1, min_runtime_us=8 * SECOND_US, share_milli=250, **MINER)
+    wanted = J(1, share_milli=250, **MINER)
+    power = P(W(jobs=(wanted, held), gpus=gpus(1)), budget_w=400, boards={"GPU-0": B(limit_w=400)})
+    made = planned(power)
+    assert not [action for action in made.actions if isinstance(action, StartJob)]
+
+
+def test_who_starts_first_counts_with_the_limit_that_the_whole_plan_gives_it() -> None:
+    wanted = (J(1, **MINER), J(2, **MINER))
+    boards = {"GPU-0": B(limit_w=490), "GPU-1": B(limit_w=490)}
+    power = P(W(jobs=wanted, gpus=gpus(2)), budget_w=980, boards=boards)
+    made = plan(snapshot(power), Policy())
+    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [1, 2]
+    assert plan(snapshot(applied(power, made)), Policy()).actions == ()
+
+
+def test_who_waits_for_watts_of_now_begins_in_the_plan_that_lowers_it() -> None:
+    """The first counts with its full limit until the second is let in; GPU 1 was left a moment ago."""
+    wanted = (J(1, **MINER), J(2, **MINER))
+    boards = {"GPU-0": B(limit_w=490), "GPU-1": B(limit_w=490, measured_w=400)}
+    power = P(W(jobs=wanted, gpus=gpus(2)), budget_w=980, boards=boards)
+    made = plan(snapshot(power), Policy())
+    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [2, 1]
+    assert not plan(snapshot(applied(power, made)), Policy()).actions

@@ -21,8 +21,8 @@ CURVE = Curve(((1000, 1000), (900, 970), (700, 850)))
 def unit(**fields: object) -> Unit:
     said = {
         "gpus": (0,), "jobs": (1,), "job_class": int(JobClass.MINING), "value": 50_000, "loss": 0,
-        "may_stop": True, "may_lower": True, "full_w": (330,), "natural_w": (300,), "least_w": (200,),
-        "idle_w": (70,),
+        "may_stop": True, "yields": True, "may_lower": True, "full_w": (330,), "natural_w": (300,),
+        "least_w": (200,), "idle_w": (70,),
     }  # fmt: skip
     return Unit(**{**said, **fields})  # type: ignore[arg-type]
 

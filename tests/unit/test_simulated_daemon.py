@@ -118,3 +118,30 @@ def test_one_planner_serves_several_nodes_and_gangs_stay_on_one(tmp_path: Path) 
         world.daemon.stop()
 
     run(story())
+
+
+def test_what_a_finished_share_still_holds_is_not_given_on_after_a_restart(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path)
+        await world.daemon.start()
+        share = {"gpu_share_milli": 250, "gpu_memory_mib": 20_000}
+        works = {"share_milli": 250, "memory_mib": 20_000}
+        stays = await world.submit_work(Workload(**works), JobClass.TRAINING, **share)
+        done = await world.submit_work(
+            Workload(duration_s=5.0, release_s=25.0, **works), JobClass.TRAINING, **share
+        )
+        await asyncio.sleep(6.0)
+        assert world.state(done) is JobState.SUCCEEDED
+        world.daemon.crash()
+        await world.daemon.start()
+        wants = {"gpu_share_milli": 700, "gpu_memory_mib": 50_000}
+        waits = await world.submit_work(
+            Workload(share_milli=700, memory_mib=50_000), JobClass.TRAINING, **wants
+        )
+        await asyncio.sleep(10.0)
+        assert (world.state(stays), world.state(waits)) == (JobState.RUNNING, JobState.PENDING)
+        await asyncio.sleep(20.0)
+        assert world.state(waits) is JobState.RUNNING
+        world.daemon.stop()
+
+    run(story())

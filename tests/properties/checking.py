@@ -1,0 +1,29 @@
+"""A plan held against the exhaustive search."""
+
+from scheduler.model.actions import WAIT_REASONS, Plan, StartJob
+from scheduler.model.policy import Policy
+from scheduler.model.reasons import Reason
+from scheduler.planning.explain import preview
+from tests.fakes.worlds import W, snapshot
+from tests.properties.oracle import Chosen, Oracle
+
+HANDOVER = WAIT_REASONS.index(Reason.WAITING_FOR_HANDOVER)
+
+
+def check(world: W, policy: Policy, made: Plan) -> None:
+    """Go through the plan; an AssertionError says what is wrong with it."""
+    Oracle(world, policy).check(made, claims(world, policy, made))
+
+
+def claims(world: W, policy: Policy, made: Plan) -> dict[int, Chosen]:
+    """What the plan lets each served job have: where it starts, or what a preview says that it waits for."""
+    found = {a.job: Chosen(a.node, a.gpus, 0) for a in made.actions if isinstance(a, StartJob)}
+    waits = zip(made.waits.numbers.tolist(), made.waits.reasons.tolist(), strict=True)
+    for number in [number for number, reason in waits if reason == HANDOVER]:
+        seen = preview(snapshot(world), policy, number)
+        assert not seen.starts_now
+        assert seen.start_within_us is not None
+        # A job without GPUs waits for live jobs only: what an ended job still occupies is GPUs.
+        node = world.gpu(seen.gpus[0]).node if seen.gpus else world.job(made.awaited[number][0]).node
+        found[number] = Chosen(node, seen.gpus, world.now_us + seen.start_within_us)
+    return found

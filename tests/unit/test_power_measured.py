@@ -1,0 +1,129 @@
+"""A shed is done when the measured watts say so: what can't be measured is never taken for little."""
+
+import asyncio
+from pathlib import Path
+
+from scheduler.control.inbox import OfferGridEvent, SetPowerBudget
+from scheduler.control.power import LEAD_RATIO
+from scheduler.model.jobs import JobClass, JobState
+from scheduler.model.power import BudgetInterval, GridEvent, ShedState
+from scheduler.model.reasons import Reason
+from scheduler.model.settings import Config, PowerConfig, SamplingConfig
+from scheduler.simulation.faults import Faults
+from scheduler.simulation.machine import Workload
+from scheduler.simulation.virtual_time import EPOCH_S, run
+from tests.harness.simulated import SimulatedNode
+
+EACH_SECOND = Config(sampling=SamplingConfig(period_s=1.0))
+BUDGET = Config(sampling=SamplingConfig(period_s=5.0), power=PowerConfig(budget_w=600.0))
+NOTHING_AT_ALL = GridEvent("e", EPOCH_S, EPOCH_S + 60.0, 0.0, emergency=True, accepted_s=EPOCH_S)
+
+
+def shed_of(tmp_path: Path, faults: Faults) -> GridEvent:
+    """What became of an emergency that nobody can meet: even idle boards draw."""
+    found: list[GridEvent] = []
+
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(), config=EACH_SECOND, wrap=faults.wrap)
+        await node.daemon.start()
+        await node.daemon.ask(OfferGridEvent(NOTHING_AT_ALL))
+        await asyncio.sleep(20.0)
+        found.extend(node.daemon.controller.ledger.power.events)
+        node.daemon.stop()
+
+    run(story())
+    return found[0]
+
+
+def test_boards_that_draw_too_much_fail_a_shed(tmp_path: Path) -> None:
+    failed = shed_of(tmp_path, Faults())
+    assert (failed.state, failed.measured_w) == (ShedState.FAILED, 70.0)
+
+
+def test_a_driver_that_has_not_answered_yet_meets_no_shed(tmp_path: Path) -> None:
+    failed = shed_of(tmp_path, Faults(is_driver_hanging=True))
+    assert (failed.state, failed.measured_w) == (ShedState.FAILED, None)
+    assert failed.reasons == ("no GPU can be read: ERROR_TIMEOUT",)
+
+
+def test_a_board_of_which_nothing_is_known_counts_as_those_of_its_model_do(tmp_path: Path) -> None:
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(), gpus=2, config=EACH_SECOND)
+        await node.daemon.start()
+        power, first = node.daemon.controller.power, next(iter(node.machine.boards))
+        assert idle_w(node) == [100, 100]
+        node.machine.intrude(first)
+        await asyncio.sleep(15.0)
+        assert power.is_active is False
+        assert idle_w(node)[1] == 70, "seen empty"
+        for pid in list(node.machine.strangers):
+            node.machine.leave(pid)
+        await asyncio.sleep(5.0)
+        assert idle_w(node) == [70, 70], "the first has not been empty for long enough"
+        node.daemon.stop()
+
+    run(story())
+
+
+def test_a_clock_that_was_set_back_makes_no_limit_be_set_again_and_again(tmp_path: Path) -> None:
+    """The last reading seems to be younger than the answer of the board until the next one comes."""
+
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(draw_w=300.0), config=BUDGET)
+        await node.daemon.start()
+        await node.submit(job_class=JobClass.MINING)
+        await asyncio.sleep(7.5)
+        node.machine.clock.step_s -= 86_400.0
+        head = node.daemon.journal.head
+        await node.daemon.ask(SetPowerBudget((BudgetInterval(0.0, None, 500.0),)))
+        await asyncio.sleep(0.5)
+        (board,) = node.machine.boards.values()
+        assert board.power_limit_w == 500.0 * (1.0 - LEAD_RATIO)
+        assert node.daemon.journal.head - head < 10
+        node.daemon.stop()
+
+    run(story())
+
+
+def test_a_clock_that_was_set_back_keeps_no_board_from_being_seen_empty(tmp_path: Path) -> None:
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(), config=EACH_SECOND)
+        await node.daemon.start()
+        await asyncio.sleep(5.0)
+        node.machine.clock.step_s -= 86_400.0
+        await asyncio.sleep(15.0)
+        assert idle_w(node) == [70]
+        node.daemon.stop()
+
+    run(story())
+
+
+def idle_w(node: SimulatedNode) -> list[int]:
+    controller = node.daemon.controller
+    snapshot = controller.board.snapshot(controller.effects.clock.now_s(), controller.power.columns)
+    assert snapshot.power is not None
+    return [int(watts) for watts in snapshot.power.idle_w]
+
+
+def test_no_start_makes_an_event_unreachable_that_was_accepted_for_later(tmp_path: Path) -> None:
+    """No budget holds until then, and no limit is touched."""
+
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(draw_w=600.0), gpus=4)
+        await node.daemon.start()
+        now_s = node.machine.clock.now_s()
+        event = GridEvent("later", now_s + 3600.0, now_s + 7200.0, 700.0, False, now_s, now_s)
+        await node.daemon.ask(OfferGridEvent(event))
+        for _ in range(4):
+            await node.submit(job_class=JobClass.TRAINING, preemptible=False, draw_w=600.0)
+        await asyncio.sleep(3.0)
+        controller = node.daemon.controller
+        jobs = sorted(controller.ledger.jobs.values(), key=lambda job: job.number)
+        assert [job.state for job in jobs] == [JobState.RUNNING] * 3 + [JobState.PENDING]
+        assert controller.reason(jobs[3]) is Reason.WAITING_FOR_POWER
+        assert {board.power_limit_w for board in node.machine.boards.values()} == {700.0}
+        floor_w, _ = controller.power.reachable(now_s, event.start_s, emergency=False)
+        assert floor_w <= event.budget_w
+        node.daemon.stop()
+
+    run(story())
