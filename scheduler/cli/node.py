@@ -83,7 +83,9 @@ def gpu_row(gpu: node_pb2.Gpu, names: Mapping[str, str]) -> dict[str, str]:
 
 def gpu_remark(gpu: node_pb2.Gpu) -> str:
     """Return what a person should know of a GPU beyond its state: why, who else is there, an old reading."""
-    parts = [words.because(gpu)] if words.word(gpu, "state") not in PLAIN_STATES else []
+    # A plain state has no reason worth a word, but it may have a fact: a job's GPU does not answer.
+    is_plain = words.word(gpu, "state") in PLAIN_STATES
+    parts = [words.clean(gpu.detail) if is_plain else words.because(gpu)]
     processes = [
         f"{process.command} (PID {process.pid}, {process.user})"
         for process in gpu.processes[:PROCESSES_SHOWN_MAX]

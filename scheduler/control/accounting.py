@@ -186,8 +186,9 @@ class Accounts:
                 continue
             newest = max(samples, key=lambda sample: sample.at_s)
             power_w = _sum(sample.power_w for sample in samples)
-            for part, _ in parts:
-                self._meters.gpu_energy_j[(part,)] += 0.0  # from 0 on, for rates
+            if newest.energy_mj is not None or power_w is not None:
+                for part, _ in parts:
+                    self._meters.gpu_energy_j[(part,)] += 0.0  # from 0 on, for rates
             gpu = self._gpus.get(uuid)
             if gpu is None:
                 meter = EnergyMeter(newest.at_s, newest.energy_mj, power_w)
@@ -357,7 +358,8 @@ class Accounts:
             weights += [(user, share * slices) for user, share in held]
         for user, energy_mj in _divided(used.energy_mj, weights):
             gpu.charge(user, energy_mj, rate)
-            self._meters.gpu_energy_j[(user.uuid,)] += energy_mj / 1000.0
+            if energy_mj:  # of a GPU that tells neither counter nor draw nothing is known, not even zero
+                self._meters.gpu_energy_j[(user.uuid,)] += energy_mj / 1000.0
 
     def _note_idle(self, holds: dict[str, list[_Hold]], samples: list[GpuSample], lasted_s: float) -> None:
         """Note the time since the last reading for which a GPU was held with nothing running on it."""

@@ -244,7 +244,8 @@ class GpuBoard:
         mark = self._ledger.marks.get(uuid)
         if not self.is_present(uuid):
             code = self.errors.get(uuid) or self.errors.get("driver")
-            return GpuState.LOST, Reason.GPU_NOT_SEEN, code or "not in the driver's list"
+            facts = (code or "not in the driver's list", mark.detail if mark else "")
+            return GpuState.LOST, Reason.GPU_NOT_SEEN, "; ".join(filter(None, facts))
         if mark is not None:
             return mark.state, Reason(mark.reason), mark.detail
         failure = self._telemetry.silent.get(uuid)

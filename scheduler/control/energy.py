@@ -125,7 +125,7 @@ class EnergyMeter:
         difference_mj = counter_mj - self.counter_mj
         # Where the clock was set back nobody knows how long it was, and waiting might take a day.
         lasted_s = waited_s if waited_s >= 0.0 else BRIDGED_S_MAX
-        possible_mj = POWER_W_MAX * (lasted_s + LAG_S) * _MJ_PER_J
+        possible_mj = _possible_mj(lasted_s)
         if difference_mj > 0:
             return (difference_mj, "") if difference_mj <= possible_mj else (None, COUNTER_JUMPED)
         # The draw knows what was used before a counter began anew, but not even whether the GPU was on where
@@ -137,3 +137,12 @@ class EnergyMeter:
         if 0 <= counter_mj <= possible_mj:
             return max(counter_mj, drawn_mj), COUNTER_RESET
         return None, COUNTER_BACKWARDS
+
+
+def begins_anew(counter_mj: int, before_mj: int, lasted_s: float) -> bool:
+    """Whether a counter fell as one does that began anew: to what could be drawn in so many seconds."""
+    return counter_mj < before_mj and counter_mj <= _possible_mj(max(0.0, lasted_s))
+
+
+def _possible_mj(lasted_s: float) -> float:
+    return POWER_W_MAX * (lasted_s + LAG_S) * _MJ_PER_J

@@ -7,9 +7,10 @@ again waits longer each time, and in the end for a person. XIDs that follow our 
 
 import logging
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from scheduler.control.energy import begins_anew
 from scheduler.effects.gpus import GpuReadings
 from scheduler.model.events import GpuMarked, GpuUnmarked
 from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent, GpuIdentity, GpuSample, GpuState
@@ -45,6 +46,8 @@ _REASONS = {
 }
 _OUTCOMES = {reason: outcome for outcome, reason in _REASONS.items()}
 _LOST = {"ERROR_GPU_IS_LOST": Outcome.REBOOT, "ERROR_RESET_REQUIRED": Outcome.RESET}
+# What a sample counts up, and whose growth says that something went wrong.
+COUNTS = ("ecc_corrected", "ecc_uncorrected", "rows_remapped_uncorrected")
 _MOVABLE = frozenset({JobState.STARTING, JobState.RUNNING, JobState.SUSPENDED})
 
 
@@ -63,13 +66,23 @@ class Health:
         self._ended_s: dict[str, float] = {}  # by GPU: when a job of ours last ended there
         self._errors: dict[str, _Error] = {}  # by GPU: the last one that hurt whoever was on it
         self._well_since_s: dict[str, float] = {}
+        self._counted: dict[
+            str, tuple[float, int]
+        ] = {}  # by GPU: when its energy was read last, and what it was
+        self._known: set[str] = set()  # GPUs that this daemon has seen
         self._was_reset: set[str] = set()  # since they were quarantined
         self._returns_s: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RETURNS_MAX))
 
     def start(self) -> None:
-        """Know what the start of the daemon tells: after a reboot every GPU was reset."""
+        """Know what the start of the daemon tells: after a reboot every GPU was reset.
+
+        Else its energy counter says so, which is lower then than the daemon before has booked.
+        """
         if self._control.rebooted:
             self._was_reset.update(self._control.ledger.marks)
+        for booked in self._control.ledger.booked.values():
+            if booked.energy_mj is not None:
+                self._counted |= {uuid: (booked.at_s, booked.energy_mj) for uuid, _ in booked.parts}
 
     def clock_was_set_back(self, now_s: float) -> None:
         """Reckon from now on where it was from a time that is still to come."""
@@ -91,7 +104,9 @@ class Health:
 
     def read(self, readings: GpuReadings, fresh: tuple[GpuIdentity, ...], now_s: float) -> None:
         """Take a round: count what went wrong, quarantine who needs it, let back who is well."""
-        self._was_reset.update(gpu.uuid for gpu in fresh)
+        # Who is there again was reset; of whom we see for the first time nobody knows.
+        self._was_reset.update(gpu.uuid for gpu in fresh if gpu.uuid in self._known)
+        self._known.update(gpu.uuid for gpu in readings.identities)
         found: dict[str, tuple[Outcome, str]] = {}
 
         def find(uuid: str, outcome: Outcome, what: str) -> None:
@@ -151,7 +166,8 @@ class Health:
     def _seen(self, sample: GpuSample, *, has_told: bool) -> list[tuple[Outcome, str]]:
         """What the sample itself says, beside what it counts."""
         uuid, before = sample.uuid, self._before.get(sample.uuid)
-        self._before[uuid] = sample
+        self._before[uuid] = sample if before is None else _carried_on(before, sample)
+        self._see_reset(sample)
         uncorrected = _growth(before.ecc_uncorrected if before else None, sample.ecc_uncorrected)
         corrected = _growth(before.ecc_corrected if before else None, sample.ecc_corrected)
         remapped = _growth(
@@ -160,9 +176,6 @@ class Health:
         for kind, count in (("ecc_uncorrected", uncorrected), ("ecc_corrected", corrected)):
             if count:
                 self._control.meters.gpu_errors[uuid, kind] += count
-        # The counter begins anew with the driver, and with a reset.
-        if before and (before.energy_mj or 0) > (sample.energy_mj or 0):
-            self._was_reset.add(uuid)
         found = []
         if sample.has_remap_failed:
             found.append((Outcome.SERVICE, "rows of its memory that can't be remapped"))
@@ -173,6 +186,18 @@ class Health:
             # A board that neither tells events nor gives a verdict: nobody else will say it.
             found.append((Outcome.RESET, "an uncorrectable error of its memory"))
         return found
+
+    def _see_reset(self, sample: GpuSample) -> None:
+        """Know a reset by the energy counter, which begins anew with it, as it does with the driver.
+
+        One that is not read, or falls to what a new one can't show yet, is only wrong.
+        """
+        if sample.energy_mj is None:
+            return
+        at_s, energy_mj = self._counted.get(sample.uuid, (sample.at_s, 0))
+        if begins_anew(sample.energy_mj, energy_mj, sample.at_s - at_s):
+            self._was_reset.add(sample.uuid)
+        self._counted[sample.uuid] = (sample.at_s, sample.energy_mj)
 
     def _judge(self, uuid: str, outcome: Outcome, what: str, now_s: float) -> None:
         if outcome is Outcome.IGNORE:
@@ -228,6 +253,16 @@ class Health:
             return False
         # The driver needs nothing: that outweighs the table. Where it gives no verdict a reset must be seen.
         return sample.recovery_action == 0 or sample.uuid in self._was_reset
+
+
+def _carried_on(before: GpuSample, now: GpuSample) -> GpuSample:
+    """Return the sample with the counts that it lacks as they were when they were told last."""
+    lacking = {
+        name: getattr(before, name)
+        for name in COUNTS
+        if getattr(now, name) is None and getattr(before, name) is not None
+    }
+    return replace(now, **lacking) if lacking else now
 
 
 def _growth(before: int | None, now: int | None) -> int:

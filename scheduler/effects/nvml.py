@@ -340,7 +340,8 @@ def _power_scope(handle: Any) -> tuple[str, int]:
 def _linked_to(handle: Any) -> tuple[str, ...]:
     """Return the PCI bus ids at the other ends of its NVLinks: GPUs or switches."""
     found = set()
-    for link in range(_fields(handle, [fields.NVLINKS]).get(fields.NVLINKS, 0)):
+    claimed = _fields(handle, [fields.NVLINKS]).get(fields.NVLINKS, 0)
+    for link in range(min(claimed, fields.NVLINKS_MAX)):
         if unless_dead("nvmlDeviceGetNvLinkState", handle, link):
             remote = unless_dead("nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
             if remote:

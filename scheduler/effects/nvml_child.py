@@ -211,7 +211,9 @@ class GpuLane:
     @property
     def names(self) -> list[str]:
         """Return the UUIDs of all that can be used of it: its own, or those of its instances."""
-        return [one.uuid for one in self._parts] if self._is_cut else [self.name]
+        if self._is_cut:
+            return [one.uuid for one in self._parts] or [f"index {self.index}"]
+        return [self.name]
 
     @property
     def _is_cut(self) -> bool:
@@ -254,15 +256,17 @@ class GpuLane:
     def _sample(self) -> None:
         result: tuple[tuple[GpuSample, ...], str] = ((), "ERROR_UNKNOWN")
         try:
-            if self.gpu is None:
+            gpu, instances = self.gpu, self._instances
+            if gpu is None or instances is None:
                 gpu = nvml.OpenGpu(self.index, self._driver.library)
+                instances = Instances(gpu)
+            hidden = instances.look()
+            if self.gpu is None:  # not before it is known whether it is one GPU or several
                 self._driver.neighbours.add(gpu)
-                self._instances = Instances(gpu)
-                self.gpu = gpu
-            assert self._instances is not None
-            unheard = self._register(self.gpu)
-            whole, failure = self.gpu.sample()
-            result = (self._instances.samples(whole), failure or unheard)
+                self._instances, self.gpu = instances, gpu
+            unheard = self._register(gpu)
+            whole, failure = gpu.sample()
+            result = (instances.samples(whole), failure or hidden or unheard)
         except GpuReadError as error:
             result = ((), error.code)
         finally:
@@ -425,10 +429,11 @@ class GpuLanes:
 
     def _collect(self, stuck_s: float) -> Message:
         results = [(gpu, *gpu.take()) for gpu in self._gpus]
-        answers = {failure for _, _, failure in results if failure != TIMEOUT}
-        # One GPU may say so alone, and costs only itself.
-        if answers and answers <= nvml.DRIVER_GONE:
-            return self._lose_driver(min(answers), stuck_s)
+        gone = {failure for _, _, failure in results if failure in nvml.DRIVER_GONE}
+        # One GPU may say so alone, and costs only itself; but no other is there to contradict where it is
+        # lost, or hangs.
+        if gone and not any(samples or not failure for _, samples, failure in results):
+            return self._lose_driver(min(gone), stuck_s)
         identities, twice = self._identities()
         errors = {
             sample.uuid: nvml.IMPLAUSIBLE for _, samples, _ in results for sample in samples if sample.doubts

@@ -7,6 +7,7 @@ ECC_UNCORRECTED = 4
 POWER_CAPPED_NS = 74
 MEMORY_TEMPERATURE = 82
 NVLINKS = 91
+NVLINKS_MAX = 36  # NVML_NVLINK_MAX_LINKS; a library that says more is not asked for ever
 NVLINK_TX_KIB = 138  # their scope is the number of a link, or all
 NVLINK_RX_KIB = 139
 REMAPPED_CORRECTED = 142

@@ -16,6 +16,7 @@ from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuIdentity, GpuLimit, GpuSample
 
 EMPTY_SLOT = "ERROR_NOT_FOUND"
+SLOTS_MAX = 64  # boards have 7 or 8; a library that says more is not asked for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +72,52 @@ class Instances:
     def __init__(self, gpu: nvml.OpenGpu) -> None:
         self._gpu = gpu
         self.is_on = False
-        self.present: tuple[Instance, ...] = ()
+        self._by_slot: dict[int, Instance] = {}
+        self._unread: frozenset[int] = frozenset()  # slots that could not be looked up now
+
+    @property
+    def present(self) -> tuple[Instance, ...]:
+        """Return those that there are, as far as that is known."""
+        return tuple(self._by_slot.values())
+
+    def look(self) -> str:
+        """Find the instances that there are now; return a failure that hid some of them, or "".
+
+        One that was there and can't be looked up is still there: only the driver's word ends it, for a job
+        may be on it.
+
+        Raises:
+            GpuReadError: It can't be said whether the GPU is cut, or it or the driver is gone. What was known
+                before still is.
+        """
+        handle = self._gpu.handle
+        found: dict[int, Instance] = {}
+        failures: dict[int, str] = {}
+        slots = _slots(handle)
+        for slot in range(slots):
+            try:
+                found[slot] = _instance(nvml.call("nvmlDeviceGetMigDeviceHandleByIndex", handle, slot))
+            except GpuReadError as error:
+                if error.code in nvml.DEAD:
+                    raise
+                if error.code != EMPTY_SLOT:
+                    failures[slot] = error.code
+        kept = {slot: self._by_slot[slot] for slot in failures if slot in self._by_slot}
+        self.is_on, self._by_slot = slots > 0, dict(sorted((found | kept).items()))
+        self._unread = frozenset(kept)
+        return next(iter(failures.values()), "")
 
     def samples(self, parent: GpuSample) -> tuple[GpuSample, ...]:
-        """Return the samples of the instances that there are now, or the GPU's own out of MIG mode.
+        """Return the samples of the instances that were just looked up, or the GPU's own out of MIG mode.
 
         Raises:
             GpuReadError: The GPU or the driver is gone.
         """
-        handle = self._gpu.handle
-        mode = nvml.unless_dead("nvmlDeviceGetMigMode", handle)
-        is_on = bool(mode and mode[0])
-        self.present = self._found() if is_on else ()
-        self.is_on = is_on
-        if not is_on:
+        if not self.is_on:
             return (parent,)
-        return tuple(self._sample(one, parent) for one in self.present)
-
-    def _found(self) -> tuple[Instance, ...]:
-        found = []
-        for slot in range(nvml.unless_dead("nvmlDeviceGetMaxMigDeviceCount", self._gpu.handle) or 0):
-            try:
-                handle = nvml.call("nvmlDeviceGetMigDeviceHandleByIndex", self._gpu.handle, slot)
-                found.append(_instance(handle))
-            except GpuReadError as error:
-                # Empty, or taken away while we looked: whoever is there is found.
-                if error.code in nvml.DEAD:
-                    raise
-        return tuple(found)
+        return tuple(
+            self._sample(one, parent) for slot, one in self._by_slot.items() if slot not in self._unread
+        )
 
     def _share(self, one: Instance) -> float:
         return one.slices / sum(each.slices for each in self.present)
@@ -123,6 +142,21 @@ class Instances:
             power_limit_w=None,
             power_limit_w_enforced=None,
         )
+
+
+def _slots(handle: Any) -> int:
+    """Return how many instances there can be; 0 = it is not in MIG mode, and one GPU.
+
+    Raises:
+        GpuReadError: It does not say; or it or the driver is gone.
+    """
+    try:
+        is_cut = bool(nvml.call("nvmlDeviceGetMigMode", handle)[0])
+    except GpuReadError as error:
+        if error.code in nvml.DEAD:
+            raise
+        is_cut = error.code not in nvml.ABSENT  # then the count says so, which is 0 out of MIG mode
+    return min(nvml.call("nvmlDeviceGetMaxMigDeviceCount", handle), SLOTS_MAX) if is_cut else 0
 
 
 def _instance(handle: Any) -> Instance:

@@ -12,13 +12,18 @@ from scheduler.model.gpus import POWER_W_MAX
 _POWER_W = (0.001, POWER_W_MAX)
 _CELSIUS = (0.0, 200.0)  # who is on is warm
 _CLOCK_MHZ = (0, 20_000)
+_RATIO = (0.0, 1.0)
 _COUNT = (0, 2**32 - 2)  # all ones are no count
 MEMORY_MIB_MAX = 2**23  # 8 TiB
 # The journal's integers have 63 bits.
 ENERGY_MJ_MAX = 2**63 - 1
 
 SAMPLE_RANGES: dict[str, tuple[float, float]] = {
-    "utilization_ratio": (0.0, 1.0),
+    "utilization_ratio": _RATIO,
+    "memory_utilization_ratio": _RATIO,
+    "encoder_utilization_ratio": _RATIO,
+    "decoder_utilization_ratio": _RATIO,
+    "fan_speed_ratio": (0.0, 2.0),  # it may be more than what counts as full speed [nvml.h]
     "power_w": _POWER_W,
     "power_w_average": _POWER_W,
     "power_limit_w": _POWER_W,
@@ -36,6 +41,8 @@ SAMPLE_RANGES: dict[str, tuple[float, float]] = {
     "rows_remapped_uncorrected": _COUNT,
     "recovery_action": (0, 255),  # a word that we do not know asks for a person; all ones are no word
     "ramp_down_w_per_s": (0.0, 1e6),
+    "nvlink_tx_bytes": (0, 2**63 - 1),
+    "nvlink_rx_bytes": (0, 2**63 - 1),
 }
 IDENTITY_RANGES: dict[str, tuple[float, float]] = {
     "memory_total_mib": (0, MEMORY_MIB_MAX),

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from scheduler.v1 import job_service_pb2, node_pb2
-from tests.fakes.nvml.fake import GIB, FakeNvml
+from tests.fakes.nvml.fake import ABSENT, GIB, GPU_FIGURES, FakeNvml
 from tests.fakes.nvml.reading import needs_gcc
 from tests.harness.daemon import FAILED, PENDING, RUNNING, Daemon, reason_of, until, word
 
 pytestmark = needs_gcc
 
+# What the daemon itself knows of a GPU.
+OF_ANY_GPU = {"info", "state", "sample_age_seconds", "foreign_processes"}
 CONFIG = f"""
 [jobs]
 user = "{getpass.getuser()}"
@@ -204,6 +206,28 @@ def test_what_a_gpu_reports_of_power_and_health_is_on_the_metrics_page(
     until("all of it is there", lambda: expected.items() <= page().items())
     absent = ("gpu_recovery_action", "gpu_remap_pending", "gpu_memory_temperature_celsius")
     assert not any(f'{name}{{gpu="{fake.gpus[0].uuid}"' in daemon.metrics() for name in absent)
+
+
+def test_what_a_gpu_does_not_report_has_no_series_and_no_zero(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path, gpus=2)
+    fake.gpus[0].fan_percent, fake.gpus[0].smoothing_enabled = 45, 0
+    for figure in GPU_FIGURES:
+        setattr(fake.gpus[1], figure, ABSENT)
+
+    def names(daemon: Daemon, index: int) -> set[str]:
+        label = f'gpu="{fake.gpus[index].uuid}"'
+        lines = daemon.metrics().splitlines()
+        return {line.partition("{")[0].removeprefix("wattshift_gpu_") for line in lines if label in line}
+
+    with Daemon(gpus="", config=CONFIG) as daemon:
+        daemon.environment = fake.environment()
+        daemon.start()
+        until("both were read", lambda: names(daemon, 0) > OF_ANY_GPU <= names(daemon, 1))
+        job = daemon.run("sleep", "600", gpus=2)
+        daemon.cancel(job.id)
+        until("its energy is booked", lambda: [gpu.state for gpu in gpus(daemon)] == [FREE, FREE])
+        assert names(daemon, 1) == OF_ANY_GPU
+        assert len(names(daemon, 0) - OF_ANY_GPU) >= 30
 
 
 def test_a_quarantined_gpu_says_why_and_an_operator_may_end_it(fake: FakeNvml, daemon: Daemon) -> None:

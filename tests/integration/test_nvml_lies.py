@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from scheduler.effects.gpus import GpuReadings
+from scheduler.effects.nvml_fields import NVLINKS_MAX
+from scheduler.effects.nvml_mig import SLOTS_MAX
 from scheduler.v1 import node_pb2
 from tests.fakes.nvml.fake import MIB, FakeNvml
 from tests.fakes.nvml.reading import is_whole, needs_gcc, reading
@@ -36,6 +38,10 @@ async def first_round(fake: FakeNvml) -> GpuReadings:
     [
         ("memory_used", 90_000 * MIB, "memory_used_mib", 90_000),
         ("utilization_percent", 101, "utilization_ratio", 1.01),
+        ("memory_utilization_percent", 101, "memory_utilization_ratio", 1.01),
+        ("encoder_percent", 200, "encoder_utilization_ratio", 2.0),
+        ("decoder_percent", 200, "decoder_utilization_ratio", 2.0),
+        ("fan_percent", ALL_ONES, "fan_speed_ratio", ALL_ONES / 100),
         ("power_instant_mw", 0, "power_w", 0.0),
         ("power_instant_mw", ALL_ONES, "power_w", ALL_ONES / 1000),
         ("power_average_mw", ALL_ONES, "power_w_average", ALL_ONES / 1000),
@@ -82,6 +88,25 @@ async def test_an_identity_that_can_not_be_is_left_out_and_named(
     assert getattr(readings.identities[0], field) == left
     assert readings.samples[0].doubts.partition("=")[0] == field
     assert readings.samples[0].power_w == 71.8
+
+
+async def test_a_gpu_that_claims_links_without_end_is_read_all_the_same(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    fake.gpus[0].links_claimed = ALL_ONES - 1
+    asked = fake.rule("nvmlDeviceGetNvLinkState")
+    readings = await first_round(fake)
+    assert (readings.identities[0].island, readings.errors) == (0, {})
+    assert asked.calls == NVLINKS_MAX
+
+
+async def test_a_gpu_that_claims_instances_without_end_is_read_all_the_same(tmp_path: Path) -> None:
+    fake = FakeNvml(tmp_path)
+    fake.gpus[0].partition(3, 4)
+    fake.gpus[0].mig_instances_max = ALL_ONES - 1
+    asked = fake.rule("nvmlDeviceGetMigDeviceHandleByIndex")
+    readings = await first_round(fake)
+    assert [gpu.slices for gpu in readings.identities] == [3, 4]
+    assert asked.calls == SLOTS_MAX
 
 
 async def test_a_lie_that_ends_is_forgotten(tmp_path: Path) -> None:

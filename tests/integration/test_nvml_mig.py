@@ -13,12 +13,13 @@ from scheduler.errors import GpuReadError
 from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent
 from scheduler.v1 import node_pb2
 from tests.fakes.nvml.fake import GIB, FakeNvml
-from tests.fakes.nvml.reading import needs_gcc, reading
+from tests.fakes.nvml.reading import is_whole, needs_gcc, reading
 from tests.harness.daemon import Daemon, until
 from tests.harness.fixtures import Make
 
 pytestmark = needs_gcc
 
+UNKNOWN = 999
 CONFIG = f"""
 [jobs]
 user = "{getpass.getuser()}"
@@ -110,6 +111,36 @@ async def test_a_gpu_that_is_cut_and_has_no_instances_can_not_be_used(fake: Fake
         fake.gpus[1].mig_mode = 1
         readings = await read.until(lambda readings: len(readings.identities) == 1)
         assert (readings.identities[0].uuid, readings.errors) == (fake.gpus[0].uuid, {})
+
+
+@pytest.mark.parametrize(
+    "function", ["nvmlDeviceGetAttributes_v2", "nvmlDeviceGetMigDeviceHandleByIndex", "nvmlDeviceGetMigMode"]
+)
+async def test_an_instance_that_can_not_be_looked_up_is_still_there(fake: FakeNvml, function: str) -> None:
+    async with reading(fake) as read:
+        rule = fake.rule(function, gpu=1, code=UNKNOWN)
+        called = rule.calls
+        await read.until(lambda _: rule.calls > called)
+        readings = await read.next()
+        assert readings.identities == read.first.identities
+        if function != "nvmlDeviceGetMigMode":  # the count says the same
+            assert readings.errors == dict.fromkeys(instances_of(fake), "ERROR_UNKNOWN")
+            assert [sample.uuid for sample in readings.samples] == [fake.gpus[0].uuid]
+        rule.code = 0
+        await read.until(is_whole)
+
+
+async def test_a_gpu_of_which_nobody_says_whether_it_is_cut_is_not_listed(fake: FakeNvml) -> None:
+    rules = [
+        fake.rule(function, gpu=1, code=UNKNOWN)
+        for function in ("nvmlDeviceGetMigMode", "nvmlDeviceGetMaxMigDeviceCount")
+    ]
+    async with reading(fake) as read:
+        assert [gpu.uuid for gpu in read.first.identities] == [fake.gpus[0].uuid]
+        assert read.first.errors == {"index 1": "ERROR_UNKNOWN"}
+        for rule in rules:
+            rule.code = 0
+        await read.until(lambda readings: len(readings.identities) == 4)
 
 
 async def test_what_happens_to_the_gpu_happens_to_its_instances(fake: FakeNvml) -> None:

@@ -54,6 +54,15 @@ def test_a_gpu_that_says_it_is_lost_is_not_there(board: GpuBoard) -> None:
     assert board.read(GpuReadings((A, B), (), {})) == (A,)
 
 
+def test_a_gpu_that_is_lost_says_what_it_was_quarantined_for(board: GpuBoard, ledger: Ledger) -> None:
+    ledger.apply(
+        GpuMarked(1.0, "GPU-a", GpuState.QUARANTINED.value, Reason.GPU_NEEDS_REBOOT, "XID 79 (table 1)")
+    )
+    board.read(GpuReadings((A, B), (), {"GPU-a": "ERROR_GPU_IS_LOST"}))
+    view = board.views(0.0)[0]
+    assert (view.state, view.detail) == (GpuState.LOST, "ERROR_GPU_IS_LOST; XID 79 (table 1)")
+
+
 def test_a_gpu_that_does_not_answer_is_given_to_nobody_and_says_so(board: GpuBoard, ledger: Ledger) -> None:
     telemetry = Telemetry(Meters())
     board = GpuBoard(ledger, board.sizes, telemetry)

@@ -105,3 +105,13 @@ def test_a_gpus_trouble_is_not_told_twice() -> None:
     )
     told = "handover pending: it does not answer: ERROR_TIMEOUT; IMPLAUSIBLE: power_w=0.0"
     assert gpu_remark(gpu) == told
+
+
+def test_a_gpu_that_a_job_holds_and_that_does_not_answer_says_so() -> None:
+    gpu = node_pb2.Gpu(
+        state=node_pb2.GPU_STATE_ALLOCATED,
+        reason=reason_pb2.REASON_GPU_HELD,
+        detail="it does not answer: ERROR_TIMEOUT",
+        telemetry_problems=["ERROR_TIMEOUT"],
+    )
+    assert gpu_remark(gpu) == "it does not answer: ERROR_TIMEOUT"

@@ -17,7 +17,7 @@ from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.nvml_events import KINDS
 from scheduler.model.events import GpuMarked
-from scheduler.model.gpus import EVENTS_BEGIN, GpuEvent, GpuIdentity, GpuSample, GpuState
+from scheduler.model.gpus import EVENTS_BEGIN, GpuBooked, GpuEvent, GpuIdentity, GpuSample, GpuState
 from scheduler.model.health import (
     TABLE_VERSION,
     Outcome,
@@ -328,6 +328,51 @@ def test_a_reboot_is_a_reset(ward: Ward, journal: SqliteJournal) -> None:
     assert after.mark == ("GPU_NEEDS_REBOOT", "XID 79")
     after.tick_for(WELL_S_FIRST + 1, recovery_action=None)
     assert after.mark is None
+
+
+def test_a_daemon_that_comes_again_has_seen_no_reset(ward: Ward, journal: SqliteJournal) -> None:
+    ward.tick(79, recovery_action=None)
+    ward.ledger.commit()
+    after = Ward(journal)
+    after.tick_for(10 * WELL_S_FIRST, recovery_action=None)
+    assert after.mark == ("GPU_NEEDS_REBOOT", "XID 79")
+
+
+def test_a_reset_while_no_daemon_ran_shows_in_the_counter(ward: Ward, journal: SqliteJournal) -> None:
+    ward.tick(62, recovery_action=None)
+    ward.ledger.commit()
+    after = Ward(journal)
+    booked = GpuBooked("GPU-a", after.at_s, after.at_s, 10**12, 70.0, (("GPU-a", 1),))
+    after.ledger.booked = {"GPU-a": booked}
+    after.health.start()
+    after.tick_for(WELL_S_FIRST + 1, recovery_action=None)
+    assert after.mark is None
+
+
+@pytest.mark.parametrize("energy_mj", [None, 500_000_000], ids=["not read", "backwards by a little"])
+def test_a_counter_that_is_only_wrong_for_a_moment_is_no_reset(ward: Ward, energy_mj: int | None) -> None:
+    ward.energy_mj = 600_000_000
+    ward.tick(62, recovery_action=None)
+    ward.tick(recovery_action=None, energy_mj=energy_mj)
+    ward.tick_for(10 * WELL_S_FIRST, recovery_action=None)
+    assert ward.mark == ("GPU_NEEDS_RESET", "XID 62")
+
+
+def test_a_reset_shows_although_a_counter_was_not_read_in_between(ward: Ward) -> None:
+    ward.energy_mj = 600_000_000
+    ward.tick(62, recovery_action=None)
+    ward.tick(recovery_action=None, energy_mj=None)
+    ward.energy_mj = 0
+    ward.tick_for(WELL_S_FIRST + 2, recovery_action=None)
+    assert ward.mark is None
+
+
+def test_errors_of_its_memory_count_although_they_were_not_read_in_between(ward: Ward) -> None:
+    ward.tick(ecc_uncorrected=3, recovery_action=None)
+    ward.tick(recovery_action=None)
+    ward.tick(ecc_uncorrected=5, recovery_action=None)
+    assert ward.mark == ("GPU_NEEDS_RESET", "an uncorrectable error of its memory")
+    assert ward.errors() == {"ecc_uncorrected": 2}
 
 
 def test_what_needs_a_person_never_comes_back_by_itself(ward: Ward) -> None:

@@ -367,7 +367,7 @@ static uint64_t field_value(struct gpu *gpu, const struct field *field) {
         case 82: return gpu->memory_temperature_celsius;
         case 83:
         case 191: return FIGURE(gpu, energy_mj);
-        case 91: return link_count(gpu) ? link_count(gpu) : ABSENT;
+        case 91: return gpu->links_claimed != ABSENT ? gpu->links_claimed : link_count(gpu) ? link_count(gpu) : ABSENT;
         case 138:
         case 139:
             if (gpu->link_kib == ABSENT || !link_count(gpu)) return ABSENT;

@@ -54,6 +54,7 @@ WHOLE = {
     "video_clock_mhz": 765,
     "pcie_kib_per_s": 1024,
     "link_kib": 0,
+    "links_claimed": ABSENT,  # it says how many there are, unless it lies
     # Power smoothing is Blackwell's.
     "smoothing_enabled": ABSENT,
     "smoothing_profile": ABSENT,

@@ -50,7 +50,8 @@ enum {
     X(remapped_corrected) X(remapped_uncorrected) X(remap_pending) X(remap_failure)                 \
     X(recovery_action) X(event_types) X(minor_number) X(numa_node) X(compute_capability)            \
     X(mig_mode) X(mig_instances_max) X(video_clock_mhz) X(pcie_kib_per_s) X(link_kib)         \
-    X(smoothing_enabled) X(smoothing_profile) X(ramp_down_mw_per_s) X(ramp_down_override_mw_per_s)
+    X(smoothing_enabled) X(smoothing_profile) X(ramp_down_mw_per_s) X(ramp_down_override_mw_per_s) \
+    X(links_claimed)
 
 /* What draw.c goes by. */
 #define INPUTS(X)                                                                                   \
