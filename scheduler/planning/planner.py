@@ -299,13 +299,10 @@ class Planner:
 
     def _start_late(self) -> None:
         """Start those for whose watts there was no room when they were served, and is now."""
-        power, begin = self.power, list(self._for_power)
-        while power is not None and begin:  # each that begins may leave room for another
-            begin = [number for number in self._for_power if power.begins_late(number)]
-            for number in begin:
-                given = self.claims[number]
-                given.is_free, given.awaited = True, ()
-                self._start(self._for_power.pop(number), given)
+        for number in self.power.begin_late() if self.power is not None else ():
+            given = self.claims[number]
+            given.is_free, given.awaited = True, ()
+            self._start(self._for_power.pop(number), given)
 
     def _live_job(self, number: int) -> Live:
         """The live job with this number."""

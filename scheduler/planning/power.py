@@ -15,6 +15,7 @@ soon as it may be. Where it doesn't fit so, jobs that it outranks are stopped fo
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from scheduler.model.actions import RequeueJob, SetPowerLimit
@@ -143,7 +144,9 @@ class PowerStage:
         self._goes = (xp.bincount(holdings.gpu[told], minlength=count) > 0) & self.leaves
         self._claimed = xp.zeros(count, dtype=bool)
         self._begun = xp.zeros(count, dtype=bool)  # by a start of this plan
-        self._lingering: dict[int, Unit] = {}  # by number: admitted and free, but for the watts of now
+        self._lingering: dict[
+            int, Unit
+        ] = {}  # by number, in rank: admitted and free, but for the watts of now
         natural_w = power.natural_w[self._job]
         most_w = power.limit_w_max[self._gpu]
         natural_w = xp.where(natural_w == UNKNOWN, most_w, xp.minimum(natural_w, most_w))
@@ -472,15 +475,18 @@ class PowerStage:
             self._floor_w[gpu] = idle if unit.may_stop else least if unit.may_lower else self._full_w[gpu]
         # Without a budget a share need not wait for a neighbour to leave.
         may_begin = (is_free or power.budget_w >= UNLIMITED_W) and not stopped
-        starts = may_begin and self._begins(unit)
+        # Nobody takes the watts that a higher one waits for: the next plan would have him placed otherwise.
+        starts = may_begin and not self._lingering and self._begins(unit)
         if may_begin and not starts:
             self._lingering[number] = unit
         return Admission(starts, tuple(number for each in stopped for number in each.jobs))
 
-    def begins_late(self, number: int) -> bool:
-        """Whether an admitted job begins now after all: who was let in after it has lowered it."""
-        unit = self._lingering.get(number)
-        return unit is not None and self._begins(unit)
+    def begin_late(self) -> list[int]:
+        """The admitted jobs that begin now after all: who was let in after them has lowered others."""
+        begun = list(takewhile(lambda number: self._begins(self._lingering[number]), self._lingering))
+        for number in begun:
+            del self._lingering[number]
+        return begun
 
     def _begins(self, unit: Unit) -> bool:
         """Whether what may be drawn now leaves room for it; then it is counted."""

@@ -262,5 +262,5 @@ def test_who_waits_for_watts_of_now_begins_in_the_plan_that_lowers_it() -> None:
     boards = {"GPU-0": B(limit_w=490), "GPU-1": B(limit_w=490, measured_w=400)}
     power = P(W(jobs=wanted, gpus=gpus(2)), budget_w=980, boards=boards)
     made = plan(snapshot(power), Policy())
-    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [2, 1]
+    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [1, 2]
     assert not plan(snapshot(applied(power, made)), Policy()).actions
