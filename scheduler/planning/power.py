@@ -331,6 +331,22 @@ class PowerStage:
         self._shadow_microusd_per_wh = max(self._shadow_microusd_per_wh, density)
         return None
 
+    def takes_less(self, row: int, gpus: Any) -> Any:
+        """Bool, shape (gpus,): the boards on which the job at this row adds less than on one of these."""
+        more_w = self._alone(row)[1] - self._power.idle_w
+        return more_w < more_w[gpus].max()
+
+    def _alone(self, row: int) -> tuple[Any, Any]:
+        """By board, what the job at this row draws there by nature, and its full limit with nobody beside."""
+        power = self._power
+        natural_w, best_w = int(power.natural_w[row]), int(power.best_w[row])
+        most_w = power.limit_w_max
+        own_w = most_w if natural_w == UNKNOWN else xp.minimum(most_w, natural_w)
+        full_w = self._full(own_w)
+        if best_w != UNKNOWN:
+            full_w = xp.minimum(full_w, xp.maximum(best_w, power.limit_w_min))
+        return own_w, full_w
+
     def no_better(self, jobs: JobColumns, row: int) -> Any:
         """Bool, shape (jobs,): who draws as much as the job at this row, and may do and is worth no more."""
         natural_w = self._power.natural_w
@@ -346,20 +362,12 @@ class PowerStage:
     def _unit_of(self, request: Request, row: int, gpus: tuple[int, ...], beside: Sequence[Unit]) -> Unit:
         """The job as a unit; a share as one with those who share the GPU already."""
         power = self._power
-        natural_w = int(power.natural_w[row])
-        each_w = []
-        for gpu in gpus:
-            most_w = int(power.limit_w_max[gpu])
-            own_w = most_w if natural_w == UNKNOWN else min(natural_w, most_w)
-            each_w.append(own_w + sum(unit.natural_w[0] for unit in beside))
-        column = xp.asarray(each_w, dtype=xp.int64)
         rows = xp.asarray(gpus, dtype=xp.int64)
-        wanted = -(-column * (MILLI + power.margin_milli) // MILLI)
-        full = xp.clip(wanted, power.limit_w_min[rows], power.limit_w_max[rows])
-        best_w = int(power.best_w[row])
-        if best_w != UNKNOWN and not beside:
-            full = xp.minimum(full, xp.maximum(best_w, power.limit_w_min[rows]))
-        full_w = full.tolist()
+        each_w, full_w = self._alone(row)
+        if beside:
+            each_w = each_w + sum(unit.natural_w[0] for unit in beside)
+            full_w = self._full(each_w)
+        each_w, full_w = each_w[rows].tolist(), full_w[rows].tolist()
         least_w, idle_w = power.limit_w_min[rows].tolist(), power.idle_w[rows].tolist()
         gpu_milli = request.share_milli * len(gpus)
         lost_gpu_ms = request.restart_loss_us // _US_PER_MS * gpu_milli // WHOLE_MILLI
