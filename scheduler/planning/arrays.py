@@ -31,9 +31,8 @@ __all__ = [
 # The most that a plan may take of the GPU that is set aside for it. A million jobs are 0.2 GiB of columns,
 # and what is derived from them is some ten times that.
 POOL_MIB_MAX = 4096
-# From how many jobs a plan on CuPy was measured to be faster than on numpy. None: no measurement says so yet
-# (docs/PLAN_TIME.md), and without one nobody's GPU is taken, as a CUDA context costs it hundreds of MiB and
-# tens of watts.
+# From how many jobs a plan on CuPy was measured to be faster than on numpy. None: it was slower wherever it
+# was measured (docs/PLAN_TIME.md). A CUDA context would cost hundreds of MiB and tens of watts besides.
 CUPY_WINS_FROM_JOBS: int | None = None
 _MIB = 1 << 20
 

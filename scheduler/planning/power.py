@@ -511,7 +511,7 @@ class PowerStage:
         """The limits to set: those that fall first, those that rise as far as there is room now."""
         power = self._power
         is_over = int(self._in_force_w.sum()) > power.budget_w
-        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._planned_w, power.limit_w)
+        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._ahead_w, power.limit_w)
         if is_over:
             # Whoever goes is held down until he has gone; in an emergency everybody is until it is met.
             held_w = xp.minimum(power.limit_w, power.limit_w_min)
@@ -529,6 +529,8 @@ class PowerStage:
             if not bool(self.stays[gpu]):
                 orders.append(self._order(gpu, int(wanted_w[gpu])))  # nobody draws there yet
                 continue
+            if power.lead_milli:
+                continue  # what may be drawn fits, but draws are still on their way there
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
             room_w = power.budget_w - int(self._in_force_w.sum())
             if more_w > room_w:
@@ -538,6 +540,17 @@ class PowerStage:
             self._in_force_w[gpu] += more_w
             orders.append(self._order(gpu, int(self._in_force_w[gpu])))
         return sorted(orders, key=lambda order: (order.reason is Reason.POWER_LIMIT_RAISED, order.gpu))
+
+    @property
+    def _ahead_w(self) -> Any:
+        """What is planned; where it binds less, while draws fall to a lower budget: they only near it."""
+        power = self._power
+        if not power.lead_milli:
+            return self._planned_w
+        binds = self.stays & (self._planned_w < self._natural_w)
+        least_w = xp.minimum(power.limit_w_min, self._planned_w)
+        lower_w = xp.maximum(least_w, self._planned_w * (MILLI - power.lead_milli) // MILLI)
+        return xp.where(binds, lower_w, self._planned_w)
 
     def _order(self, gpu: int, watts: int) -> SetPowerLimit:
         rises = watts > int(self._power.limit_w[gpu])
