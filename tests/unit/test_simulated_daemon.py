@@ -147,7 +147,7 @@ def test_what_a_finished_share_still_holds_is_not_given_on_after_a_restart(tmp_p
     run(story())
 
 
-def test_a_boot_of_which_the_first_tick_could_not_be_written_is_known_to_the_next_daemon(tmp_path: Path) -> None:
+def test_a_boot_whose_first_tick_could_not_be_written_is_known_to_the_next_daemon(tmp_path: Path) -> None:
     """Else it would take the counters for new ones once more, and book what they show twice."""
 
     async def story() -> None:
