@@ -33,9 +33,7 @@ class Books(Watch):
         self._read: dict[str, Read] = {}  # what had been read when it was quiet before
         self._newest_mj: dict[str, int] = {}  # by GPU: what daemons that are no more had read
         self._unknown_mj: dict[str, int] = {}  # by GPU: drawn after a booking, before the power failed
-        self._put_down_mj: dict[
-            str, float
-        ] = {}  # what may have been put down for that and what followed
+        self._put_down_mj: dict[str, float] = {}  # by GPU: what may be put down for that
         self._gaps: set[str] = set()  # GPUs that were not read since the power failed
         self._finished_s: dict[str, float] = {}  # acknowledged jobs that were seen to be over, and since when
 
