@@ -174,7 +174,7 @@ class Planner:
             for number in jobs.number[live & self._is_on(draining)].tolist():
                 order[number] = RequeueJob(number, Reason.NODE_DRAINED)
         if self._snapshot.gross_value is not None:
-            dear, self._dear_later_us = too_dear_to_go_on(self._snapshot)
+            dear, self._dear_later_us = too_dear_to_go_on(self._snapshot, self._policy.order)
             for number in jobs.number[dear].tolist():
                 order[number] = RequeueJob(number, Reason.STOPPED_FOR_PRICE)
         if len(timed):
