@@ -161,6 +161,7 @@ class Controller:
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._running = False
+        self._is_recorded = False  # whether the journal has this daemon's start: of this boot, by this policy
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = self._turned_s = 0.0  # when it last looked at processes, and ticked
@@ -177,10 +178,7 @@ class Controller:
             LauncherError: No launcher could be reached or started.
             JournalError: The journal can't be written.
         """
-        now_s = self.effects.clock.now_s()
         self.accounts.resume(rebooted=self.rebooted)
-        self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
-        self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         self.health.start()
         await self.connect_launcher()
         self.inbox.put(await self.effects.gpus.start(self.inbox.put, self.config.sampling.period_s))
@@ -376,6 +374,9 @@ class Controller:
         self._turned_s = now_s
         self._rebooted_before = self.rebooted
         self.accounts.settle()
+        if not self._is_recorded:
+            self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
+            self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
@@ -398,8 +399,7 @@ class Controller:
             if not future.done():
                 future.set_result(self.reports.newest(result))  # a job may have started in this tick
         self.watchers.publish_node()
-        wakes_s = (wake_s, *(one.wake_s(now_s) for one in (self.prices, self.mining, self.power)))
-        self._wake_at(wakes_s, now_s)
+        self._wake_at((wake_s, *(one.wake_s(now_s) for one in (self.prices, self.mining, self.power))), now_s)
 
     def _clock_was_set_back(self, now_s: float) -> None:
         """What is reckoned from a time that is still to come would stay as it is until then."""
@@ -503,6 +503,7 @@ class Controller:
             return
         begun = time.perf_counter()
         committed = self.ledger.commit()
+        self._is_recorded = True
         took_s = time.perf_counter() - begun
         for before, after in committed.changes:
             self.orders.follow(before, after)
@@ -575,8 +576,7 @@ class Controller:
         self.occupancy.read(now_s)
         self.health.read(readings, fresh, now_s)
         self.power.read(now_s)
-        # A clock that was set back must not keep us from looking until it is there again.
-        if not 0.0 <= now_s - self._looked_s < self.config.sampling.processes_period_s:
+        if not 0.0 <= now_s - self._looked_s < self.config.sampling.processes_period_s:  # or set back
             self._looked_s = now_s
             known = frozenset(self.board.row)
             self.witness.forget(known)

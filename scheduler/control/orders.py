@@ -140,11 +140,14 @@ class Orders:
         self._watches.clear()
 
     def send(self) -> None:
-        """Send everything: stops before starts."""
+        """Send everything: stops before starts; but whose start is said again is stopped after it."""
+        starting = {AttemptKey(job.id, job.attempts[-1].number) for job in self._starts}
+        later = {stop.key: stop for stop in self._stops if stop.key in starting}
         for key in self._kills:
             self._launcher.end_grace(key)
         for stop in self._stops:
-            self._launcher.stop(stop)
+            if stop.key not in later:
+                self._launcher.stop(stop)
         for key in self._forgets:
             self._launcher.forget(key)
         for uuid, nobody_left in self._watches.items():
@@ -158,6 +161,8 @@ class Orders:
             else:
                 order = self._start_order(job, key, last.gpus)
             self._launcher.start(order)
+            if key in later:  # a launcher takes no stop of what it does not know
+                self._launcher.stop(later[key])
         self._begin()
 
     def _start_order(self, job: Job, key: AttemptKey, gpus: tuple[str, ...]) -> StartOrder:

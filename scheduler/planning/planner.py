@@ -54,7 +54,7 @@ from scheduler.planning.layout import Layout
 from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
-from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving
+from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving, placed
 from scheduler.planning.world import NEVER, World
 
 
@@ -212,6 +212,8 @@ class Planner:
                 self._hold_back(row, request, holder)
                 return
         admission = self._admit(row, request, found)
+        if admission is None and holder is None:
+            found, admission = self._find_frugal(row, request, found)
         if admission is None:
             self._refuse_for_power(row, request)
             return
@@ -254,6 +256,21 @@ class Planner:
 
         leaving = tuple(victim.number for victim in found.victims)
         return self.power.admit(request, row, tuple(map(int, gpus)), leaving, may_displace)
+
+    def _find_frugal(self, row: int, request: Request, found: Found) -> tuple[Found, Admission | None]:
+        """Other free GPUs of the node with which it fits the budget: boards differ in what they take."""
+        power, node = self.power, self.world.node(found.parts[0].row)
+        if power is None or found.victims or found.ready_us or len(found.parts) > 1 or request.is_share:
+            return found, None
+        gpus = self.world.layout.row[node.row]
+        there = rows_where(gpus != UNKNOWN)
+        other: Found | None = found
+        while other is not None:  # each time fewer are left
+            frugal = power.takes_less(row, gpus[xp.asarray(other.parts[0].positions, dtype=xp.int64)])
+            other = placed(request, node.only(frozenset(there[frugal[gpus[there]]].tolist())))
+            if other is not None and (admission := self._admit(row, request, other)) is not None:
+                return other, admission
+        return found, None
 
     def _refuse_for_power(self, row: int, request: Request) -> None:
         """Let a request that doesn't fit the budget wait, and all that are alike and worth no more."""
@@ -299,13 +316,10 @@ class Planner:
 
     def _start_late(self) -> None:
         """Start those for whose watts there was no room when they were served, and is now."""
-        power, begin = self.power, list(self._for_power)
-        while power is not None and begin:  # each that begins may leave room for another
-            begin = [number for number in self._for_power if power.begins_late(number)]
-            for number in begin:
-                given = self.claims[number]
-                given.is_free, given.awaited = True, ()
-                self._start(self._for_power.pop(number), given)
+        for number in self.power.begin_late() if self.power is not None else ():
+            given = self.claims[number]
+            given.is_free, given.awaited = True, ()
+            self._start(self._for_power.pop(number), given)
 
     def _live_job(self, number: int) -> Live:
         """The live job with this number."""

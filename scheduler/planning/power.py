@@ -15,6 +15,7 @@ soon as it may be. Where it doesn't fit so, jobs that it outranks are stopped fo
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from scheduler.model.actions import RequeueJob, SetPowerLimit
@@ -143,7 +144,9 @@ class PowerStage:
         self._goes = (xp.bincount(holdings.gpu[told], minlength=count) > 0) & self.leaves
         self._claimed = xp.zeros(count, dtype=bool)
         self._begun = xp.zeros(count, dtype=bool)  # by a start of this plan
-        self._lingering: dict[int, Unit] = {}  # by number: admitted and free, but for the watts of now
+        self._lingering: dict[
+            int, Unit
+        ] = {}  # by number, in rank: admitted and free, but for the watts of now
         natural_w = power.natural_w[self._job]
         most_w = power.limit_w_max[self._gpu]
         natural_w = xp.where(natural_w == UNKNOWN, most_w, xp.minimum(natural_w, most_w))
@@ -328,6 +331,22 @@ class PowerStage:
         self._shadow_microusd_per_wh = max(self._shadow_microusd_per_wh, density)
         return None
 
+    def takes_less(self, row: int, gpus: Any) -> Any:
+        """Bool, shape (gpus,): the boards on which the job at this row adds less than on one of these."""
+        more_w = self._alone(row)[1] - self._power.idle_w
+        return more_w < more_w[gpus].max()
+
+    def _alone(self, row: int) -> tuple[Any, Any]:
+        """By board, what the job at this row draws there by nature, and its full limit with nobody beside."""
+        power = self._power
+        natural_w, best_w = int(power.natural_w[row]), int(power.best_w[row])
+        most_w = power.limit_w_max
+        own_w = most_w if natural_w == UNKNOWN else xp.minimum(most_w, natural_w)
+        full_w = self._full(own_w)
+        if best_w != UNKNOWN:
+            full_w = xp.minimum(full_w, xp.maximum(best_w, power.limit_w_min))
+        return own_w, full_w
+
     def no_better(self, jobs: JobColumns, row: int) -> Any:
         """Bool, shape (jobs,): who draws as much as the job at this row, and may do and is worth no more."""
         natural_w = self._power.natural_w
@@ -343,20 +362,12 @@ class PowerStage:
     def _unit_of(self, request: Request, row: int, gpus: tuple[int, ...], beside: Sequence[Unit]) -> Unit:
         """The job as a unit; a share as one with those who share the GPU already."""
         power = self._power
-        natural_w = int(power.natural_w[row])
-        each_w = []
-        for gpu in gpus:
-            most_w = int(power.limit_w_max[gpu])
-            own_w = most_w if natural_w == UNKNOWN else min(natural_w, most_w)
-            each_w.append(own_w + sum(unit.natural_w[0] for unit in beside))
-        column = xp.asarray(each_w, dtype=xp.int64)
         rows = xp.asarray(gpus, dtype=xp.int64)
-        wanted = -(-column * (MILLI + power.margin_milli) // MILLI)
-        full = xp.clip(wanted, power.limit_w_min[rows], power.limit_w_max[rows])
-        best_w = int(power.best_w[row])
-        if best_w != UNKNOWN and not beside:
-            full = xp.minimum(full, xp.maximum(best_w, power.limit_w_min[rows]))
-        full_w = full.tolist()
+        each_w, full_w = self._alone(row)
+        if beside:
+            each_w = each_w + sum(unit.natural_w[0] for unit in beside)
+            full_w = self._full(each_w)
+        each_w, full_w = each_w[rows].tolist(), full_w[rows].tolist()
         least_w, idle_w = power.limit_w_min[rows].tolist(), power.idle_w[rows].tolist()
         gpu_milli = request.share_milli * len(gpus)
         lost_gpu_ms = request.restart_loss_us // _US_PER_MS * gpu_milli // WHOLE_MILLI
@@ -472,15 +483,18 @@ class PowerStage:
             self._floor_w[gpu] = idle if unit.may_stop else least if unit.may_lower else self._full_w[gpu]
         # Without a budget a share need not wait for a neighbour to leave.
         may_begin = (is_free or power.budget_w >= UNLIMITED_W) and not stopped
-        starts = may_begin and self._begins(unit)
+        # Nobody takes the watts that a higher one waits for: the next plan would have him placed otherwise.
+        starts = may_begin and not self._lingering and self._begins(unit)
         if may_begin and not starts:
             self._lingering[number] = unit
         return Admission(starts, tuple(number for each in stopped for number in each.jobs))
 
-    def begins_late(self, number: int) -> bool:
-        """Whether an admitted job begins now after all: who was let in after it has lowered it."""
-        unit = self._lingering.get(number)
-        return unit is not None and self._begins(unit)
+    def begin_late(self) -> list[int]:
+        """The admitted jobs that begin now after all: who was let in after them has lowered others."""
+        begun = list(takewhile(lambda number: self._begins(self._lingering[number]), self._lingering))
+        for number in begun:
+            del self._lingering[number]
+        return begun
 
     def _begins(self, unit: Unit) -> bool:
         """Whether what may be drawn now leaves room for it; then it is counted."""

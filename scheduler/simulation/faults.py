@@ -37,6 +37,15 @@ class Crashed(BaseException):
     """The daemon was killed in the middle of a step. Not an Exception: nobody of it may catch it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a reading that reached the daemon said, and when by the loop's time."""
+
+    at_s: float
+    energy_mj: int
+    power_w: float
+
+
 @dataclass(slots=True)
 class Faults:
     """What is wrong at the moment."""
@@ -48,7 +57,7 @@ class Faults:
     lost: dict[str, bool] = field(default_factory=dict)  # by GPU: whether the driver still lists it
     # GPUs that say yes to a limit and do not take it, and whether their readings say that they did.
     deaf: dict[str, bool] = field(default_factory=dict)
-    read_s: dict[str, float] = field(default_factory=dict)  # by GPU: the loop's time of its last reading
+    read: dict[str, Read] = field(default_factory=dict)  # by GPU: its last reading
     verdicts: dict[str, int] | None = (
         None  # recovery actions by GPU, 0 where none; None: the driver gives none
     )
@@ -230,7 +239,8 @@ class FaultyGpus:
         samples = tuple(
             self._told(one) for one in readings.samples if one.uuid in seen and one.uuid not in errors
         )
-        faults.read_s.update(dict.fromkeys((one.uuid for one in samples), asyncio.get_running_loop().time()))
+        at_s = asyncio.get_running_loop().time()
+        faults.read.update((one.uuid, Read(at_s, one.energy_mj or 0, one.power_w or 0.0)) for one in samples)
         events, faults.events = tuple(faults.events), []
         return GpuReadings(self._identities, samples, errors, readings.driver_version, events)
 

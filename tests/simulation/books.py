@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scheduler.effects.journal_file import DATABASE_NAME
@@ -9,6 +10,7 @@ from scheduler.effects.journal_verify import verify
 from scheduler.errors import JournalError
 from scheduler.model.jobs import FINAL_STATES, job_number
 from scheduler.simulation.decisions import Decisions
+from scheduler.simulation.faults import Read
 from tests.simulation.watching import Watch
 
 if TYPE_CHECKING:
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 
 # Of energy counters, as the accounts promise it.
 SENSOR_ERROR_RATIO = 0.005
-# What is put down for the time in which nobody knew: a minute at most, by the last draw.
-LOST_BY_REBOOT_S = 90.0
 # Counters show whole millijoules.
 ROUNDING_MJ = 10
 
@@ -29,8 +29,12 @@ class Books(Watch):
         super().__init__(world)
         self._drawn_mj: dict[str, int] = {}  # by GPU, before the last power loss
         self._booked_seq = 0  # the last booking of everything
-        self._booked_s: dict[str, float] = {}  # by GPU: the reading up to which it went
-        self._read_s: dict[str, float] = {}  # what had been read when it was quiet before
+        self._booked: dict[str, Read] = {}  # by GPU: the reading up to which it went
+        self._read: dict[str, Read] = {}  # what had been read when it was quiet before
+        self._newest_mj: dict[str, int] = {}  # by GPU: what daemons that are no more had read
+        self._unknown_mj: dict[str, int] = {}  # by GPU: drawn after a booking, before the power failed
+        self._put_down_mj: dict[str, float] = {}  # by GPU: what may be put down for that
+        self._gaps: set[str] = set()  # GPUs that were not read since the power failed
         self._finished_s: dict[str, float] = {}  # acknowledged jobs that were seen to be over, and since when
 
     def acknowledged_are_there(self) -> None:
@@ -84,45 +88,65 @@ class Books(Watch):
 
     def hold(self) -> None:
         """Each time that everything was booked it is what was drawn up to the last reading."""
+        read = self._world.faults.read
+        self._see_gaps(read)
         seq = self._world.daemon.controller.ledger.booked_seq
         if seq != self._booked_seq:
             # A reading of this very moment may have come before the booking, or after.
-            self._booked_seq, self._booked_s = seq, self._read_s
-            self.energy_is_booked(self._booked_s)
-        self._read_s = dict(self._world.faults.read_s)
+            self._booked_seq, self._booked = seq, {**read, **self._read}
+            self.energy_is_booked(self._booked)
+        self._read = dict(read)
 
     def died(self) -> None:
-        """What was read and not booked is to be read again."""
-        self._world.faults.read_s = dict(self._booked_s)
-        self._read_s = dict(self._booked_s)
+        """What was read and not booked is to be read again; what is on disk was perhaps not seen here."""
+        for uuid, read in self._world.faults.read.items():
+            known_mj = 0 if uuid in self._gaps else self._newest_mj.get(uuid, 0)
+            self._newest_mj[uuid] = max(known_mj, read.energy_mj)
+        self._world.faults.read = dict(self._booked)
+        self._read = dict(self._booked)
 
-    def energy_is_booked(self, read_s: dict[str, float]) -> None:
-        """What all jobs and idle time were charged is what the boards drew, up to these readings.
+    def energy_is_booked(self, read: dict[str, Read]) -> None:
+        """What all jobs and idle time were charged is what boards drew up to these readings, or newer ones.
 
-        What was not booked when the power failed may never be known; then too no more is booked than was
-        drawn, but for what is put down by the last draw.
+        What was drawn after the last booking and before the power failed may never be known; or it is put
+        down by the draw that was known.
         """
         world = self._world
         path = world.daemon.disk.directory / DATABASE_NAME
         with contextlib.closing(sqlite3.connect(path)) as db:
             booked = dict(db.execute("SELECT uuid, sum(energy_mj) FROM usage GROUP BY uuid").fetchall())
-        for uuid, board in world.machine.boards.items():
-            drawn_mj = self._drawn_mj.get(uuid, 0) + self._counted_mj(uuid)
-            more_mj = booked.get(uuid, 0) - drawn_mj
-            boots = world.machine.boots
-            off_mj = max(0, more_mj) if boots else abs(more_mj)
-            unread_s = self._now_s() - read_s.get(uuid, 0.0) + LOST_BY_REBOOT_S * boots
-            unread_mj = unread_s * board.profile.power_limit_w_max * 1000.0
-            where, drawn_kj, more_kj = world.names((uuid,)), drawn_mj / 1e6, more_mj / 1e6
+        for uuid, newest in world.faults.read.items():
+            booked_mj = booked.get(uuid, 0)
+            before_mj = self._drawn_mj.get(uuid, 0)
+            newest_mj = max(newest.energy_mj, self._newest_mj.get(uuid, 0))
+            least_mj, most_mj = before_mj + read[uuid].energy_mj, before_mj + newest_mj
+            error_mj = SENSOR_ERROR_RATIO * most_mj + ROUNDING_MJ
+            where, drawn_kj = world.names((uuid,)), most_mj / 1e6
             self._demand(
-                off_mj <= SENSOR_ERROR_RATIO * drawn_mj + unread_mj + ROUNDING_MJ,
-                f"{where} drew {drawn_kj:.1f} kJ, and {more_kj:.1f} kJ more are booked",
+                booked_mj <= most_mj + error_mj + self._put_down_mj.get(uuid, 0.0),
+                f"{where} drew {drawn_kj:.1f} kJ, and {(booked_mj - most_mj) / 1e6:.1f} kJ more are booked",
+            )
+            self._demand(
+                booked_mj >= least_mj - error_mj - self._unknown_mj.get(uuid, 0),
+                f"{where} drew {drawn_kj:.1f} kJ, and {(least_mj - booked_mj) / 1e6:.1f} kJ are not booked",
             )
 
     def power_fails(self) -> None:
-        """The boards' counters begin anew."""
-        for uuid in self._world.gpus:
-            self._drawn_mj[uuid] = self._drawn_mj.get(uuid, 0) + self._counted_mj(uuid)
+        """The boards' counters begin anew; what they counted since the last booking is not on disk."""
+        for uuid, booked in self._booked.items():
+            counted_mj = self._counted_mj(uuid)
+            self._drawn_mj[uuid] = self._drawn_mj.get(uuid, 0) + counted_mj
+            self._unknown_mj[uuid] = self._unknown_mj.get(uuid, 0) + counted_mj - booked.energy_mj
+            self._booked[uuid] = self._world.faults.read[uuid] = replace(booked, energy_mj=0)
+            self._gaps.add(uuid)
+
+    def _see_gaps(self, read: dict[str, Read]) -> None:
+        """See the first reading after a power loss: before it only the draw at both ends is known."""
+        for uuid in [uuid for uuid in self._gaps if read[uuid] is not self._booked[uuid]]:
+            before, now = self._booked[uuid], read[uuid]
+            most_mj = max(before.power_w, now.power_w) * (now.at_s - before.at_s) * 1000.0
+            self._put_down_mj[uuid] = self._put_down_mj.get(uuid, 0.0) + most_mj
+            self._gaps.remove(uuid)
 
     def _counted_mj(self, uuid: str) -> int:
         return self._world.machine.boards[uuid].sample(self._world.clock.true_s()).energy_mj or 0

@@ -301,7 +301,7 @@ class Invariants(Watch):
     def is_over(self) -> None:
         """The daemon has stopped in good order: its books are complete."""
         self.books.chain_is_whole()
-        self.books.energy_is_booked(self._world.faults.read_s)
+        self.books.energy_is_booked(self._world.faults.read)
         self.books.decisions_replay()
 
 

@@ -17,7 +17,7 @@ from tests.fakes.worlds import PENDING, UNKNOWN, G, HandOver, J, N, W
 def world_of(controller: Controller, now_s: float) -> W | None:
     """The world of the loop's node; None where it is about watts or prices, or a job's GPU was never seen."""
     ledger, board = controller.ledger, controller.board
-    if controller.power.is_active or ledger.table.energy is not None:
+    if board.power() is not None or ledger.table.energy is not None:
         return None
     jobs = tuple(_job(job, controller) for job in sorted(ledger.jobs.values(), key=lambda job: job.number))
     if any(uuid not in board.row for job in jobs for uuid in job.on):

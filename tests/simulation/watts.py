@@ -72,7 +72,10 @@ class Watts(Watch):
 
     def _is_deceived(self) -> bool:
         faults = self._world.faults
-        unread = (faults.read_s.get(uuid, 0.0) <= until_s for uuid, until_s in self._deaf_s.items())
+        unread = (
+            uuid not in faults.read or faults.read[uuid].at_s <= until_s
+            for uuid, until_s in self._deaf_s.items()
+        )
         return bool(faults.deaf) or any(unread)
 
     def hold(self) -> None:

@@ -277,6 +277,8 @@ class World:
                     (job,) = await asyncio.wait_for(self.daemon.ask(command), arrival.gives_up_s)
                     break
                 except (Unavailable, TimeoutError):
+                    if self.failure is not None:
+                        return  # nobody may ever answer: the run is over
                     await asyncio.sleep(RETRY_S)
                     arrival = replace(arrival, gives_up_s=2 * arrival.gives_up_s)
                 except RequestError as error:
@@ -301,6 +303,8 @@ class World:
                     await self.daemon.ask(command)
                     self.say(f"an operator: {str(command)[:COMMAND_CHARACTERS_MAX]}")
                 except Unavailable:
+                    if self.failure is not None:
+                        return
                     await asyncio.sleep(RETRY_S)
                     continue
                 except RequestError as error:

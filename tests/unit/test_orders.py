@@ -94,6 +94,21 @@ def test_a_notice_is_a_stop_with_the_notices_deadline() -> None:
     ]
 
 
+def test_whose_start_is_said_again_after_a_restart_is_told_to_go_after_it() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
+    fresh, going = replace(RUNS, started_s=None), replace(RUNS, notice=NOTICE)
+    orders.start(job(JobState.STARTING, fresh))
+    orders.follow(job(JobState.STARTING, fresh), job(JobState.PREEMPTING, replace(going, started_s=None)))
+    orders.stop(replace(job(JobState.PREEMPTING, going), id="j2"), going)
+    orders.send()
+    assert world.said == [
+        ("stop", AttemptKey("j2", 1), 13.0),
+        ("start", FIRST_KEY, "GPU-a"),
+        ("stop", FIRST_KEY, 13.0),
+    ]
+
+
 def test_an_acknowledgement_ends_the_grace() -> None:
     noticed = replace(RUNS, notice=NOTICE)
     after = job(JobState.PREEMPTING, replace(noticed, acknowledged_s=3.5))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.model.actions import PreemptJob, RequeueJob, SetPowerLimit, StartJob
+from scheduler.model.actions import Plan, PreemptJob, RequeueJob, SetPowerLimit, StartJob
 from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.planning.explain import Obstacle, Remedy, RemedyKind, Rule, explain
@@ -32,6 +32,10 @@ HOUR_US = 3600 * SECOND_US
 
 def planned(power: P) -> Outcome:
     return outcome(plan(snapshot(power), Policy()))
+
+
+def started(made: Plan) -> list[tuple[int, tuple[str, ...]]]:
+    return [(action.job, action.gpus) for action in made.actions if isinstance(action, StartJob)]
 
 
 def miners(count: int) -> tuple[J, ...]:
@@ -275,5 +279,25 @@ def test_who_waits_for_watts_of_now_begins_in_the_plan_that_lowers_it() -> None:
     boards = {"GPU-0": B(limit_w=490), "GPU-1": B(limit_w=490, measured_w=400)}
     power = P(W(jobs=wanted, gpus=gpus(2)), budget_w=980, boards=boards)
     made = plan(snapshot(power), Policy())
-    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [2, 1]
+    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [1, 2]
     assert not plan(snapshot(applied(power, made)), Policy()).actions
+
+
+def test_watts_that_a_higher_job_waits_for_are_taken_by_no_lower_one() -> None:
+    """Two boards cool down; job 1 is to have the one by itself, and job 2 started on theirs would move it."""
+    there = tuple(replace(gpu, numa=gpu.index // 2, is_open=gpu.index != 2) for gpu in gpus(4))
+    world = W(jobs=(J(1, **MINER), J(2, **MINER)), gpus=there)
+    boards = {"GPU-0": B(limit_w=630, measured_w=285), "GPU-1": B(limit_w=630, measured_w=461)}
+    power = P(world, budget_w=1400, boards=boards)
+    made = plan(snapshot(power), Policy())
+    assert started(made) == []
+    assert started(plan(snapshot(applied(power, made)), Policy())) == []
+
+
+def test_a_board_that_takes_less_serves_whom_the_budget_keeps_from_another() -> None:
+    jobs = (running(1, "GPU-0", job_class=TRAINING), J(2, job_class=BATCH, value=4_000_000))
+    boards = {"GPU-0": B(limit_w=605), "GPU-2": B(limit_w=605, limit_w_max=605)}
+    power = P(W(jobs=jobs, gpus=gpus(3)), budget_w=1300, boards=boards, natural_w={1: 550})
+    made = plan(snapshot(power), Policy())
+    assert started(made) == [(2, ("GPU-2",))]
+    assert started(plan(snapshot(applied(power, made)), Policy())) == []

@@ -145,3 +145,28 @@ def test_what_a_finished_share_still_holds_is_not_given_on_after_a_restart(tmp_p
         world.daemon.stop()
 
     run(story())
+
+
+def test_a_boot_whose_first_tick_could_not_be_written_is_known_to_the_next_daemon(tmp_path: Path) -> None:
+    """Else it would take the counters for new ones once more, and book what they show twice."""
+
+    async def story() -> None:
+        world = World(tmp_path)
+        await world.daemon.start()
+        await asyncio.sleep(70.0)
+        world.daemon.reboot()
+        world.daemon.disk.failure = "fsync"
+        await world.daemon.start()
+        await asyncio.sleep(5.0)
+        world.daemon.disk.failure = ""
+        await asyncio.sleep(120.0)
+        ledger = world.daemon.controller.ledger
+        (booked,) = ledger.booked.values()
+        world.daemon.crash()
+        await world.daemon.start()
+        again = world.daemon.controller
+        assert (ledger.boot_id, again.rebooted) == (world.machine.boot_id, False)
+        assert again.ledger.booked[booked.uuid].energy_mj >= booked.energy_mj
+        world.daemon.stop()
+
+    run(story())
