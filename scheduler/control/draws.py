@@ -1,7 +1,7 @@
 """What jobs draw by nature, learned from readings: a high quantile, of the job and of its class.
 
 A reading at the limit says only that the draw would be no less. So where a job is held back by a limit that
-was thought to be enough, the estimate grows by the margin until it is not held back any more; where the limit
+was thought to be enough, the estimate grows by a tenth until it is not held back any more; where the limit
 was lowered on purpose nothing is learned.
 """
 
@@ -20,6 +20,8 @@ NEWS_RATIO = 0.05
 NEWS_W = 5.0
 # A board at this part of its limit is held back by it.
 CAPPED_RATIO = 0.97
+# How much more than its limit such a job is thought to want: news, whatever the margin.
+GROWTH_RATIO = 0.1
 # Jobs of a class whose draws count for one that nobody knows yet.
 CLASS_JOBS_KEPT = 32
 
@@ -39,7 +41,7 @@ class Draws:
             return max(job.spec.draw_w, own or 0.0)
         return own if own is not None else self._known.get(job.spec.job_class.name)
 
-    def see(self, job: Job, sample: GpuSample, limit_w: float, margin_ratio: float) -> bool:
+    def see(self, job: Job, sample: GpuSample, limit_w: float) -> bool:
         """Take a reading of a GPU that the job has to itself; whether there is enough to learn from."""
         if sample.power_w is None:
             return False
@@ -48,7 +50,7 @@ class Draws:
             thought_w = self.natural_w(job)
             if thought_w is None or limit_w < thought_w:
                 return False
-            readings.append(limit_w * (1.0 + margin_ratio))
+            readings.append(limit_w * (1.0 + GROWTH_RATIO))
         else:
             readings.append(sample.power_w)
         return len(readings) >= READINGS_MIN

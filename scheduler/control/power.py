@@ -287,8 +287,8 @@ class PowerControl:
             whole = len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING
             # Who is held at less for long would seem to want ever less.
             if whole and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
-                limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio
-                if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
+                limit_w = self.limits.in_force_w(gpu)
+                if self.draws.see(held[0], sample, limit_w) and held[0] not in learned:
                     learned.append(held[0])
             is_empty = not held and gpu.uuid not in occupants and gpu.uuid not in control.board.foreign
             if is_empty:

@@ -40,7 +40,7 @@ def fed(
     draws: Draws, job: Job, watts: float, limit_w: float = 700.0, times: int = READINGS_MIN
 ) -> float | None:
     for at in range(times):
-        if draws.see(job, GpuSample("GPU-1", float(at), power_w=watts), limit_w, 0.1):
+        if draws.see(job, GpuSample("GPU-1", float(at), power_w=watts), limit_w):
             draws.learn(draws.news([job]))
     return draws.natural_w(job)
 
