@@ -15,6 +15,7 @@ import numpy as np
 from scheduler.control.budget import Budget, is_in_force
 from scheduler.control.draw_log import DrawLog
 from scheduler.control.draws import Draws
+from scheduler.control.frozen import Frozen
 from scheduler.control.idle_draws import IdleDraws
 from scheduler.control.inbox import (
     CancelGridEvent,
@@ -88,6 +89,7 @@ class PowerControl:
         self.budget = Budget(ledger, controller.config.node.name)
         self.limits = Limits(controller)
         self.idle = IdleDraws(controller.board, self.limits)
+        self.frozen = Frozen(ledger, controller.board, self.limits, self.idle)
         self.sheds = Sheds(controller, self)
         self.log = DrawLog(controller, self)
         self.points = OperatingPoints(controller)
@@ -173,6 +175,8 @@ class PowerControl:
         self._fall_behind(now_s)
         self.points.advance(now_s)
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
+        if not self.is_active:
+            self.frozen.resume_all(now_s)
 
     def clock_was_set_back(self, now_s: float) -> None:
         """Reckon from now on where it was from a time that is still to come."""
@@ -190,6 +194,8 @@ class PowerControl:
         curves = {job_class: curve_of(defaults.power_curve) for job_class, defaults in classes.items()}
 
         def speed(job: Job) -> float:
+            if job.state is JobState.SUSPENDED:
+                return 0.0
             natural_w = self.draws.natural_w(job)
             boards = [identities[uuid] for uuid in job.attempts[-1].gpus if uuid in identities]
             if natural_w is None or not boards:
@@ -261,7 +267,8 @@ class PowerControl:
         control = self._control
         elapsed_s, self._read_s = max(0.0, now_s - self._read_s) if self._read_s else 0.0, now_s
         occupants = control.board.occupants()
-        learned = []
+        learned: list[Job] = []
+        news: dict[str, float] = {}
         for gpu in control.board.identities:
             sample = control.board.samples.get(gpu.uuid)
             if sample is None:
@@ -270,9 +277,12 @@ class PowerControl:
             if self._fresh_w(gpu.uuid, now_s) is None:
                 continue  # the same old reading teaches nothing twice
             held = control.board.holders(gpu.uuid)
-            whole = len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING
+            whole = len(held) == 1 and not held[0].spec.is_share
+            if whole:
+                news |= self.frozen.see(held[0], gpu, sample)
+            runs = whole and held[0].state is JobState.RUNNING and held[0].attempts[-1].suspend_s is None
             # Who is held at less for long would seem to want ever less.
-            if whole and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
+            if runs and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
                 limit_w, margin = self.limits.in_force_w(gpu), control.config.power.margin_ratio
                 if self.draws.see(held[0], sample, limit_w, margin) and held[0] not in learned:
                     learned.append(held[0])
@@ -281,7 +291,7 @@ class PowerControl:
                 self.idle.empty(gpu.uuid, sample.power_w, now_s)
             else:
                 self.idle.occupied(gpu.uuid)
-        self._learn(self.draws.news(learned), now_s)
+        self._learn(news | self.draws.news(learned), now_s)
         measured_w = self.measured_w(now_s)
         self.log.read(measured_w, now_s)
         self._close(elapsed_s, measured_w, now_s)
@@ -392,6 +402,8 @@ class PowerControl:
             ),
             natural_w=jobs.natural_w,
             best_w=self._best_w(jobs),
+            frozen_w=control.ledger.table.of_suspendable(self.frozen.counted_w),
+            suspend_us=jobs.suspend_us,
         )
 
     def _best_w(self, jobs: JobWatts) -> Any:
@@ -536,12 +548,12 @@ class PowerControl:
         return LimitCause.NATURAL if now_w >= min(full_w, kept.found_w) - SAME_W else LimitCause.SHED
 
     def committed_w(self) -> float:
-        """What the site may draw: limits of occupied boards, idle draw of the others."""
+        """What the site may draw: limits of occupied boards, less where all are frozen, idle draw of others."""
         board = self._control.board
         leaving = board.occupants()
         return self.site_w(
             sum(
-                self.limits.in_force_w(gpu)
+                self.frozen.held_w(gpu)
                 if board.is_held(gpu.uuid) or gpu.uuid in leaving
                 else self.idle.of(gpu)
                 for gpu in board.identities

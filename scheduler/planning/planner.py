@@ -27,8 +27,10 @@ from scheduler.model.actions import (
     PreemptJob,
     Promise,
     RequeueJob,
+    ResumeJob,
     StartJob,
     StopJob,
+    SuspendJob,
     Wait,
 )
 from scheduler.model.policy import Policy
@@ -130,6 +132,7 @@ class Planner:
             actions=(
                 *(power.limits() if power else ()),
                 *(power.sheds if power else ()),
+                *self._freezes(),
                 *self._stops,
                 *fails,
                 *self._preempts,
@@ -141,6 +144,11 @@ class Planner:
             awaited={number: given.awaited for number, given in self.claims.items() if not given.is_free},
             power=power.outlook if power else None,
         )
+
+    def _freezes(self) -> list[SuspendJob | ResumeJob]:
+        """Who is frozen and who runs again, but for those that go."""
+        gone = {preempt.job for preempt in self._preempts}
+        return [action for action in self.power.freezes() if action.job not in gone] if self.power else []
 
     def candidates(self, request: Request, node: Node) -> list[Live]:
         """The live jobs of a node that the request may displace."""
@@ -376,6 +384,8 @@ class Planner:
         jobs, now_us, codes, timed = self._snapshot.jobs, self.now_us, self.queue.codes, self._timed
         promised = [] if self.promise is None else [xp.asarray([self.promise.start_us])]
         backing_off = rows_where(codes == WAIT_CODE[Reason.BACKING_OFF])
+        if self.power is not None and self.power.wake_us is not None:
+            promised.append(xp.asarray([self.power.wake_us]))
         moments = [*promised, jobs.eligible_us[backing_off], self._dear_later_us]
         if len(timed):
             running = jobs.state[timed] == RUNNING
