@@ -1,7 +1,7 @@
 """Frozen jobs: what boards draw with them, learned from readings by class and model of the board.
 
-A frozen process keeps its CUDA context, and a context keeps the clock up: an H100 that draws 76 W when it is empty
-drew 130 W with a frozen job on it.
+A frozen process keeps its CUDA context, and a context keeps the clock up: an H100 that draws 76 W when it is
+empty drew 130 W with a frozen job on it.
 """
 
 import math
@@ -58,7 +58,7 @@ class Frozen:
         return None if watts is None else math.ceil(watts / STEP_W) * STEP_W
 
     def held_w(self, gpu: GpuIdentity) -> float:
-        """The most that a board that jobs hold may draw: its limit, or what it draws with all of them frozen."""
+        """The most that a board that jobs hold may draw: its limit, or what it draws with all frozen."""
         limit_w, idle_w = self._limits.in_force_w(gpu), self._idle.of(gpu)
         held = self._board.holders(gpu.uuid)
         if not held or any(
@@ -73,9 +73,7 @@ class Frozen:
         for number in sorted(self._ledger.table.suspendable):
             job = self._ledger.jobs[number]
             if job.holds and job.attempts[-1].suspend_s is not None:
-                self._ledger.apply(
-                    ResumeDecided(now_s, job.id, job.attempt, Reason.RESUMED_AFTER_SHED)
-                )
+                self._ledger.apply(ResumeDecided(now_s, job.id, job.attempt, Reason.RESUMED_AFTER_SHED))
 
     def of_board(self, gpu: GpuIdentity, job: Job) -> float:
         """What this board draws while the job is frozen on it."""

@@ -548,7 +548,7 @@ class PowerControl:
         return LimitCause.NATURAL if now_w >= min(full_w, kept.found_w) - SAME_W else LimitCause.SHED
 
     def committed_w(self) -> float:
-        """What the site may draw: limits of occupied boards, less where all are frozen, idle draw of others."""
+        """What the site may draw: limits of occupied boards, less of frozen ones, idle draw of others."""
         board = self._control.board
         leaving = board.occupants()
         return self.site_w(

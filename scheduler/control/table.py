@@ -34,8 +34,8 @@ _STATE_CODES = {
     JobState.PREEMPTING: columns.PREEMPTING,
     JobState.STOPPING: columns.STOPPING,
 }
-# Beside the jobs' own: what a job draws by nature, W; since when it is to be frozen; the whole work of one that pays at its end, µs; its
-# priority before aging; how often it gave way to a job.
+# Beside the jobs' own: what a job draws by nature, W; since when it is to be frozen; the whole work of one
+# that pays at its end, µs; its priority before aging; how often it gave way to a job.
 _COLUMNS = (
     *JobColumns.__dataclass_fields__,
     *("natural_w", "suspend_us"),

@@ -529,7 +529,7 @@ class Attempt(Listener):
         self._ack_watch = -1
 
     def _say_last(self, kind: str, of: tuple[str, ...]) -> None:
-        """Say what makes the earlier ones of these needless: only the last matters to a daemon that returns."""
+        """Say what makes the earlier ones of these needless to a daemon that returns."""
         self.reports = [report for report in self.reports if report["report"] not in of]
         self._say(kind)
 

@@ -58,15 +58,7 @@ _READY_BYTES_MAX = 4096
 _PROGRAM = Path(__file__).with_name("launcher_process.py")
 
 _AttemptReport = (
-    Started
-    | StartFailed
-    | Signalled
-    | Acknowledged
-    | CheckpointSaved
-    | Frozen
-    | Thawed
-    | Exited
-    | TreeStuck
+    Started | StartFailed | Signalled | Acknowledged | CheckpointSaved | Frozen | Thawed | Exited | TreeStuck
 )
 _REPORTS: dict[str, type[_AttemptReport]] = {
     "started": Started,

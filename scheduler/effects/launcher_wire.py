@@ -9,11 +9,11 @@ The launcher answers with the newest version both know:
 
 or with `{"report": "refused", "message": …}` and the end of the connection. After that orders go one way
 (prepare, start, stop, freeze, thaw, end_grace, forget) and reports the other (started, start_failed,
-signalled, acknowledged, checkpoint_saved, frozen, thawed, exited, tree_stuck), each with job_id, attempt and the fields of the
-dataclass of that name in `launcher.py`. `prepare` says all about an attempt, `start` only which, and what is
-new in its environment; what was prepared and not started is never reported, and ends with the connection.
-Fields that one side does not know are ignored; a new order or a new meaning is a new version. (Version 1 had
-no `prepare`, version 2 no `freeze` and `thaw`.)
+signalled, acknowledged, checkpoint_saved, frozen, thawed, exited, tree_stuck), each with job_id, attempt and
+the fields of the dataclass of that name in `launcher.py`. `prepare` says all about an attempt, `start` only
+which, and what is new in its environment; what was prepared and not started is never reported, and ends with
+the connection. Fields that one side does not know are ignored; a new order or a new meaning is a new version.
+(Version 1 had no `prepare`, version 2 no `freeze` and `thaw`.)
 
 This module loads nothing but json: the launcher is meant to stay small.
 """

@@ -438,9 +438,7 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
             return _told(job, event, revision)
         case AttemptSuspended():
             attempt = replace(_current(job, event), suspended_s=event.at_s, resumed_s=None)
-            return _with_attempt(
-                _moved(job, JobState.SUSPENDED, job.reason, event.at_s), attempt, revision
-            )
+            return _with_attempt(_moved(job, JobState.SUSPENDED, job.reason, event.at_s), attempt, revision)
         case AttemptResumed():
             if job.state is not JobState.SUSPENDED:
                 raise TransitionError(f"job {job.id} is {job.state}, not SUSPENDED")

@@ -1,8 +1,8 @@
 """Who is frozen in a plan: what his boards count for, when he runs again, and the actions that follow.
 
-Who is frozen keeps his boards. They count with what a frozen board draws, once the launcher has said that it is
-so and for as long as nobody was told otherwise; their limits lie at the boards' minimum meanwhile, so that what
-was queued runs out under it and a return begins with it.
+Who is frozen keeps his boards. They count with what a frozen board draws, once the launcher has said that it
+is so and for as long as nobody was told otherwise; their limits lie at the boards' minimum meanwhile, so that
+what was queued runs out under it and a return begins with it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from scheduler.model.snapshot import RUNNING, SUSPENDED, UNKNOWN, PowerColumns, 
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.shedding import Unit
 
-# Whoever was frozen stays so for this long at least: a budget that moves to and fro must not make jobs stutter.
+# Whoever was frozen stays so for this long at least: a budget that moves to and fro must make no job stutter.
 FROZEN_US_MIN = 30_000_000
 
 
@@ -29,7 +29,7 @@ class Freezing:
         rows = rows_where(told)
         pairs = zip(jobs.number[rows].tolist(), power.suspend_us[rows].tolist(), strict=True)
         self._since_us: dict[int, int] = dict(pairs)  # of who is told to be frozen
-        # Bool, shape (jobs,) each: who may be frozen, one day or now; and who is known to be, and is to stay so.
+        # Bool, shape (jobs,) each: who may be frozen, one day or now; who is known to be, and stays so.
         self.yields = jobs.preemptible & (power.frozen_w != UNKNOWN)
         self.may = self.yields & ((jobs.state == RUNNING) | (jobs.state == SUSPENDED))
         self._still = self.yields & told & (jobs.state == SUSPENDED)

@@ -186,12 +186,11 @@ class Planner:
             for number in jobs.number[dear].tolist():
                 order[number] = RequeueJob(number, Reason.STOPPED_FOR_PRICE)
         if len(timed):
-            running = jobs.state[timed] == RUNNING
+            live = (jobs.state[timed] == RUNNING) | (jobs.state[timed] == SUSPENDED)
             started_us, limit_us = jobs.started_us[timed], jobs.time_limit_us[timed]
             ran_us = xp.where(started_us == UNKNOWN, 0, now_us - started_us)
-            limited = running & (limit_us != UNKNOWN) & (ran_us >= limit_us)
+            limited = live & (limit_us != UNKNOWN) & (ran_us >= limit_us)
             deadline_us = jobs.deadline_us[timed]
-            live = running | (jobs.state[timed] == SUSPENDED)
             missed = live & (deadline_us != UNKNOWN) & (deadline_us < now_us)  # done by then is in time
             for where, reason in ((missed, Reason.DEADLINE_MISSED), (limited, Reason.TIME_LIMIT)):
                 numbers = jobs.number[timed[where]].tolist()
@@ -388,13 +387,13 @@ class Planner:
             promised.append(xp.asarray([self.power.wake_us]))
         moments = [*promised, jobs.eligible_us[backing_off], self._dear_later_us]
         if len(timed):
-            running = jobs.state[timed] == RUNNING
-            limited = timed[running & (jobs.time_limit_us[timed] != UNKNOWN)]
+            live = (jobs.state[timed] == RUNNING) | (jobs.state[timed] == SUSPENDED)
+            limited = timed[live & (jobs.time_limit_us[timed] != UNKNOWN)]
             dated = jobs.deadline_us[timed] != UNKNOWN
             late = timed[dated & (codes[timed] >= 0)]
             moments += [
                 jobs.started_us[limited] + jobs.time_limit_us[limited],
-                jobs.deadline_us[timed[dated & (running | (jobs.state[timed] == SUSPENDED))]] + 1,
+                jobs.deadline_us[timed[dated & live]] + 1,
                 jobs.deadline_us[late] + 1 - unknown_as_zero(jobs.expected_us[late]),
             ]
         if (codes >= 0).any():

@@ -64,7 +64,7 @@ class Unit:
 
 
 class Option(NamedTuple):
-    """What a unit could do; `limits_w` by GPU, None = it stops; of who is frozen what the boards draw then."""
+    """What a unit could do; `limits_w` by GPU, None = it stops; of a frozen one what its boards draw."""
 
     gain_w: int
     cost: int  # loss and, below it, the rung

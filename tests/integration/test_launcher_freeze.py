@@ -12,8 +12,8 @@ from scheduler.effects.job_signals import runs
 from scheduler.effects.launcher import AttemptKey, Exited, Frozen, LauncherGone, Signalled, Started, Thawed
 from tests.integration.launching import Bench, a_launcher, cgroups_are_writable, eventually, is_alive
 
-# Three that write on and on: the first process, a child, and a grandchild in a session of its own whose parent
-# has ended.
+# Three that write on and on: the first process, a child, and a grandchild in a session of its own, whose
+# parent has ended.
 WRITE = "write() { while :; do echo >$1; sleep 0.01; done; }"
 FAMILY = f"{WRITE}; (write child) & (setsid sh -c '{WRITE}; write far' &) ; write main"
 WRITERS = ("main", "child", "far")
