@@ -1,7 +1,7 @@
 """Frozen jobs: what boards draw with them, learned from readings by class and model of the board.
 
 A frozen process keeps its CUDA context, and a context keeps the clock up: an H100 that draws 76 W when it is
-empty drew 130 W with a frozen job on it.
+empty drew 130 W with a frozen job on it (docs/operating/power.md).
 """
 
 import math

@@ -22,7 +22,8 @@ SETTLING_S = 0.5
 RESERVE_MIB = 512
 # What a process holds that has not said how much.
 PROCESS_MEMORY_MIB = 4096
-# What a process that has a context and runs nothing adds to an idle board: an H100's 76 W become 130.
+# What a process that has a context and runs nothing adds to an idle board: an H100's 72 to 76 W become 122 to
+# 130 (docs/operating/power.md).
 CONTEXT_W = 54.0
 _IDLE_TEMPERATURE_C = 35.0
 _TEMPERATURE_C_PER_W = 0.06

@@ -149,6 +149,9 @@ class Invariants(Watch):
             case "stop":
                 self._demand(attempt is not None and attempt.notice is not None, f"{said} notice")
                 self._told_s.setdefault(key, self._now_s())
+            case "freeze" | "thaw":
+                told = attempt is not None and attempt.suspend_s is not None
+                self._demand(attempt is not None and told is (what == "freeze"), f"{said} such decision")
             case "end_grace":
                 over = job is None or attempt is None or not job.holds or attempt.exited_s is not None
                 ready = attempt is not None and attempt.acknowledged_s is not None
