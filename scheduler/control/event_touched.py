@@ -77,7 +77,7 @@ class _Looking:
         self._others: dict[tuple[str, Deed], Touched] = {}
 
     def found(self) -> list[Touched]:
-        """All, by time; who was stopped waits, and his boards' limits fall, of course, as do a frozen one's."""
+        """All, by time; the limits of boards fall, of course, whose jobs were stopped or frozen."""
         stopped_s: dict[str, float] = {}
         for (job_id, deed), one in self._others.items():
             if deed in (Deed.STOPPED, Deed.FROZEN):

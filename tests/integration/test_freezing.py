@@ -4,8 +4,9 @@ import os
 import signal
 from pathlib import Path
 
+from scheduler.planning.freezing import FROZEN_US_MIN
 from scheduler.v1 import job_pb2, power_pb2, reason_pb2
-from tests.harness.daemon import PENDING, RUNNING, Daemon, reason_of, until
+from tests.harness.daemon import PENDING, RUNNING, WAIT_S, Daemon, reason_of, until
 from tests.harness.miners import MINERS, mined
 
 SUSPENDED = job_pb2.JOB_STATE_SUSPENDED
@@ -14,6 +15,7 @@ MET = power_pb2.SHED_STATE_MET
 FREEZABLE = f'{MINERS}on_preempt = "suspend"\nrestart_loss_s = 600\ndraw_w = 560\n'
 # Two boards of 560 W, of which a limit takes 190 each at most: one more has to give.
 TIGHT_W = 640.0
+WIDE_W = 1400.0  # room for both
 
 
 def frozen(daemon: Daemon) -> list[job_pb2.Job]:
@@ -54,6 +56,7 @@ def test_a_grid_event_freezes_a_miner_and_its_end_brings_the_same_process_back()
         assert 'wattshift_jobs{class="mining",state="suspended"} 1.0' in daemon.metrics()
         told = daemon.cli("show", job.id).stdout
         assert "SUSPENDED" in told.upper()
+        assert "It is frozen (shed for power)" in daemon.cli("explain", job.id).stdout
 
         daemon.cancel_event("e1")
 
@@ -63,8 +66,9 @@ def test_a_grid_event_freezes_a_miner_and_its_end_brings_the_same_process_back()
         assert not is_stopped(pid)
 
 
-def test_a_frozen_miner_outlives_a_killed_daemon_and_thaws_under_the_next() -> None:
-    with Daemon(gpus="2xH100", config=FREEZABLE).start() as daemon:
+def test_a_frozen_miner_outlives_a_killed_daemon_and_the_next_one_thaws_it_within_its_budget() -> None:
+    config = FREEZABLE.replace("[power]\n", f"[power]\nbudget_w = {WIDE_W}\n")
+    with Daemon(gpus="2xH100", config=config).start() as daemon:
         job = a_frozen_miner(daemon)
         pid = job.attempts[-1].pid
 
@@ -75,7 +79,11 @@ def test_a_frozen_miner_outlives_a_killed_daemon_and_thaws_under_the_next() -> N
         assert daemon.get(job.id).state == SUSPENDED
         assert is_stopped(pid)
         daemon.cancel_event("e1")
-        assert daemon.wait(job.id, RUNNING).attempts[-1].pid == pid
+        # Not before it was frozen for a while: the budget goes on, and may move to and fro.
+        assert (
+            daemon.wait(job.id, RUNNING, timeout_s=2 * WAIT_S + FROZEN_US_MIN / 1e6).attempts[-1].pid == pid
+        )
+        until("it has its watts again", lambda: daemon.get_power().draw_w > 1000)
 
 
 def test_a_frozen_job_that_must_go_is_woken_to_hear_it() -> None:
