@@ -13,6 +13,7 @@ from tests.fakes.worlds import (
     INFERENCE,
     MINING,
     NOW_US,
+    SECOND_US,
     SUSPENDED,
     TRAINING,
     J,
@@ -107,6 +108,8 @@ def test_who_is_told_and_not_frozen_yet_counts_with_his_limit() -> None:
     assert actions(power) == (SetPowerLimit("GPU-1", 280, RAISED),)
     frozen = W(jobs=(replace(miner(1), state=SUSPENDED), other), gpus=gpus(2))
     assert actions(replace(power, world=frozen)) == (SetPowerLimit("GPU-1", 330, RAISED),)
+    back = replace(power, world=frozen, suspend_us={})  # it was told to run, and is about to
+    assert SetPowerLimit("GPU-1", 280, RAISED) in actions(back)
 
 
 def test_when_the_watts_are_there_again_it_runs_and_its_limit_rises() -> None:
@@ -147,7 +150,7 @@ def test_a_frozen_job_is_preempted_for_its_memory_by_whoever_needs_the_gpu() -> 
 
 def test_nobody_is_frozen_for_a_start() -> None:
     """A start that would freeze somebody waits, or stops whom it outranks."""
-    equal = J(5, job_class=MINING, value=50_000, gpus=1)
+    equal = J(5, job_class=MINING, value=50_000, gpus=1, restart_loss_us=3600 * SECOND_US)
     world = W(jobs=(miner(1), equal), gpus=gpus(2))
     power = replace(
         site(miner(1), budget_w=400), world=world, natural_w={1: 300, 5: 300}, frozen_w={1: 130, 5: 130}
