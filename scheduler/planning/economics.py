@@ -1,9 +1,9 @@
 """The price gate: work that earns less than its energy costs does not run.
 
 It holds for the classes that price may steer; all others run whatever a kilowatt-hour costs. Where value
-decides who runs, training is one of them. A job starts as soon as its value net of energy is positive. It is
-stopped only where going on for an hour would cost more than the restart loss that a stop makes: on 200 days of
-real prices that keeps 99.9 % of what a miner with perfect foresight earns (`docs/PRICES.md`).
+decides who runs, training is one of them. A job starts as soon as its value net of energy is positive. It
+is stopped only where going on for an hour would cost more than the restart loss that a stop makes: on 200 days
+of real prices that keeps 99.9 % of what a miner with perfect foresight earns (`docs/PRICES.md`).
 
 Mining has three useful states, not two: at full draw, at less, and off. As energy becomes dearer the best
 limit slides down the curve of work against draw, from one of its corners to the next, until off is better.
