@@ -207,13 +207,14 @@ class Accounts:
             self._time(gpu, parts, holds, now_s)
             if newest.at_s == gpu.meter.seen_s:
                 continue
+            seen_s = gpu.meter.seen_s
             left_s = [hold.until_s for part, _ in gpu.parts for hold in holds.get(part, ())]
             used = gpu.meter.read(newest.at_s, newest.energy_mj, power_w, max(left_s, default=0.0))
             self._telemetry.note(gpu.uuid, "energy_mj", gpu.meter.fault, now_s)
             for interval in used:
                 for piece, rate in self._priced(interval):
                     self._split(gpu, holds, piece, rate)
-                self._note_idle(holds, samples, interval)
+            self._note_idle(holds, samples, max(0.0, newest.at_s - seen_s))
             if used:
                 gpu.parts = parts
         self._read_base(now_s)
@@ -370,8 +371,8 @@ class Accounts:
             gpu.charge(user, energy_mj, rate)
             self._meters.gpu_energy_j[(user.uuid,)] += energy_mj / 1000.0
 
-    def _note_idle(self, holds: dict[str, list[_Hold]], samples: list[GpuSample], used: Used) -> None:
-        """Note time for which a GPU was held with nothing running on it."""
+    def _note_idle(self, holds: dict[str, list[_Hold]], samples: list[GpuSample], lasted_s: float) -> None:
+        """Note the time since the last reading for which a GPU was held with nothing running on it."""
         for sample in samples:
             is_held = any(hold.until_s == math.inf for hold in holds.get(sample.uuid, ()))
             if (
@@ -379,7 +380,7 @@ class Accounts:
                 and sample.utilization_ratio is not None
                 and sample.utilization_ratio < _IDLE_UTILIZATION
             ):
-                self._meters.allocated_idle_s[(sample.uuid,)] += max(0.0, used.until_s - used.since_s)
+                self._meters.allocated_idle_s[(sample.uuid,)] += lasted_s
 
     # Bookings ---------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class EnergyMeter:
         self.seen_s = at_s  # the last reading
         self.fault = ""  # of it
         self._drawn_mj = 0.0  # since `at_s`, by the draw
+        self._drawn_at: list[tuple[float, float]] = []  # how much of it up to each reading
         self._has_gap = False
 
     def driver_is_new(self) -> None:
@@ -74,15 +75,31 @@ class EnergyMeter:
             if self.counter_mj is not None and 0.0 <= waited_s < PATIENCE_S:
                 return ()
             energy_mj = self._by_draw
-        used = [Used(self.at_s, at_s, energy_mj)]
+        used = self._spread(at_s, energy_mj)
         if self.fault == COUNTER_RESET and waited_s >= PATIENCE_S and self.at_s < held_until_s < at_s:
             used = [
                 Used(self.at_s, held_until_s, round(before_mj)),
                 Used(held_until_s, at_s, energy_mj),
             ]
         self.at_s, self.counter_mj = at_s, counter_mj
-        self._drawn_mj, self._has_gap = 0.0, False
+        self._drawn_mj, self._drawn_at, self._has_gap = 0.0, [], False
         return tuple(used)
+
+    def _spread(self, at_s: float, energy_mj: int) -> list[Used]:
+        """Spread it over the readings that the counter was waited for, in proportion to the draw.
+
+        In one piece where that is not known. Time of which it is not goes with the reading after it.
+        """
+        is_known = not self._has_gap and self._drawn_mj > 0.0
+        if not is_known or len(self._drawn_at) < 2 or self._drawn_at[-1][0] != at_s:
+            return [Used(self.at_s, at_s, energy_mj)]
+        found: list[Used] = []
+        since_s, given_mj = self.at_s, 0
+        for until_s, drawn_mj in self._drawn_at:
+            upto_mj = round(energy_mj * (drawn_mj / self._drawn_mj))
+            found.append(Used(since_s, until_s, upto_mj - given_mj))
+            since_s, given_mj = until_s, upto_mj
+        return found
 
     def _draw(self, at_s: float, power_w: float | None) -> None:
         """Integrate the draw up to this reading, as a straight line from the last."""
@@ -92,6 +109,7 @@ class EnergyMeter:
             self._has_gap = True
         elif known_w:
             self._drawn_mj += sum(known_w) / len(known_w) * elapsed_s * _MJ_PER_J
+            self._drawn_at.append((at_s, self._drawn_mj))
         self.seen_s, self.power_w = at_s, power_w
 
     @property

@@ -35,6 +35,10 @@ class IdleDraws:
         ]
         return min(max(alike, default=IDLE_W_UNKNOWN), self._limits.in_force_w(gpu))
 
+    def declare(self, idle_w: dict[str, float]) -> None:
+        """Take what is known beforehand, by UUID; what is seen goes on from there."""
+        self._idle_w |= idle_w
+
     def occupied(self, uuid: str) -> None:
         """Somebody is on the board."""
         self._empty_since_s.pop(uuid, None)

@@ -46,7 +46,9 @@ class Limits:
 
     def __init__(self, controller: "Controller") -> None:
         self._control = controller
-        self._asked: dict[str, float] = {}  # on their way
+        self._asked: dict[str, float] = {}  # on their way: the largest of those that a board may have now
+        self._in_flight: dict[str, float] = {}
+        self._next: dict[str, float] = {}  # for boards that have not answered yet: one order after the other
         self._answered: dict[str, _Answer] = {}  # until a newer reading
         self._refused: dict[str, tuple[str, float]] = {}  # why, and until when it is not tried again
         self._theirs: dict[str, float] = {}  # limits that somebody else set, and that are respected
@@ -112,8 +114,15 @@ class Limits:
         """Set what was journalled, every board at the same time."""
         for uuid, watts in self._to_send:
             self._asked[uuid] = max(watts, self._asked.get(uuid, 0.0))
-            self._control.spawn(self._set(uuid, watts))
+            if uuid in self._in_flight:
+                self._next[uuid] = watts
+            else:
+                self._begin(uuid, watts)
         self._to_send.clear()
+
+    def _begin(self, uuid: str, watts: float) -> None:
+        self._in_flight[uuid] = watts
+        self._control.spawn(self._set(uuid, watts))
 
     async def _set(self, uuid: str, watts: float) -> None:
         begun_s = self._control.effects.clock.now_s()
@@ -128,7 +137,12 @@ class Limits:
 
     def answered(self, result: LimitSet, now_s: float) -> None:
         """Take a board's answer."""
-        self._asked.pop(result.uuid, None)
+        if self._in_flight.get(result.uuid) != result.asked_w:
+            return  # it was taken before, in a tick that was not kept
+        del self._in_flight[result.uuid], self._asked[result.uuid]
+        if (next_w := self._next.pop(result.uuid, None)) is not None:
+            self._asked[result.uuid] = max(next_w, result.limit.power_limit_w or 0.0 if result.limit else 0.0)
+            self._begin(result.uuid, next_w)
         if result.limit is None:
             forever = result.error in NEVER
             self._refused[result.uuid] = (result.message, float("inf") if forever else now_s + RETRY_S)

@@ -28,23 +28,21 @@ from scheduler.control.inbox import (
     SetPowerBudget,
     SetPrices,
 )
-from scheduler.control.limits import RETRY_S, SAME_W, Limits
+from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.operating import OperatingPoints
-from scheduler.control.power_view import GpuPowerView, PowerView
+from scheduler.control.power_view import GpuPowerView, PowerView, limit_cause
 from scheduler.control.sheds import Sheds
 from scheduler.control.slowed import Slowed
 from scheduler.control.table import JobWatts
 from scheduler.control.telemetry import fresh_s
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
-from scheduler.model.gpus import GpuIdentity
 from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
     GRID_EVENTS_MAX,
     UNLIMITED_W,
     GridEvent,
-    LimitCause,
     ShedState,
     curve_of,
 )
@@ -63,6 +61,9 @@ if TYPE_CHECKING:
 
 # Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
+# A draw only nears a limit: until it is inside a budget that fell, at most so long, what binds lies lower.
+LEAD_S = 4.0
+LEAD_RATIO = 0.03
 # Answers of a driver that say that there is nothing to read.
 NO_GPUS = frozenset({"ERROR_LIBRARY_NOT_FOUND", "ERROR_GPU_NOT_FOUND"})
 # The planner sees these in steps, so that no limit follows every flicker.
@@ -95,6 +96,7 @@ class PowerControl:
         self.points = OperatingPoints(controller)
         self._correction_w = 0.0  # of boards: what they drew beyond the plan
         self._changed_s = 0.0  # when a limit or a job last changed
+        self._fell_s = -math.inf  # when the budget fell
         self._read_s = 0.0
         self._give_back_s = 0.0  # not before
         self._knows_budget = False  # the first readings come before the first look at the sources
@@ -174,13 +176,20 @@ class PowerControl:
         self.sheds.advance(now_s)
         self._fall_behind(now_s)
         self.points.advance(now_s)
+        before_w = self.budget.in_force_w
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
         if not self.is_active:
             self.frozen.resume_all(now_s)
+        after_w = self.budget.in_force_w
+        if after_w is not None and (before_w is None or after_w < before_w):
+            self._fell_s = now_s
+
+    def _leads(self, now_s: float) -> bool:
+        return now_s < self._fell_s + LEAD_S
 
     def clock_was_set_back(self, now_s: float) -> None:
         """Reckon from now on where it was from a time that is still to come."""
-        self._changed_s = min(self._changed_s, now_s)
+        self._changed_s, self._fell_s = min(self._changed_s, now_s), min(self._fell_s, now_s)
         self._give_back_s = min(self._give_back_s, now_s)
         self.idle.clock_was_set_back()
         self.limits.clock_was_set_back(now_s)
@@ -211,6 +220,7 @@ class PowerControl:
         """The next moment at which time alone changes the budget, or ends a grace."""
         moments = self.budget.edges_s()
         moments += [moment for _, moment in self.sheds.cut_off()]
+        moments.append(self._fell_s + LEAD_S)
         moments += [moment for moment in [self.points.wake_s(now_s)] if moment is not None]
         moments += [
             self.shed_begins_s(event, now_s)
@@ -244,6 +254,8 @@ class PowerControl:
         """Journal the limits that the plan sets; they follow the commit."""
         if actions:
             self._changed_s = now_s
+        if not self.sets_limits:
+            return  # a plan that only keeps a promise for later
         self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
 
     def undo(self) -> None:
@@ -333,6 +345,8 @@ class PowerControl:
             return
         if measured_w > budget_w:
             self._control.meters.power_over_budget_s += elapsed_s
+        elif not self._control.ledger.stopping:
+            self._fell_s = -math.inf  # the draw is there
         if now_s - self._changed_s < SETTLE_S or self._control.ledger.stopping:
             return  # it is on its way
         beyond_w = (measured_w - budget_w) / self._control.config.power.pue
@@ -345,10 +359,11 @@ class PowerControl:
     def basis(self, now_s: float) -> object:
         """What of the power columns can change between two readings; None where no plan sets limits."""
         if not self.is_active:
-            return self.points.basis()
+            return self.points.basis(), self._promised(now_s)
         gpus, events = self._control.board.identities, self._control.ledger.power.events
         return (
             self.budget.in_force_w,
+            self._leads(now_s),
             _in_steps(self._correction_w, CORRECTION_STEP_W),
             self._promised(now_s),
             [event for event in events if event.emergency and is_in_force(event, now_s)],
@@ -361,10 +376,11 @@ class PowerControl:
     def _columns_now(self) -> Callable[[JobWatts], PowerColumns] | None:
         if self.is_active:
             return self.columns
-        return self._unbudgeted if self.points.is_active else None
+        is_promised = self._promised(self._control.effects.clock.now_s()) is not None
+        return self._unbudgeted if self.points.is_active or is_promised else None
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
-        """The power columns without a budget: only miners are limited, all others have what boards take."""
+        """The power columns without a budget: only miners are limited, and starts keep promises for later."""
         # So large a margin that each full limit is its board's largest.
         return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
@@ -388,6 +404,7 @@ class PowerControl:
             ),
             horizon_us=math.ceil(left_s / HORIZON_S_MIN) * round(HORIZON_S_MIN * 1e6),
             margin_milli=round(config.margin_ratio * MILLI),
+            lead_milli=round(LEAD_RATIO * MILLI) if self._leads(now_s) else 0,
             limits_inference=config.limit_inference,
             curves=tuple(
                 curve_of(control.config.policy.classes[job_class].power_curve) for job_class in JobClass
@@ -519,7 +536,7 @@ class PowerControl:
                     limit_w_max=high,
                     limit_w_found=kept[gpu.uuid].found_w if gpu.uuid in kept else None,
                     refusal=self.limits.refusals.get(gpu.uuid, ""),
-                    cause=self._cause(gpu),
+                    cause=limit_cause(control, gpu),
                 )
             )
         return PowerView(
@@ -531,21 +548,6 @@ class PowerControl:
             shadow_microusd_per_wh=outlook.shadow_microusd_per_wh if outlook else 0.0,
             gpus=tuple(gpus),
         )
-
-    def _cause(self, gpu: GpuIdentity) -> LimitCause | None:
-        """Why the board's limit is where it is; None where the job that it was set for has gone."""
-        kept, now_w = self._control.ledger.power.limits.get(gpu.uuid), self.limits.in_force_w(gpu)
-        if kept is None or now_w >= kept.found_w - SAME_W:
-            return LimitCause.FOUND
-        held = self._control.board.holders(gpu.uuid)
-        if not held:
-            return None
-        point_w = self.points.held_w.get(held[0].number, UNKNOWN) if len(held) == 1 else UNKNOWN
-        if point_w != UNKNOWN:
-            return LimitCause.OPERATING_POINT if now_w >= point_w - SAME_W else LimitCause.SHED
-        natural_w = sum(self.draws.natural_w(job) or kept.found_w for job in held)
-        full_w = natural_w * (1.0 + self._control.config.power.margin_ratio)
-        return LimitCause.NATURAL if now_w >= min(full_w, kept.found_w) - SAME_W else LimitCause.SHED
 
     def committed_w(self) -> float:
         """What the site may draw: limits of occupied boards, less of frozen ones, idle draw of others."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.effects import nvml_fields as fields
+from scheduler.effects.nvml_energy import EnergyCounter
 from scheduler.effects.nvml_plausible import (
     IDENTITY_RANGES,
     SAMPLE_RANGES,
@@ -138,6 +139,7 @@ class OpenGpu:
         self.identity, self._doubts = _identity(self.handle, index, library, self._scope_name)
         self.linked_to = _linked_to(self.handle)
         self._utilization_since_us = 0
+        self._energy = EnergyCounter()
 
     def sample(self) -> tuple[GpuSample, str]:
         """Return what the GPU reports now, and the name of a failure that cost a field, or "".
@@ -148,6 +150,7 @@ class OpenGpu:
         at_s = time.time()
         failures: list[str] = []
         values = {name: self._read(reader, failures) for name, reader in SAMPLE_CALLS.items()}
+        values["energy_mj"] = self._energy.read(at_s, lambda: self._read(_energy_mj, failures))
         values |= self._read(_utilization_ratios, failures) or {}
         values |= _from_fields(_fields(self.handle, _sample_fields(self._scope)))
         if values["power_w"] is None:
@@ -438,7 +441,6 @@ SAMPLE_CALLS: dict[str, Callable[[Any], Any]] = {
     "decoder_utilization_ratio": functools.partial(_engine_ratio, "nvmlDeviceGetDecoderUtilization"),
     "power_limit_w": _power_limit_w,
     "power_limit_w_enforced": _power_limit_w_enforced,
-    "energy_mj": _energy_mj,
     "temperature_celsius": _temperature_celsius,
     "sm_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_SM),
     "memory_clock_mhz": lambda handle: call("nvmlDeviceGetClockInfo", handle, CLOCK_MEMORY),

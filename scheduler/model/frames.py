@@ -43,7 +43,15 @@ _NODES = tuple(NodeColumns.__dataclass_fields__)
 _HOLDINGS = tuple(HoldingColumns.__dataclass_fields__)
 _MIX = tuple(MixColumns.__dataclass_fields__)
 _BOARDS = ("idle_w", "limit_w", "limit_w_min", "limit_w_max", "measured_w")
-_POWER = ("budget_w", "promised_us", "is_emergency", "horizon_us", "margin_milli", "limits_inference")
+_POWER = (
+    "budget_w",
+    "promised_us",
+    "is_emergency",
+    "horizon_us",
+    "margin_milli",
+    "lead_milli",
+    "limits_inference",
+)
 _WATTS = ("natural_w", "best_w", "frozen_w", "suspend_us")  # of jobs
 _BOOLS = frozenset({"preemptible", "instance", "is_emergency", "limits_inference"})
 _INT64 = np.dtype("<i8")

@@ -163,6 +163,7 @@ class PowerColumns:
     is_emergency: bool
     horizon_us: int  # for how long a shed is reckoned to last
     margin_milli: int  # by how much an unshed limit lies above the natural draw
+    lead_milli: int  # by how much a limit that binds lies below its plan, while draws fall to a lower budget
     limits_inference: bool
     curves: tuple[Curve, ...]  # by class
     # Shape (gpus,) each.

@@ -73,8 +73,8 @@ class Freezing:
 
         The most valuable come first.
         """
-        if not self._since_us:
-            return in_force_w
+        if not self._since_us or self._power.lead_milli:
+            return in_force_w  # nobody is; or draws are still on their way to a lower budget
         power, in_force_w = self._power, in_force_w.copy()
         for unit in sorted(units, key=lambda unit: (-unit.value // len(unit.gpus), unit.jobs)):
             if self.is_chosen(unit) or not self._is_told(unit):
@@ -90,10 +90,10 @@ class Freezing:
                 self._resumed.add(unit.jobs)
         return in_force_w
 
-    def holds_down(self, unit: Unit) -> bool:
-        """Whether the unit's limits lie at the minimum: it is, or is about to be, frozen."""
+    def stands_still(self, unit: Unit) -> bool:
+        """Whether the unit is, or is about to be, frozen: its limits lie at the minimum, if they may."""
         waits = self._is_told(unit) and unit.jobs not in self._resumed
-        return unit.may_lower and (waits or self.is_chosen(unit))
+        return waits or self.is_chosen(unit)
 
     def actions(self, units: Iterable[Unit], reason: Reason) -> list[SuspendJob | ResumeJob]:
         """Who is to be frozen from now on, and who is to run again, of the units that stay."""

@@ -182,7 +182,7 @@ class Planner:
             for number in jobs.number[live & self._is_on(draining)].tolist():
                 order[number] = RequeueJob(number, Reason.NODE_DRAINED)
         if self._snapshot.gross_value is not None:
-            dear, self._dear_later_us = too_dear_to_go_on(self._snapshot)
+            dear, self._dear_later_us = too_dear_to_go_on(self._snapshot, self._policy.order)
             for number in jobs.number[dear].tolist():
                 order[number] = RequeueJob(number, Reason.STOPPED_FOR_PRICE)
         if len(timed):
@@ -383,8 +383,8 @@ class Planner:
         jobs, now_us, codes, timed = self._snapshot.jobs, self.now_us, self.queue.codes, self._timed
         promised = [] if self.promise is None else [xp.asarray([self.promise.start_us])]
         backing_off = rows_where(codes == WAIT_CODE[Reason.BACKING_OFF])
-        if self.power is not None and self.power.wake_us is not None:
-            promised.append(xp.asarray([self.power.wake_us]))
+        if self.power is not None and (thaw_us := self.power.freezing.wake_us) is not None:
+            promised.append(xp.asarray([thaw_us]))
         moments = [*promised, jobs.eligible_us[backing_off], self._dear_later_us]
         if len(timed):
             live = (jobs.state[timed] == RUNNING) | (jobs.state[timed] == SUSPENDED)

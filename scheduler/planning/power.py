@@ -119,14 +119,14 @@ class PowerStage:
             int, int
         ] = {}  # by number of a refused job: what it would draw beyond the budget
         self._shadow_microusd_per_wh = 0.0
-        self._freezing = Freezing(snapshot, snapshot.power)
+        self.freezing = Freezing(snapshot, snapshot.power)
         self._in_force_w: Any  # what each board may draw now
         self._look(stopping)
         self.sheds: list[RequeueJob] = []
         need_w = self._full_sum_w - self._power.budget_w
         if need_w > 0:
             self._shed(need_w)
-        self._in_force_w = self._freezing.resume(self._units, self._in_force_w)
+        self._in_force_w = self.freezing.resume(self._units, self._in_force_w)
 
     def _look(self, stopping: frozenset[int]) -> None:
         """Tell boards that stay occupied from those that come free, and what each counts for."""
@@ -156,7 +156,7 @@ class PowerStage:
         self._planned_w = xp.where(self.stays, self._full_w, power.idle_w)
         empty_w = xp.maximum(power.idle_w, power.measured_w)
         self._in_force_w = xp.where(self.stays | self.leaves, power.limit_w, empty_w)
-        self._frozen_w, self._is_frozen = self._freezing.boards(self._gpu, self._job, self._full_w)
+        self._frozen_w, self._is_frozen = self.freezing.boards(self._gpu, self._job, self._full_w)
         frozen_w = xp.minimum(self._in_force_w, self._frozen_w)
         self._in_force_w = xp.where(self._is_frozen, frozen_w, self._in_force_w)
         self._may_stop, self._may_lower = self._freedoms()
@@ -222,12 +222,7 @@ class PowerStage:
 
     def freezes(self) -> list[SuspendJob | ResumeJob]:
         """Who is to be frozen from now on, and who is to run again, of those that this plan lets be."""
-        return self._freezing.actions(self._units, self._reason)
-
-    @property
-    def wake_us(self) -> int | None:
-        """When somebody will have been frozen for long enough."""
-        return self._freezing.wake_us
+        return self.freezing.actions(self._units, self._reason)
 
     @cached_property
     def _units(self) -> list[Unit]:
@@ -240,7 +235,7 @@ class PowerStage:
         lost = lost_work(self._snapshot, self._policy, rows, started_us, milli)
         value = xp.maximum(jobs.value[rows], 0)
         hourly = value * milli // WHOLE_MILLI
-        freezing = self._freezing
+        freezing = self.freezing
         flags = (self._may_stop, jobs.preemptible, self._may_lower, freezing.yields, freezing.may)
         columns = (jobs.number, jobs.job_class, *flags)
         facts = zip(
@@ -301,7 +296,7 @@ class PowerStage:
         return options(unit, self._power.curves[unit.job_class], self._power.horizon_us)
 
     def _set(self, units: Sequence[Unit], chosen: Sequence[Option]) -> None:
-        self._freezing.choose(u for u, option in zip(units, chosen, strict=True) if option.freezes)
+        self.freezing.choose(u for u, option in zip(units, chosen, strict=True) if option.freezes)
         for unit, option in zip(units, chosen, strict=True):
             for gpu, watts in zip(unit.gpus, option.limits_w or unit.idle_w, strict=True):
                 self._planned_w[gpu] = watts
@@ -403,7 +398,7 @@ class PowerStage:
             least_w=tuple(map(min, least_w, full_w)),
             idle_w=tuple(idle_w),
         )
-        return replace(made, frozen_w=self._freezing.of_start(row, made, beside))
+        return replace(made, frozen_w=self.freezing.of_start(row, made, beside))
 
     def _ways(
         self,
@@ -432,7 +427,7 @@ class PowerStage:
     def _kept(self, unit: Unit, lowers: bool) -> list[Option]:
         """What may be done with a unit short of a stop; here it costs nothing, as victims are what counts."""
         found = [option._replace(cost=0) for option in self._options(unit, lasts=True) if option.limits_w]
-        if self._freezing.is_chosen(unit):
+        if self.freezing.is_chosen(unit):
             return [option for option in found if option.freezes]
         kept = [option for option in found if not option.freezes]
         return kept if lowers else kept[:1]
@@ -441,7 +436,7 @@ class PowerStage:
         """Nobody is stopped or frozen, and nobody who is not to be slowed for it is lowered further."""
         return all(
             option.limits_w is not None
-            and (not option.freezes or self._freezing.is_chosen(each))
+            and (not option.freezes or self.freezing.is_chosen(each))
             and (
                 self._may_slow(request, each)
                 or all(
@@ -531,7 +526,7 @@ class PowerStage:
         """The limits to set: those that fall first, those that rise as far as there is room now."""
         power = self._power
         is_over = int(self._in_force_w.sum()) > power.budget_w
-        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._planned_w, power.limit_w)
+        wanted_w = xp.where(self.stays | self._claimed & ~self.leaves, self._ahead_w, power.limit_w)
         if is_over:
             # Whoever goes is held down until he has gone; in an emergency everybody is until it is met.
             held_w = xp.minimum(power.limit_w, power.limit_w_min)
@@ -539,9 +534,10 @@ class PowerStage:
             if power.is_emergency:
                 firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=len(wanted_w)) > 0
                 wanted_w = xp.where(self.stays & ~firm, xp.minimum(wanted_w, power.limit_w_min), wanted_w)
-        for unit in filter(self._freezing.holds_down, self._units):
+        for unit in filter(self.freezing.stands_still, self._units):
             rows = xp.asarray(unit.gpus, dtype=xp.int64)
-            wanted_w[rows] = xp.minimum(power.limit_w[rows], power.limit_w_min[rows])
+            least_w = power.limit_w_min if unit.may_lower else power.limit_w
+            wanted_w[rows] = xp.minimum(power.limit_w[rows], least_w[rows])
         falls = rows_where(wanted_w < power.limit_w).tolist()
         orders = [self._order(gpu, int(wanted_w[gpu])) for gpu in falls]
         worth = {gpu: unit.value // len(unit.gpus) for unit in self._units for gpu in unit.gpus}
@@ -552,6 +548,8 @@ class PowerStage:
             if not bool(self.stays[gpu]):
                 orders.append(self._order(gpu, int(wanted_w[gpu])))  # nobody draws there yet
                 continue
+            if power.lead_milli:
+                continue  # what may be drawn fits, but draws are still on their way there
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
             room_w = power.budget_w - int(self._in_force_w.sum())
             if more_w > room_w:
@@ -561,6 +559,17 @@ class PowerStage:
             self._in_force_w[gpu] += more_w
             orders.append(self._order(gpu, int(self._in_force_w[gpu])))
         return sorted(orders, key=lambda order: (order.reason is Reason.POWER_LIMIT_RAISED, order.gpu))
+
+    @property
+    def _ahead_w(self) -> Any:
+        """What is planned; where it binds less, while draws fall to a lower budget: they only near it."""
+        power = self._power
+        if not power.lead_milli:
+            return self._planned_w
+        binds = self.stays & (self._planned_w < self._natural_w)
+        least_w = xp.minimum(power.limit_w_min, self._planned_w)
+        lower_w = xp.maximum(least_w, self._planned_w * (MILLI - power.lead_milli) // MILLI)
+        return xp.where(binds, lower_w, self._planned_w)
 
     def _order(self, gpu: int, watts: int) -> SetPowerLimit:
         rises = watts > int(self._power.limit_w[gpu])

@@ -68,7 +68,7 @@ class Queue:
         """Decide the jobs that wait whatever is free: backing off, too dear, a drain, no GPU that suits."""
         self._decide(self.jobs.eligible_us > self._snapshot.now_us, Reason.BACKING_OFF)
         if self._snapshot.gross_value is not None:
-            self._decide(too_dear_to_start(self._snapshot), Reason.WAITING_FOR_PRICE)
+            self._decide(too_dear_to_start(self._snapshot, self._order), Reason.WAITING_FOR_PRICE)
         drains = self._snapshot.nodes.drain != NOT_DRAINING
         if drains.all():
             self._decide(self.codes == UNDECIDED, Reason.NODE_DRAINING)

@@ -145,6 +145,10 @@ class _Replay:
         try:
             await daemon.start()
             daemon.controller.pace = OneTickAMoment()
+            # A replay has no readings between one change and the next that would tell.
+            daemon.controller.power.idle.declare(
+                {uuid: board.profile.idle_w for uuid, board in daemon.machine.boards.items()}
+            )
             await self._until_over(daemon, record)
             record.finish()
             end_s = asyncio.get_running_loop().time()

@@ -39,6 +39,7 @@ class P(Short):
     is_emergency: bool = False
     limits_inference: bool = False
     margin_milli: int = 100
+    lead_milli: int = 0
     curve: Curve = CURVE
     horizon_us: int = HOUR_US
     best_w: dict[int, int] = field(default_factory=dict)  # by number of a miner that earns most at less
@@ -64,6 +65,7 @@ def snapshot(power: P) -> Snapshot:
         is_emergency=power.is_emergency,
         horizon_us=power.horizon_us,
         margin_milli=power.margin_milli,
+        lead_milli=power.lead_milli,
         limits_inference=power.limits_inference,
         curves=(power.curve,) * 4,
         natural_w=np.array(natural, dtype=np.int64),

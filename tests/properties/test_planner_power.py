@@ -445,6 +445,7 @@ def test_a_shed_loses_as_little_value_as_any_that_saves_as_much(power: P, policy
         if job.state not in (PREEMPTING, STOPPING)
     )
     power = still(replace(power, world=replace(power.world, jobs=jobs, handovers=())))
+    power = replace(power, suspend_us={})  # who is frozen returns only when there is room at that moment
     units = units_of(power)
     sums = Sums(power, plan_of_nothing())
     full = sum(
@@ -476,7 +477,7 @@ def test_a_shed_loses_as_little_value_as_any_that_saves_as_much(power: P, policy
         if jobs[0].number in stopped:
             assert all(job.number in stopped for job in jobs), "who sheds as one stops as one"
             loss += shed_options(power, policy, jobs, gpus)[-1][1]
-        elif rest.suspend_us.keys() & {job.number for job in jobs}:
+        elif rest.suspend_us.keys() & {job.number for job in jobs} and not stopped:
             hourly = shed_options(power, policy, jobs, gpus)
             loss += next(
                 option[1] for option in hourly if option[2] == RUNGS[min(j.job_class for j in jobs)][2]

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scheduler.model.actions import Plan, RequeueJob, StartJob
-from scheduler.model.policy import Policy
+from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP
 from scheduler.planning.explain import explain
@@ -21,6 +21,7 @@ from tests.fakes.worlds import (
     RUNNING,
     SECOND_US,
     SUSPENDED,
+    TRAINING,
     UNKNOWN,
     J,
     W,
@@ -48,17 +49,17 @@ def priced(draw: st.DrawFn) -> W:
     return replace(world, jobs=jobs, has_price=True)
 
 
-def is_steered(job: J) -> bool:
-    return job.job_class in (BATCH, MINING)
+def is_steered(job: J, policy: Policy) -> bool:
+    return job.job_class in (BATCH, MINING) or (job.job_class == TRAINING and policy.order is Order.VALUE)
 
 
-def must_stop(job: J, now_us: int) -> bool:
+def must_stop(job: J, policy: Policy, now_us: int) -> bool:
     """The rule, said again: an hour more costs more than the restart loss, and the job may be stopped."""
     restart_ms = min(job.restart_loss_us // 1000, 864_000_000)
     loss = -(-max(0, min(job.value, 10_000_000_000)) * restart_ms // 3_600_000)
     past = job.started_us == UNKNOWN or job.started_us + job.min_runtime_us <= now_us
     dear = job.energy_cost - job.value > loss
-    return is_steered(job) and job.state in (RUNNING, SUSPENDED) and job.preemptible and past and dear
+    return is_steered(job, policy) and job.state in (RUNNING, SUSPENDED) and job.preemptible and past and dear
 
 
 @given(priced(), policies())
@@ -67,7 +68,7 @@ def test_exactly_those_stop_whose_energy_costs_more_than_a_restart(world: W, pol
     for_price = {
         a.job for a in planned(world, policy).actions if getattr(a, "reason", "") == "STOPPED_FOR_PRICE"
     }
-    due = {job.number for job in world.jobs if must_stop(job, world.now_us)}
+    due = {job.number for job in world.jobs if must_stop(job, policy, world.now_us)}
     over = {
         a.job
         for a in planned(replace(world, has_price=False), policy).actions
@@ -81,7 +82,7 @@ def test_nobody_starts_whose_energy_costs_more_than_it_is_worth(world: W, policy
     made = outcome(planned(world, policy))
     started = {a.job for a in made.actions if isinstance(a, StartJob)}
     for job in world.jobs:
-        if job.state == PENDING and is_steered(job) and job.value <= job.energy_cost:
+        if job.state == PENDING and is_steered(job, policy) and job.value <= job.energy_cost:
             assert job.number not in started
             assert made.waits.get(job.number, Reason.WAITING_FOR_PRICE) in (
                 Reason.WAITING_FOR_PRICE,

@@ -19,6 +19,12 @@ WH_MJ = 3_600_000
 OLD_MJ = 900 * WH_MJ  # a counter that has counted for hours
 
 
+def whole(used: tuple[Used, ...]) -> Used:
+    """What was used over all of the intervals, each of which begins where the one before ends."""
+    assert [one.since_s for one in used[1:]] == [one.until_s for one in used[:-1]]
+    return Used(used[0].since_s, used[-1].until_s, sum(one.energy_mj for one in used))
+
+
 def test_the_counters_difference_is_what_was_used() -> None:
     meter = EnergyMeter(100.0, OLD_MJ, 500.0)
     assert meter.read(101.0, OLD_MJ + 471_123, 480.0) == (Used(100.0, 101.0, 471_123),)
@@ -29,6 +35,23 @@ def test_the_counters_difference_is_what_was_used() -> None:
 def test_the_same_reading_says_nothing_new() -> None:
     meter = EnergyMeter(100.0, OLD_MJ, 500.0)
     assert meter.read(100.0, OLD_MJ + 5, 500.0) == ()
+
+
+def test_a_counter_that_is_read_rarely_is_spread_by_the_draw() -> None:
+    meter = EnergyMeter(0.0, OLD_MJ, 100.0)
+    for second, power_w in ((1.0, 100.0), (2.0, 500.0), (3.0, 500.0)):
+        assert meter.read(second, OLD_MJ, power_w) == ()
+    assert meter.read(4.0, OLD_MJ + 1_200_001, 100.0) == (
+        Used(0.0, 1.0, 100_000),
+        Used(1.0, 2.0, 300_000),
+        Used(2.0, 3.0, 500_001),
+        Used(3.0, 4.0, 300_000),
+    )
+    meter.read(5.0, OLD_MJ + 1_200_001, None)
+    meter.read(6.0, OLD_MJ + 1_200_001, None)
+    last = meter.read(7.0, OLD_MJ + 1_500_001, None)
+    assert last == (Used(4.0, 7.0, 300_000),), "nobody knows when"
+    assert meter.fault == ""
 
 
 def test_a_gap_of_hours_is_what_the_counter_says() -> None:
@@ -126,7 +149,7 @@ def test_a_wrong_reading_costs_nothing_where_the_next_is_right(wrong_mj: int, fa
     meter = EnergyMeter(0.0, OLD_MJ, 500.0)
     assert meter.read(1.0, wrong_mj, 500.0) == ()
     assert meter.fault == fault
-    assert meter.read(2.0, OLD_MJ + 987_654, 500.0) == (Used(0.0, 2.0, 987_654),)
+    assert whole(meter.read(2.0, OLD_MJ + 987_654, 500.0)) == Used(0.0, 2.0, 987_654)
     assert meter.fault == ""
 
 
@@ -138,7 +161,8 @@ def test_a_counter_that_stays_wrong_is_counted_from_and_the_draw_is_booked(wrong
     for second in range(1, int(PATIENCE_S)):
         assert meter.read(float(second), wrong_mj + second * 500_000, 500.0) == ()
     last_mj = wrong_mj + round(PATIENCE_S) * 500_000
-    assert meter.read(PATIENCE_S, last_mj, 500.0) == (Used(0.0, PATIENCE_S, round(PATIENCE_S * 500_000)),)
+    used = whole(meter.read(PATIENCE_S, last_mj, 500.0))
+    assert used == Used(0.0, PATIENCE_S, round(PATIENCE_S * 500_000))
     assert meter.fault == fault
     assert meter.read(PATIENCE_S + 1, last_mj + 500_001, 500.0) == (
         Used(PATIENCE_S, PATIENCE_S + 1, 500_001),
@@ -152,7 +176,8 @@ def test_a_counter_that_is_silent_for_a_while_says_afterwards_what_was_used(stuc
     assert meter.fault == "", "it may only be slow"
     assert meter.read(SILENT_S, stuck_mj, 500.0) == ()
     assert meter.fault == COUNTER_SILENT
-    assert meter.read(SILENT_S + 20, OLD_MJ + 12_345_678, 500.0) == (Used(0.0, SILENT_S + 20, 12_345_678),)
+    used = whole(meter.read(SILENT_S + 20, OLD_MJ + 12_345_678, 500.0))
+    assert used == Used(0.0, SILENT_S + 20, 12_345_678)
 
 
 @pytest.mark.parametrize("stuck_mj", [OLD_MJ, None])

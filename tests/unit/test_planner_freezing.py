@@ -85,6 +85,16 @@ def test_a_job_within_its_minimum_runtime_may_be_frozen_but_not_stopped() -> Non
     assert SuspendJob(1, SHED) in actions(site(young, budget_w=150))
 
 
+def test_a_board_whose_limit_may_not_be_lowered_keeps_it_while_it_is_frozen() -> None:
+    replica = running(1, "GPU-0", job_class=INFERENCE, value=4_000_000, restart_loss_us=3600 * SECOND_US)
+    assert actions(site(replica, budget_w=150)) == (SuspendJob(1, SHED),)
+
+
+def test_nobody_returns_while_draws_are_on_their_way_to_a_lower_budget() -> None:
+    power = site(miner(1), frozen=(1,))
+    assert not [one for one in actions(replace(power, lead_milli=50)) if isinstance(one, ResumeJob)]
+
+
 def test_a_shared_board_is_frozen_only_if_all_on_it_may_be() -> None:
     shares = [replace(miner(number), on=("GPU-0",), share_milli=500) for number in (1, 2)]
     power = replace(site(*shares, budget_w=200), natural_w={1: 150, 2: 150})

@@ -62,6 +62,19 @@ def test_the_first_watts_are_taken_from_all_who_mine_before_one_stops() -> None:
     assert not [action for action in made.actions if isinstance(action, RequeueJob)]
 
 
+def test_while_draws_fall_limits_that_bind_lie_lower_and_none_rises() -> None:
+    power = P(W(jobs=miners(2), gpus=gpus(2)), budget_w=600, natural_w={1: 310, 2: 310}, lead_milli=30)
+    planned_w = limits(plan(snapshot(replace(power, lead_milli=0)), Policy()))
+    assert sum(planned_w.values()) == 600
+    lower_w = {gpu: watts * 97 // 100 for gpu, watts in planned_w.items()}
+    assert limits(plan(snapshot(power), Policy())) == lower_w
+    enough = replace(power, budget_w=700)
+    assert limits(plan(snapshot(enough), Policy())) == {"GPU-0": 341, "GPU-1": 341}, "these bind nobody"
+    low = power.with_limits({**lower_w, "GPU-0": 200})
+    assert not plan(snapshot(low), Policy()).actions
+    assert limits(plan(snapshot(replace(low, lead_milli=0)), Policy())) == planned_w
+
+
 def test_mining_stops_before_training_is_slowed_by_much() -> None:
     jobs = (running(1, "GPU-0", job_class=TRAINING), running(2, "GPU-1", **MINER))
     power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=400, natural_w={1: 300, 2: 300})

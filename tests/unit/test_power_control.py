@@ -197,6 +197,27 @@ class World:
         self.limits.order([SetPowerLimit("GPU-1", watts, Reason.POWER_LIMIT_LOWERED)], 1.0)
 
 
+def test_a_board_gets_one_order_after_the_other_and_the_last_one_stays() -> None:
+    world = World()
+    world.sampled(650.0, 0.0)
+    for watts in (200, 280, 290):
+        world.order(watts)
+        world.limits.send()
+    assert len(world.spawned) == 1, "two on their way could arrive in any order"
+    first = LimitSet("GPU-1", 200.0, GpuLimit(200.0, 200.0))
+    world.limits.answered(first, 2.0)
+    assert len(world.spawned) == 2
+    world.limits.answered(first, 2.0)  # again, of a tick that was not kept
+    world.sampled(200.0, 2.5)
+    assert not world.problems, "what is on its way is ours"
+    assert world.limits.in_force_w(GPU) == 290.0
+    world.limits.answered(LimitSet("GPU-1", 290.0, GpuLimit(290.0, 290.0)), 3.0)
+    world.sampled(290.0, 3.5)
+    assert len(world.spawned) == 2
+    assert world.limits.in_force_w(GPU) == 290.0
+    assert not world.problems
+
+
 def test_a_limit_is_journalled_with_what_was_found_before_it_is_set() -> None:
     world = World()
     world.sampled(650.0, 0.0)

@@ -4,8 +4,10 @@ import asyncio
 from pathlib import Path
 
 from scheduler.control.inbox import OfferGridEvent, SetPowerBudget
-from scheduler.model.jobs import JobClass
+from scheduler.control.power import LEAD_RATIO
+from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.power import BudgetInterval, GridEvent, ShedState
+from scheduler.model.reasons import Reason
 from scheduler.model.settings import Config, PowerConfig, SamplingConfig
 from scheduler.simulation.faults import Faults
 from scheduler.simulation.machine import Workload
@@ -76,7 +78,7 @@ def test_a_clock_that_was_set_back_makes_no_limit_be_set_again_and_again(tmp_pat
         await node.daemon.ask(SetPowerBudget((BudgetInterval(0.0, None, 500.0),)))
         await asyncio.sleep(0.5)
         (board,) = node.machine.boards.values()
-        assert board.power_limit_w == 500.0
+        assert board.power_limit_w == 500.0 * (1.0 - LEAD_RATIO)
         assert node.daemon.journal.head - head < 10
         node.daemon.stop()
 
@@ -101,3 +103,27 @@ def idle_w(node: SimulatedNode) -> list[int]:
     snapshot = controller.board.snapshot(controller.effects.clock.now_s(), controller.power.columns)
     assert snapshot.power is not None
     return [int(watts) for watts in snapshot.power.idle_w]
+
+
+def test_no_start_makes_an_event_unreachable_that_was_accepted_for_later(tmp_path: Path) -> None:
+    """No budget holds until then, and no limit is touched."""
+
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(draw_w=600.0), gpus=4)
+        await node.daemon.start()
+        now_s = node.machine.clock.now_s()
+        event = GridEvent("later", now_s + 3600.0, now_s + 7200.0, 700.0, False, now_s, now_s)
+        await node.daemon.ask(OfferGridEvent(event))
+        for _ in range(4):
+            await node.submit(job_class=JobClass.TRAINING, preemptible=False, draw_w=600.0)
+        await asyncio.sleep(3.0)
+        controller = node.daemon.controller
+        jobs = sorted(controller.ledger.jobs.values(), key=lambda job: job.number)
+        assert [job.state for job in jobs] == [JobState.RUNNING] * 3 + [JobState.PENDING]
+        assert controller.reason(jobs[3]) is Reason.WAITING_FOR_POWER
+        assert {board.power_limit_w for board in node.machine.boards.values()} == {700.0}
+        floor_w, _ = controller.power.reachable(now_s, event.start_s, emergency=False)
+        assert floor_w <= event.budget_w
+        node.daemon.stop()
+
+    run(story())
