@@ -11,7 +11,7 @@ MEANING = {
     JobState.PENDING: "accepted, on disk, waiting; `wattshift explain` says for what",
     JobState.STARTING: "has its GPUs; the launcher was asked to start its process",
     JobState.RUNNING: "its process runs",
-    JobState.SUSPENDED: "frozen in a power shed, GPUs still held (comes with power budgets)",
+    JobState.SUSPENDED: "frozen in a power shed: it does no work and keeps its GPUs and their memory",
     JobState.PREEMPTING: "has its notice and gives way; afterwards it waits again under the same id",
     JobState.STOPPING: "has its notice and ends for its own sake: cancelled, time limit, deadline",
     JobState.SUCCEEDED: "ended with exit code 0",

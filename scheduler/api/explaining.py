@@ -173,6 +173,8 @@ def _story(job: Job) -> str:
         cause = f" for {last.preempted_by}" if last.preempted_by else ""
         left_s = last.notice.deadline_s - last.notice.decided_s
         return f"It gives way{cause}: {reason}; it has {left_s:g} s of grace from the notice on."
+    if job.state is JobState.SUSPENDED:
+        return f"It is frozen ({reason}): it keeps its GPUs, and runs again when the budget has room for it."
     cause = ""
     if last is not None and last.preempted:
         cause = f"; {_names(last.preempted)} stopped for it"

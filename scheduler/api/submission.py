@@ -190,7 +190,7 @@ class _Reader:
             cpus=self.whole("cpus", defaults.cpus, CPUS_MAX, "CPUs"),
             memory_mib=self.whole("memory_mib", defaults.memory_mib, MEMORY_MIB_MAX, "MiB"),
             preemptible=message.preemptible if message.HasField("preemptible") else defaults.preemptible,
-            on_preempt=self._enum("on_preempt", _ON_PREEMPT, OnPreempt.REQUEUE),
+            on_preempt=self._enum("on_preempt", _ON_PREEMPT, defaults.on_preempt),
             grace_s=self.seconds("grace_s", defaults.grace_s, self.limits.grace_s_max),
             min_runtime_s=self.seconds("min_runtime_s", defaults.min_runtime_s),
             restart_loss_s=self.seconds("restart_loss_s", defaults.restart_loss_s),

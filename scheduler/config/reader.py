@@ -141,6 +141,8 @@ def _converted(kind: Any, value: Any) -> Any:
     kind = _without_none(kind)
     if kind is JobClass:
         return CLASS_KEYS[value] if isinstance(value, str) else _WRONG
+    if _is_word(kind):
+        return _words(kind).get(value, _WRONG) if isinstance(value, str) else _WRONG
     if kind is Path:
         return Path(msgspec.convert(value, str))
     return msgspec.convert(value, kind)
@@ -166,8 +168,8 @@ def _wanted(key: KeyPath, kind: Any) -> str:
         return "must be true or false"
     if kind is JobClass:
         return f"must be one of {', '.join(CLASS_KEYS)}"
-    if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-        return f"must be one of {', '.join(kind)}"
+    if _is_word(kind):
+        return f"must be one of {', '.join(_words(kind))}"
     if kind in (int, float):
         low, high = limits_of(key)
         return f"must be a {'whole ' if kind is int else ''}number from {_number(low)} to {_number(high)}"
@@ -178,6 +180,15 @@ def _wanted(key: KeyPath, kind: Any) -> str:
     if get_origin(kind) is dict:
         return f"must be a table of at most {LIST_LENGTH_MAX // 2} strings"
     return f"must be a string of at most {TEXT_CHARACTERS_MAX} characters"
+
+
+def _is_word(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.StrEnum)
+
+
+def _words(kind: type[enum.StrEnum]) -> dict[str, enum.StrEnum]:
+    """What a word may be; in a configuration all are written small."""
+    return {one.value.lower(): one for one in kind}
 
 
 def _without_none(kind: Any) -> Any:

@@ -69,6 +69,7 @@ class _Sums:
     """What one user used since the last booking."""
 
     gpu_ms: float = 0.0
+    frozen_ms: float = 0.0  # of those; nothing is earned
     energy_mj: int = 0
     cost: int = 0  # millijoules times micro-USD per MWh
     unpriced_mj: int = 0
@@ -87,6 +88,15 @@ class _Hold:
         """For how long it held within the interval, times its share."""
         held_s = min(self.until_s, until_s) - max(self.attempt.decided_s, since_s)
         return max(0.0, held_s) * self.attempt.gpu_share_milli
+
+    def frozen_ms(self, since_s: float, until_s: float) -> float:
+        """For how much of that it was frozen, times its share."""
+        attempt = self.attempt
+        if attempt.suspended_s is None:
+            return 0.0
+        ended_s = self.until_s if attempt.resumed_s is None else attempt.resumed_s
+        frozen_s = min(ended_s, until_s) - max(attempt.suspended_s, since_s)
+        return max(0.0, frozen_s) * attempt.gpu_share_milli
 
     def weight(self, used: Used) -> float:
         """Its mean share over the interval; where the clock was set back, its share if it holds it now."""
@@ -116,6 +126,7 @@ class _Gpu:
         if more.gpu_ms or more.energy_mj:
             sums = self.used.setdefault(user, _Sums())
             sums.gpu_ms += more.gpu_ms
+            sums.frozen_ms += more.frozen_ms
             sums.energy_mj += more.energy_mj
             sums.cost += more.cost
             sums.unpriced_mj += more.unpriced_mj
@@ -320,7 +331,8 @@ class Accounts:
             left_ms = max(0.0, now_s - since_s) * SHARE_MILLI_WHOLE
             for hold in holds.get(uuid, ()):
                 held_ms = hold.share_ms(since_s, now_s)
-                gpu.add(hold.user(uuid), _Sums(gpu_ms=held_ms))
+                frozen_ms = hold.frozen_ms(since_s, now_s)
+                gpu.add(hold.user(uuid), _Sums(gpu_ms=held_ms, frozen_ms=min(held_ms, frozen_ms)))
                 left_ms -= held_ms
             if uuid in self._board.row:  # else it was taken out of the node
                 gpu.add(_User(uuid), _Sums(gpu_ms=max(0.0, left_ms)))
@@ -415,6 +427,7 @@ class Accounts:
 
     def _entry(self, user: _User, sums: _Sums, cost_microusd: int) -> UsageEntry:
         gpu_ms = round(sums.gpu_ms)
+        worked_ms = gpu_ms - min(gpu_ms, round(sums.frozen_ms))
         job = self._ledger.job(user.number) if user.number else None
         return UsageEntry(
             job_id=job.id if job else "",
@@ -423,7 +436,7 @@ class Accounts:
             job_class=user.label,
             gpu_ms=gpu_ms,
             energy_mj=sums.energy_mj,
-            value_microusd=gpu_ms * self._ledger.table.value(job) // _MS_PER_HOUR if job else 0,
+            value_microusd=worked_ms * self._ledger.table.value(job) // _MS_PER_HOUR if job else 0,
             attempt=user.attempt,
             cost_microusd=cost_microusd,
             unpriced_mj=sums.unpriced_mj,

@@ -62,12 +62,12 @@ class Draws:
             watts = quantile(self._readings[job.id])
             if job.spec.draw_w is not None and watts <= job.spec.draw_w:
                 continue
-            if self._is_news(job.id, watts):
+            if is_news(self._known.get(job.id), watts):
                 found[job.id] = watts
                 seen = self._by_class.setdefault(job.spec.job_class.name, deque(maxlen=CLASS_JOBS_KEPT))
                 seen.append(watts)
                 of_class = max(seen)
-                if self._is_news(job.spec.job_class.name, of_class):
+                if is_news(self._known.get(job.spec.job_class.name), of_class):
                     found[job.spec.job_class.name] = of_class
         return found
 
@@ -86,9 +86,10 @@ class Draws:
             del self._readings[name]
         return {name: 0.0 for name in self._known if name.startswith("j") and name not in alive}
 
-    def _is_news(self, name: str, watts: float) -> bool:
-        known = self._known.get(name)
-        return known is None or abs(watts - known) > max(NEWS_W, NEWS_RATIO * known)
+
+def is_news(known: float | None, watts: float) -> bool:
+    """Whether a draw differs enough from what was known to be gone by."""
+    return known is None or abs(watts - known) > max(NEWS_W, NEWS_RATIO * known)
 
 
 def quantile(readings: deque[float]) -> float:

@@ -19,7 +19,13 @@ from scheduler.control.event_touched import Touched, touched
 from scheduler.effects.journal import DrawPiece, History
 from scheduler.effects.journal_history import draw_piece
 from scheduler.errors import NotFound
-from scheduler.model.events import AttemptEnded, StartDecided, StopDecided
+from scheduler.model.events import (
+    AttemptEnded,
+    AttemptResumed,
+    StartDecided,
+    StopDecided,
+    SuspendDecided,
+)
 from scheduler.model.power import GRID_EVENT_REPORTED_S, Baseline, GridEvent
 from scheduler.model.power_events import DrawRecorded, GridEventDelayed, GridEventMoved, LimitsDecided
 
@@ -37,7 +43,10 @@ WINDOWS_MIN = 10
 KNOWN_RATIO_MIN = 0.9
 _QUANTILE = 0.95
 _S_PER_HOUR = 3600.0
-_KINDS = (GridEventMoved, GridEventDelayed, LimitsDecided, StartDecided, StopDecided, AttemptEnded)
+_KINDS = (
+    *(GridEventMoved, GridEventDelayed, LimitsDecided, StartDecided, StopDecided, AttemptEnded),
+    *(SuspendDecided, AttemptResumed),
+)
 
 # What holds of every report.
 LIMITS = (

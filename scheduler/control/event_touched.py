@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from scheduler.model.events import AttemptEnded, Event, StartDecided, StopDecided
+from scheduler.model.events import (
+    AttemptEnded,
+    AttemptResumed,
+    Event,
+    StartDecided,
+    StopDecided,
+    SuspendDecided,
+)
 from scheduler.model.jobs import Job, job_number
 from scheduler.model.power import Baseline, GridEvent
 from scheduler.model.power_events import GridEventDelayed, LimitsDecided
@@ -18,6 +25,7 @@ class Deed(StrEnum):
     """What was done to a job, or what it did."""
 
     LIMITED = "LIMITED"  # a power limit below it was lowered
+    FROZEN = "FROZEN"  # for power; it kept its boards
     STOPPED = "STOPPED"  # for power
     DELAYED = "DELAYED"  # it waited for power
     LEFT = "LEFT"  # it ended for other reasons: its watts are no work of the event
@@ -69,8 +77,11 @@ class _Looking:
         self._others: dict[tuple[str, Deed], Touched] = {}
 
     def found(self) -> list[Touched]:
-        """All, by time; who was stopped waits, and his boards' limits fall, of course."""
-        stopped_s = {job_id: one.at_s for (job_id, deed), one in self._others.items() if deed is Deed.STOPPED}
+        """All, by time; the limits of boards fall, of course, whose jobs were stopped or frozen."""
+        stopped_s: dict[str, float] = {}
+        for (job_id, deed), one in self._others.items():
+            if deed in (Deed.STOPPED, Deed.FROZEN):
+                stopped_s[job_id] = min(one.at_s, stopped_s.get(job_id, math.inf))
         found = [
             one
             for one in (*self._limited.values(), *self._others.values())
@@ -88,12 +99,18 @@ class _Looking:
                 if one.at_s >= self._since_s:
                     for uuid in one.gpus:
                         self._holder.pop(uuid, None)  # whoever held it has left
+            case AttemptResumed():
+                frozen = self._others.get((one.job_id, Deed.FROZEN))
+                if frozen is not None and frozen.again_s is None:
+                    self._others[one.job_id, Deed.FROZEN] = replace(frozen, again_s=one.at_s)
             case _ if not self._since_s <= one.at_s <= self._ended_s:
                 pass
             case StopDecided():
                 self._told[one.job_id] = one.notice.reason.value
                 if one.notice.reason in _SHED:
                     self._note(one.job_id, Deed.STOPPED, one.at_s, one.notice.reason.value)
+            case SuspendDecided():
+                self._note(one.job_id, Deed.FROZEN, one.at_s, one.reason.value)
             case AttemptEnded() if one.job_id in self._draws_w:
                 is_shed = (one.job_id, Deed.STOPPED) in self._others
                 if not is_shed:

@@ -37,6 +37,7 @@ class Orders:
         self._on_gpus = on_gpus
         self._kills: list[AttemptKey] = []
         self._stops: list[StopOrder] = []
+        self._freezes: dict[AttemptKey, bool] = {}  # else they thaw; the last word counts
         self._forgets: list[AttemptKey] = []
         self._watches: dict[str, bool] = {}  # by GPU: whether no job left it
         self._starts: list[Job] = []
@@ -61,7 +62,9 @@ class Orders:
         if was is None:
             self.start(job)
         if now.notice is not None and (was is None or was.notice is None):
-            self.stop(job, now)
+            self.stop(job, now)  # which thaws it, too
+        elif was is not None and (was.suspend_s is None) != (now.suspend_s is None):
+            self.freeze(job, now)
         if now.notice is not None and now.acknowledged_s and (was is None or not was.acknowledged_s):
             self.kill(AttemptKey(job.id, now.number))
 
@@ -114,6 +117,10 @@ class Orders:
         }
         self._stops.append(StopOrder(AttemptKey(job.id, attempt.number), deadline_s, words))
 
+    def freeze(self, job: Job, attempt: Attempt) -> None:
+        """Freeze an attempt, or let it run again, as was decided last."""
+        self._freezes[AttemptKey(job.id, attempt.number)] = attempt.suspend_s is not None
+
     def kill(self, key: AttemptKey) -> None:
         """End an attempt's grace."""
         self._kills.append(key)
@@ -138,9 +145,10 @@ class Orders:
         for orders in (self._kills, self._stops, self._forgets, self._starts, self._unkept):
             orders.clear()
         self._watches.clear()
+        self._freezes.clear()
 
     def send(self) -> None:
-        """Send everything: stops before starts; but whose start is said again is stopped after it."""
+        """Send everything: stops and freezes before starts; but whose start is said again is stopped after it."""
         starting = {AttemptKey(job.id, job.attempts[-1].number) for job in self._starts}
         later = {stop.key: stop for stop in self._stops if stop.key in starting}
         for key in self._kills:
@@ -148,6 +156,8 @@ class Orders:
         for stop in self._stops:
             if stop.key not in later:
                 self._launcher.stop(stop)
+        for key, freezes in self._freezes.items():
+            (self._launcher.freeze if freezes else self._launcher.thaw)(key)
         for key in self._forgets:
             self._launcher.forget(key)
         for uuid, nobody_left in self._watches.items():

@@ -15,6 +15,7 @@ import numpy as np
 from scheduler.control.budget import Budget, is_in_force
 from scheduler.control.draw_log import DrawLog
 from scheduler.control.draws import Draws
+from scheduler.control.frozen import Frozen
 from scheduler.control.idle_draws import IdleDraws
 from scheduler.control.inbox import (
     CancelGridEvent,
@@ -27,23 +28,21 @@ from scheduler.control.inbox import (
     SetPowerBudget,
     SetPrices,
 )
-from scheduler.control.limits import RETRY_S, SAME_W, Limits
+from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.operating import OperatingPoints
-from scheduler.control.power_view import GpuPowerView, PowerView
+from scheduler.control.power_view import GpuPowerView, PowerView, limit_cause
 from scheduler.control.sheds import Sheds
 from scheduler.control.slowed import Slowed
 from scheduler.control.table import JobWatts
 from scheduler.control.telemetry import fresh_s
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
-from scheduler.model.gpus import GpuIdentity
 from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
     GRID_EVENTS_MAX,
     UNLIMITED_W,
     GridEvent,
-    LimitCause,
     ShedState,
     curve_of,
 )
@@ -91,6 +90,7 @@ class PowerControl:
         self.budget = Budget(ledger, controller.config.node.name)
         self.limits = Limits(controller)
         self.idle = IdleDraws(controller.board, self.limits)
+        self.frozen = Frozen(ledger, controller.board, self.limits, self.idle)
         self.sheds = Sheds(controller, self)
         self.log = DrawLog(controller, self)
         self.points = OperatingPoints(controller)
@@ -178,6 +178,8 @@ class PowerControl:
         self.points.advance(now_s)
         before_w = self.budget.in_force_w
         self.budget.advance(self._control.config.power, now_s, self.most_w if self.is_active else 0.0)
+        if not self.is_active:
+            self.frozen.resume_all(now_s)
         after_w = self.budget.in_force_w
         if after_w is not None and (before_w is None or after_w < before_w):
             self._fell_s = now_s
@@ -201,6 +203,8 @@ class PowerControl:
         curves = {job_class: curve_of(defaults.power_curve) for job_class, defaults in classes.items()}
 
         def speed(job: Job) -> float:
+            if job.state is JobState.SUSPENDED:
+                return 0.0
             natural_w = self.draws.natural_w(job)
             boards = [identities[uuid] for uuid in job.attempts[-1].gpus if uuid in identities]
             if natural_w is None or not boards:
@@ -275,7 +279,8 @@ class PowerControl:
         control = self._control
         elapsed_s, self._read_s = max(0.0, now_s - self._read_s) if self._read_s else 0.0, now_s
         occupants = control.board.occupants()
-        learned = []
+        learned: list[Job] = []
+        news: dict[str, float] = {}
         for gpu in control.board.identities:
             sample = control.board.samples.get(gpu.uuid)
             if sample is None:
@@ -284,9 +289,12 @@ class PowerControl:
             if self._fresh_w(gpu.uuid, now_s) is None:
                 continue  # the same old reading teaches nothing twice
             held = control.board.holders(gpu.uuid)
-            whole = len(held) == 1 and not held[0].spec.is_share and held[0].state is JobState.RUNNING
+            whole = len(held) == 1 and not held[0].spec.is_share
+            if whole:
+                news |= self.frozen.see(held[0], gpu, sample)
+            runs = whole and held[0].state is JobState.RUNNING and held[0].attempts[-1].suspend_s is None
             # Who is held at less for long would seem to want ever less.
-            if whole and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
+            if runs and self.points.held_w.get(held[0].number, UNKNOWN) == UNKNOWN:
                 limit_w = self.limits.in_force_w(gpu)
                 if self.draws.see(held[0], sample, limit_w) and held[0] not in learned:
                     learned.append(held[0])
@@ -295,7 +303,7 @@ class PowerControl:
                 self.idle.empty(gpu.uuid, sample.power_w, now_s)
             else:
                 self.idle.occupied(gpu.uuid)
-        self._learn(self.draws.news(learned), now_s)
+        self._learn(news | self.draws.news(learned), now_s)
         measured_w = self.measured_w(now_s)
         self.log.read(measured_w, now_s)
         self._close(elapsed_s, measured_w, now_s)
@@ -411,6 +419,8 @@ class PowerControl:
             ),
             natural_w=jobs.natural_w,
             best_w=self._best_w(jobs),
+            frozen_w=control.ledger.table.of_suspendable(self.frozen.counted_w),
+            suspend_us=jobs.suspend_us,
         )
 
     def _best_w(self, jobs: JobWatts) -> Any:
@@ -526,7 +536,7 @@ class PowerControl:
                     limit_w_max=high,
                     limit_w_found=kept[gpu.uuid].found_w if gpu.uuid in kept else None,
                     refusal=self.limits.refusals.get(gpu.uuid, ""),
-                    cause=self._cause(gpu),
+                    cause=limit_cause(control, gpu),
                 )
             )
         return PowerView(
@@ -539,28 +549,13 @@ class PowerControl:
             gpus=tuple(gpus),
         )
 
-    def _cause(self, gpu: GpuIdentity) -> LimitCause | None:
-        """Why the board's limit is where it is; None where the job that it was set for has gone."""
-        kept, now_w = self._control.ledger.power.limits.get(gpu.uuid), self.limits.in_force_w(gpu)
-        if kept is None or now_w >= kept.found_w - SAME_W:
-            return LimitCause.FOUND
-        held = self._control.board.holders(gpu.uuid)
-        if not held:
-            return None
-        point_w = self.points.held_w.get(held[0].number, UNKNOWN) if len(held) == 1 else UNKNOWN
-        if point_w != UNKNOWN:
-            return LimitCause.OPERATING_POINT if now_w >= point_w - SAME_W else LimitCause.SHED
-        natural_w = sum(self.draws.natural_w(job) or kept.found_w for job in held)
-        full_w = natural_w * (1.0 + self._control.config.power.margin_ratio)
-        return LimitCause.NATURAL if now_w >= min(full_w, kept.found_w) - SAME_W else LimitCause.SHED
-
     def committed_w(self) -> float:
-        """What the site may draw: limits of occupied boards, idle draw of the others."""
+        """What the site may draw: limits of occupied boards, less of frozen ones, idle draw of others."""
         board = self._control.board
         leaving = board.occupants()
         return self.site_w(
             sum(
-                self.limits.in_force_w(gpu)
+                self.frozen.held_w(gpu)
                 if board.is_held(gpu.uuid) or gpu.uuid in leaving
                 else self.idle.of(gpu)
                 for gpu in board.identities

@@ -10,6 +10,7 @@ from scheduler.effects.launcher import (
     AttemptKey,
     CheckpointSaved,
     Exited,
+    Frozen,
     HeldAttempt,
     LauncherGone,
     LauncherHello,
@@ -17,20 +18,36 @@ from scheduler.effects.launcher import (
     Signalled,
     Started,
     StartFailed,
+    Thawed,
     TreeStuck,
 )
-from scheduler.model.actions import Action, FailJob, PreemptJob, RequeueJob, SetPowerLimit, StartJob, StopJob
+from scheduler.model.actions import (
+    Action,
+    FailJob,
+    PreemptJob,
+    RequeueJob,
+    ResumeJob,
+    SetPowerLimit,
+    StartJob,
+    StopJob,
+    SuspendJob,
+)
 from scheduler.model.events import (
+    MOVES,
     AttemptAcknowledged,
+    AttemptResumed,
     AttemptSignalled,
     AttemptStarted,
+    AttemptSuspended,
     CheckpointReported,
     Event,
     LauncherConnected,
     PendingEnded,
+    ResumeDecided,
     StartDecided,
     StopDecided,
     SuccessorStarted,
+    SuspendDecided,
 )
 from scheduler.model.jobs import Job, JobState, Notice, job_id, job_number
 from scheduler.model.reasons import Reason
@@ -71,6 +88,12 @@ class ReportHandler:
             case CheckpointSaved():
                 if job := self._live(report.key):
                     self._apply(CheckpointReported(report.at_s, job.id, job.attempt))
+            case Frozen():
+                if (job := self._live(report.key)) and job.state is JobState.RUNNING:
+                    self._apply(AttemptSuspended(report.at_s, job.id, job.attempt))
+            case Thawed():
+                if (job := self._live(report.key)) and job.state is JobState.SUSPENDED:
+                    self._apply(AttemptResumed(report.at_s, job.id, job.attempt))
             case Exited():
                 self._exited(report)
             case TreeStuck():
@@ -122,8 +145,13 @@ class ReportHandler:
         for report in held.reports:
             self.report(report)
         current = self._control.ledger.jobs.get(job.number)
+        if current is None or not current.holds:
+            return
         signalled = any(isinstance(report, Signalled) for report in held.reports)
-        if current is not None and current.holds and current.attempts[-1].notice and not signalled:
+        if current.attempts[-1].notice is None:
+            # The last order may not have come; the launcher does it once.
+            self._control.orders.freeze(current, current.attempts[-1])
+        elif not signalled:
             # It was decided and never told, perhaps long ago: the grace is the job's to use all the same.
             self._control.orders.stop(current, current.attempts[-1], now_s)
 
@@ -196,6 +224,9 @@ class ReportHandler:
         ending = replace(ending, behind_s=slowed.behind_s(job))
         event = ended(job, ending, self._control.config.policy)
         slowed.forget(job.number)
+        if job.state is JobState.SUSPENDED and event.to not in MOVES[job.state]:
+            # Whoever ends while frozen ran for a moment: signals that kill wake.
+            self._apply(AttemptResumed(event.at_s, job.id, job.attempt))
         self._apply(event)
         if event.preemptions > job.preemptions:
             self._control.accounts.count_preemption(job, event.at_s)
@@ -232,6 +263,10 @@ class ReportHandler:
                     self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s, grace_s_max)
                 case RequeueJob():
                     self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s)
+                case SuspendJob():
+                    self._apply(SuspendDecided(now_s, job.id, job.attempt, action.reason))
+                case ResumeJob():
+                    self._apply(ResumeDecided(now_s, job.id, job.attempt, action.reason))
                 case FailJob():
                     self._apply(PendingEnded(now_s, job.id, JobState.FAILED, action.reason, action.detail))
 

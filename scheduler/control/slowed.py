@@ -37,7 +37,7 @@ class Slowed:
         """Count up to now, and go by these speeds from now on; returns the jobs that fell behind."""
         fell, kept = [], {}
         for job in jobs:
-            if job.state is not JobState.RUNNING or not job.attempts[-1].gpus:
+            if job.state not in (JobState.RUNNING, JobState.SUSPENDED) or not job.attempts[-1].gpus:
                 continue
             known, now_speed = self._by_number.get(job.number), speed(job)
             if known is None or known.attempt != job.attempt:

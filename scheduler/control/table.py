@@ -11,7 +11,7 @@ from scheduler.control.holdings import Holdings
 from scheduler.model import snapshot as columns
 from scheduler.model.frames import SaidColumns
 from scheduler.model.gpus import GpuIdentity, model_matches
-from scheduler.model.jobs import Job, JobClass, JobState, Notice, job_number
+from scheduler.model.jobs import Job, JobClass, JobState, Notice, OnPreempt, job_number
 from scheduler.model.policy import Order, Policy, aged_priority
 from scheduler.model.power import Curve
 from scheduler.model.snapshot import (
@@ -34,9 +34,13 @@ _STATE_CODES = {
     JobState.PREEMPTING: columns.PREEMPTING,
     JobState.STOPPING: columns.STOPPING,
 }
-# Beside the jobs' own: what a job draws by nature, W; the whole work of one that pays at its end, µs; its
-# priority before aging; how often it gave way to a job.
-_COLUMNS = (*JobColumns.__dataclass_fields__, "natural_w", "whole_us", "said_priority", "preemptions")
+# Beside the jobs' own: what a job draws by nature, W; since when it is to be frozen; the whole work of one
+# that pays at its end, µs; its priority before aging; how often it gave way to a job.
+_COLUMNS = (
+    *JobColumns.__dataclass_fields__,
+    *("natural_w", "suspend_us"),
+    *("whole_us", "said_priority", "preemptions"),
+)
 _OWN = len(JobColumns.__dataclass_fields__)
 _SAID = tuple(map(_COLUMNS.index, ("said_priority", "preemptions", "value", "whole_us")))
 _BOOL_COLUMNS = frozenset({"preemptible"})
@@ -108,6 +112,7 @@ class JobWatts:
     number: Any
     natural_w: Any
     best_w: Any  # where a miner earns most, if that is below its full limit
+    suspend_us: Any  # since when it is to be frozen; UNKNOWN
 
 
 class JobTable:
@@ -122,6 +127,7 @@ class JobTable:
         self.values_changed = 0
         self.miners: set[int] = set()  # numbers of the jobs that tell what they mine
         self.mining: set[int] = set()  # numbers of the jobs of that class
+        self.suspendable: set[int] = set()  # numbers of the jobs that may be frozen
         # How much later than at full speed its live attempt will be done.
         self.behind_s: Callable[[Job], float] = lambda _: 0.0
         self.energy: EnergyPrice | None = None  # what energy costs; None = nobody knows
@@ -152,6 +158,8 @@ class JobTable:
                 self.miners.add(job.number)
             if job.spec.job_class is JobClass.MINING:
                 self.mining.add(job.number)
+            if job.spec.on_preempt is OnPreempt.SUSPEND:
+                self.suspendable.add(job.number)
         for array, value in zip(self._arrays, self._values(job, code), strict=True):
             array[row] = value
         if job.holds:
@@ -166,6 +174,7 @@ class JobTable:
             return
         self.miners.discard(number)
         self.mining.discard(number)
+        self.suspendable.discard(number)
         self.holdings.drop(number)
         last = len(self._rows)
         if row != last:
@@ -184,6 +193,14 @@ class JobTable:
         self._model_fits = np.array([self._fits(models) for models in self._model_sets], dtype=bool).reshape(
             len(self._model_sets), len(identities)
         )
+
+    def of_suspendable(self, watts: Callable[[int], float | None]) -> Any:
+        """A column of jobs, UNKNOWN but of those that may be frozen, W by number."""
+        column = np.full(len(self._rows), UNKNOWN, dtype=np.int64)
+        for number in self.suspendable:
+            known = watts(number)
+            column[self._rows[number]] = UNKNOWN if known is None else math.ceil(known)
+        return column
 
     def set_policy(self, policy: Policy, jobs: dict[int, Job]) -> None:
         """Rank by another policy from now on."""
@@ -205,7 +222,7 @@ class JobTable:
         """
         count = len(self._rows)
         own = [array[:count] for array in self._arrays]
-        natural_w, whole_us, *_ = own[_OWN:]
+        natural_w, suspend_us, whole_us, *_ = own[_OWN:]
         jobs, gross, best_w = JobColumns(*own[:_OWN]), None, None
         if self._policy.order is Order.VALUE:
             jobs = replace(jobs, value=value_of_what_is_left(jobs, whole_us, microseconds(now_s)))
@@ -220,7 +237,7 @@ class JobTable:
             nodes=nodes,
             holdings=self._holding_columns(leaving),
             model_fits=self._model_fits,
-            power=None if power is None else power(JobWatts(jobs.number, natural_w, best_w)),
+            power=None if power is None else power(JobWatts(jobs.number, natural_w, best_w, suspend_us)),
             gross_value=gross,
         )
 
@@ -272,6 +289,7 @@ class JobTable:
             preemptor,
             stop_us,
             UNKNOWN if natural_w is None else max(1, math.ceil(natural_w)),
+            microseconds(last.suspend_s) if live and last else UNKNOWN,
             UNKNOWN if spec.job_class is JobClass.MINING else microseconds(spec.expected_duration_s),
             spec.priority,
             job.preemptions,

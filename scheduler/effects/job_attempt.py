@@ -9,6 +9,9 @@ stop that comes meanwhile waits for that (not its deadline).
 Running: output is pumped into the log. When the first process ends by itself, what it leaves behind is killed
 at once; `exited` is said when nothing is left.
 
+Frozen: no process of the tree runs, and `frozen` is said once that is so. An order, or a notice, thaws it;
+whoever is killed while frozen is gone like any other.
+
 Stopping: the notice file appears, SIGTERM goes to the whole tree, the stop command runs in a tree of its
 own. From here on each process may take until the deadline, also when the first one ends earlier (a shell
 does, while the trainer that it started saves). The acknowledgement file, or the daemon, ends that early for
@@ -40,7 +43,11 @@ Key = tuple[str, int]
 GRACE_S_MAX = 7 * 86400.0  # the configuration allows no more; further off is a mistake, and a GPU would wait
 STUCK_S = 5.0  # after SIGKILL; then the daemon is told, and SIGKILL is sent again as often as this
 CHECKPOINT_REPORTS_S = 0.1  # a job that marks checkpoints in a loop is heard this often
+# A tree that is being frozen is looked at again so soon, then ever later: what is in the kernel stops when it
+# comes out.
+FREEZE_AGAIN_S, FREEZE_AGAIN_S_MAX = 0.002, 0.5
 
+_FROZEN_OR_THAWED = ("frozen", "thawed")
 _PIECE_BYTES = 65536  # what a pipe holds; one turn of the loop moves one piece of a job's output
 _DRAIN_PIECES_MAX = 16  # the largest pipe an unprivileged process can make (1 MiB), in pieces
 
@@ -133,7 +140,9 @@ class Attempt(Listener):
         "_exit_status",
         "_failure",
         "_files",
+        "_freeze_timer",
         "_is_started",
+        "_is_to_freeze",
         "_kill_timer",
         "_killed",
         "_log",
@@ -195,6 +204,8 @@ class Attempt(Listener):
         self._ack_watch = self._checkpoint_watch = -1
         self._checkpoint_timer: Timer | None = None
         self._checkpoint_waits = False
+        self._is_to_freeze = False
+        self._freeze_timer: Timer | None = None
 
     # Orders ------------------------------------------------------------------------------------
 
@@ -273,6 +284,39 @@ class Attempt(Listener):
         if self._tree is not None and not self._tree_is_gone:
             self._kill(self._tree)
 
+    def freeze(self) -> None:
+        """Stop the whole tree, and say so when nothing of it runs; said twice it is looked at once."""
+        if self._tree is None or not self._is_started or self._tree_is_gone or self._deadline_s is not None:
+            return  # a notice is to be heard
+        if not self._is_to_freeze:
+            self._is_to_freeze = True
+            self._freeze_on(FREEZE_AGAIN_S)
+
+    def thaw(self) -> None:
+        """Let the tree run again."""
+        if not self._is_to_freeze:
+            return
+        self._is_to_freeze = False
+        if self._freeze_timer is not None:
+            self._freeze_timer.cancel()
+            self._freeze_timer = None
+        if self._tree is not None and not self._tree_is_gone:
+            self._tree.thaw()
+            self._say_last("thawed", of=_FROZEN_OR_THAWED)
+
+    def _freeze_on(self, wait_s: float) -> None:
+        """Stop what runs, and look again until nothing does: a process may be in the kernel, or fork."""
+        self._freeze_timer = None
+        if self._tree is None or self._tree_is_gone:
+            return
+        self._tree.freeze()
+        if self._tree.is_frozen():
+            self._say_last("frozen", of=_FROZEN_OR_THAWED)
+            return
+        self._tree.help_freeze()
+        again_s = min(2.0 * wait_s, FREEZE_AGAIN_S_MAX)
+        self._freeze_timer = self._shop.loop.call_after(wait_s, lambda: self._freeze_on(again_s))
+
     # What the tree says ------------------------------------------------------------------------
 
     def has_started(self, pid: int, start_ticks: int) -> None:
@@ -344,6 +388,7 @@ class Attempt(Listener):
         if self._signalled:
             return
         self._signalled = True
+        self.thaw()  # it can't answer while it is frozen
         tree.terminate()
         self._say("signalled")
         if self._stop_command:
@@ -455,9 +500,7 @@ class Attempt(Listener):
 
     def _say_checkpoint(self) -> None:
         self._checkpoint_waits = False
-        # Of many only the last matters to a daemon that comes back.
-        self.reports = [report for report in self.reports if report["report"] != "checkpoint_saved"]
-        self._say("checkpoint_saved")
+        self._say_last("checkpoint_saved", of=("checkpoint_saved",))
         self._checkpoint_timer = self._shop.loop.call_after(CHECKPOINT_REPORTS_S, self._checkpoint_pause_over)
 
     def _checkpoint_pause_over(self) -> None:
@@ -485,6 +528,11 @@ class Attempt(Listener):
         self._unwatch(self._ack_watch, self._attempt_directory_changed)
         self._ack_watch = -1
 
+    def _say_last(self, kind: str, of: tuple[str, ...]) -> None:
+        """Say what makes the earlier ones of these needless to a daemon that returns."""
+        self.reports = [report for report in self.reports if report["report"] not in of]
+        self._say(kind)
+
     def _say(self, kind: str, **fields: object) -> None:
         report = {
             "report": kind,
@@ -510,7 +558,7 @@ class Attempt(Listener):
                 shop.loop.unwatch(self._output_fd)
             os.close(self._output_fd)
             self._output_fd = -1
-        for timer in (self._deadline_timer, self._kill_timer, self._checkpoint_timer):
+        for timer in (self._deadline_timer, self._kill_timer, self._checkpoint_timer, self._freeze_timer):
             if timer is not None:
                 timer.cancel()
         if self._checkpoint_waits:

@@ -26,7 +26,7 @@ class CgroupsUnusable(Exception):
 class CgroupTree(Tree):
     """A tree that is the content of a cgroup."""
 
-    __slots__ = ("_containment", "_events_fd", "_is_condemned", "_path")
+    __slots__ = ("_containment", "_events_fd", "_freezes", "_is_condemned", "_path")
 
     def __init__(
         self, containment: "CgroupContainment", loop: Loop, listener: Listener, line: StartLine, path: str
@@ -35,6 +35,7 @@ class CgroupTree(Tree):
         self._containment = containment
         self._path = path
         self._events_fd = -1
+        self._freezes = True  # as far as is known: the kernel stops whole cgroups
         self._is_condemned = False  # killed before it was born
 
     def pids(self) -> set[int]:
@@ -52,6 +53,29 @@ class CgroupTree(Tree):
         # Alone, as most are; nobody else can have its number before we reap it.
         os.kill(self.main_pid, signal.SIGTERM)
         os.kill(self.main_pid, signal.SIGCONT)
+
+    def freeze(self) -> None:
+        """Have the kernel stop the cgroup; where it can't (before Linux 5.2), stop each process."""
+        if self._freezes and not _write(f"{self._path}/cgroup.freeze", b"1"):
+            self._freezes = False
+        if not self._freezes:
+            super().freeze()
+
+    def is_frozen(self) -> bool:
+        """Say whether nothing of the tree runs."""
+        return _cgroup_says(self._path, b"frozen 1") if self._freezes else super().is_frozen()
+
+    def help_freeze(self) -> None:
+        """Undo for a moment what keeps something from stopping; it takes another `freeze`."""
+        if not self._freezes:
+            super().help_freeze()
+
+    def thaw(self) -> None:
+        """Let everything that is there run again."""
+        if self._freezes:
+            _write(f"{self._path}/cgroup.freeze", b"0")
+        else:
+            super().thaw()
 
     def kill(self) -> None:
         """SIGKILL the first process, which may still be on its way into the cgroup, and the cgroup."""
@@ -300,6 +324,31 @@ def cgroup_is_empty(path: str) -> bool:
         return b"populated 0" in os.read(fd, _TEXT_BYTES)
     finally:
         os.close(fd)
+
+
+def _cgroup_says(path: str, word: bytes) -> bool:
+    try:
+        fd = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False  # it is gone, and nobody will ask again
+    try:
+        return word in os.read(fd, _TEXT_BYTES)
+    finally:
+        os.close(fd)
+
+
+def _write(path: str, text: bytes) -> bool:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        os.write(fd, text)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def kill_cgroup(path: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 # Listings until no new process turns up, and kills until none is left. What forks faster meets its deadline,
 # or the next attempt to kill it.
 _ROUNDS_MAX = 8
+# Letters of /proc/<pid>/stat: stopped, stopped by a tracer, zombie, dead; and waiting where no signal comes.
+_STILL, _IN_KERNEL = frozenset((b"T", b"t", b"Z", b"X")), b"D"
 
 
 def start_ticks(pid: int) -> int:
@@ -90,6 +92,61 @@ def signal_tree(members: Callable[[], set[int]], *signals: int) -> set[int]:
         for fd in opened.values():
             os.close(fd)
     return signalled
+
+
+def stop_tree(members: Callable[[], set[int]]) -> None:
+    """SIGSTOP each process that `members` lists, and what these forked meanwhile."""
+    stopped: set[int] = set()
+
+    def left() -> set[int]:
+        return members() - stopped
+
+    for _ in range(_ROUNDS_MAX):
+        new = signal_tree(left, signal.SIGSTOP)
+        if not new:
+            return
+        stopped |= new
+
+
+def wake_vforked(members: Callable[[], set[int]]) -> None:
+    """SIGCONT the children of those that are in the kernel: some wait in vfork for a child to exec.
+
+    The kernel doesn't stop such a parent before, and a stopped child never execs. (dash forks so.)
+    """
+
+    def awaited() -> set[int]:
+        return {child for pid in members() if _IN_KERNEL in _states(pid) for child in children(pid)}
+
+    signal_tree(awaited, signal.SIGCONT)
+
+
+def runs(pid: int) -> bool:
+    """Say whether a process is there and neither stopped nor dead; each of its threads is looked at."""
+    return not _states(pid) <= _STILL
+
+
+def _states(pid: int) -> set[bytes]:
+    """Return the letters of a process's threads, as /proc/<pid>/stat has them; none if it is gone."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return set()
+    return {letter for thread in threads if (letter := _state(pid, thread))}
+
+
+def _state(pid: int, thread: str) -> bytes:
+    try:
+        fd = os.open(f"/proc/{pid}/task/{thread}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""  # it ended
+    try:
+        text = os.read(fd, 4096)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+    place = text.rindex(b")") + 2
+    return text[place : place + 1]
 
 
 def kill_tree(members: Callable[[], set[int]]) -> None:

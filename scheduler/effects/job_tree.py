@@ -10,7 +10,7 @@ Two ways to know a tree, whatever it forks and however it detaches itself:
 import errno
 import signal
 
-from scheduler.effects.job_signals import signal_tree
+from scheduler.effects.job_signals import runs, signal_tree, stop_tree, wake_vforked
 from scheduler.effects.job_spawn import Program, StartLine
 from scheduler.effects.launcher_loop import Loop
 
@@ -112,6 +112,22 @@ class Tree:
     def terminate(self) -> None:
         """SIGTERM everything that is there, and wake what is stopped so that it can answer."""
         signal_tree(self.pids, signal.SIGTERM, signal.SIGCONT)
+
+    def freeze(self) -> None:
+        """Stop everything that is there; may be repeated, for what was forked meanwhile."""
+        stop_tree(self.pids)
+
+    def is_frozen(self) -> bool:
+        """Say whether nothing of the tree runs."""
+        return not any(map(runs, self.pids()))
+
+    def help_freeze(self) -> None:
+        """Undo for a moment what keeps something from stopping; it takes another `freeze`."""
+        wake_vforked(self.pids)
+
+    def thaw(self) -> None:
+        """Let everything that is there run again."""
+        signal_tree(self.pids, signal.SIGCONT)
 
     def stuck_pids(self) -> list[int]:
         """Return the lowest of the pids that are left, a bounded number."""

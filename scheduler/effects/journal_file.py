@@ -18,7 +18,7 @@ from scheduler.model.events import Event
 from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import Job
 
-FORMAT = 4
+FORMAT = 5
 DATABASE_NAME = "journal.sqlite"
 LOCK_NAME = "daemon.lock"
 # Events checked at start: enough to see a torn or meddled tail, cheap at any length of journal.

@@ -92,6 +92,22 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class Frozen:
+    """No process of the tree runs any more; what the GPU has in its queues still runs out."""
+
+    key: AttemptKey
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Thawed:
+    """The tree runs again."""
+
+    key: AttemptKey
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Exited:
     """The main process ended and the whole tree is gone. One of code and signal is not None.
 
@@ -126,7 +142,16 @@ class LauncherGone:
 
 
 Report = (
-    Started | StartFailed | Signalled | Acknowledged | CheckpointSaved | Exited | TreeStuck | LauncherGone
+    Started
+    | StartFailed
+    | Signalled
+    | Acknowledged
+    | CheckpointSaved
+    | Frozen
+    | Thawed
+    | Exited
+    | TreeStuck
+    | LauncherGone
 )
 
 
@@ -176,6 +201,12 @@ class Launcher(Protocol):
 
     def end_grace(self, key: AttemptKey) -> None:
         """SIGKILL the whole tree now."""
+
+    def freeze(self, key: AttemptKey) -> None:
+        """Order that no process of the tree runs; answered by Frozen. A notice, or `thaw`, ends it."""
+
+    def thaw(self, key: AttemptKey) -> None:
+        """Let the tree run again; answered by Thawed if it was frozen, or was to be."""
 
     def forget(self, key: AttemptKey) -> None:
         """The exit is in the journal, or the start will not come: the launcher may drop the attempt."""

@@ -19,6 +19,7 @@ from scheduler.effects.launcher import (
     AttemptKey,
     CheckpointSaved,
     Exited,
+    Frozen,
     HeldAttempt,
     LauncherGone,
     LauncherHello,
@@ -28,6 +29,7 @@ from scheduler.effects.launcher import (
     StartFailed,
     StartOrder,
     StopOrder,
+    Thawed,
     TreeStuck,
 )
 from scheduler.effects.launcher_wire import (
@@ -55,13 +57,17 @@ _READY = b"ready\n"
 _READY_BYTES_MAX = 4096
 _PROGRAM = Path(__file__).with_name("launcher_process.py")
 
-_AttemptReport = Started | StartFailed | Signalled | Acknowledged | CheckpointSaved | Exited | TreeStuck
+_AttemptReport = (
+    Started | StartFailed | Signalled | Acknowledged | CheckpointSaved | Frozen | Thawed | Exited | TreeStuck
+)
 _REPORTS: dict[str, type[_AttemptReport]] = {
     "started": Started,
     "start_failed": StartFailed,
     "signalled": Signalled,
     "acknowledged": Acknowledged,
     "checkpoint_saved": CheckpointSaved,
+    "frozen": Frozen,
+    "thawed": Thawed,
     "exited": Exited,
     "tree_stuck": TreeStuck,
 }
@@ -191,6 +197,14 @@ class LauncherClient:
     def end_grace(self, key: AttemptKey) -> None:
         """SIGKILL the whole tree now."""
         self._send({"order": "end_grace", **asdict(key)})
+
+    def freeze(self, key: AttemptKey) -> None:
+        """Order that no process of the tree runs; answered by Frozen. A notice, or `thaw`, ends it."""
+        self._send({"order": "freeze", **asdict(key)})
+
+    def thaw(self, key: AttemptKey) -> None:
+        """Let the tree run again; answered by Thawed if it was frozen, or was to be."""
+        self._send({"order": "thaw", **asdict(key)})
 
     def forget(self, key: AttemptKey) -> None:
         """The exit is in the journal, or the start will not come: the launcher may drop the attempt."""

@@ -240,6 +240,10 @@ class Server:
             attempt.stop(*checked_stop(message))
         elif order == "end_grace":
             attempt.end_grace()
+        elif order == "freeze":
+            attempt.freeze()
+        elif order == "thaw":
+            attempt.thaw()
         elif order == "forget":
             if not attempt.is_ordered:
                 self._discard(key)
@@ -249,7 +253,7 @@ class Server:
             else:
                 log(f"{key}: an order to forget what is not over")
         else:
-            raise WireError(f"an order that version 2 does not know: {order!r}")
+            raise WireError(f"an order that version 3 does not know: {order!r}")
         return False
 
     def _prepare(self, key: Key, order: Message) -> None:

@@ -1,19 +1,19 @@
-"""The launcher's protocol, version 2: one JSON object a line, both ways, over a Unix socket.
+"""The launcher's protocol, version 3: one JSON object a line, both ways, over a Unix socket.
 
-The daemon speaks first: `{"order": "hello", "oldest": 2, "newest": 2}` names the versions it can speak.
+The daemon speaks first: `{"order": "hello", "oldest": 3, "newest": 3}` names the versions it can speak.
 The launcher answers with the newest version both know:
 
-    {"report": "hello", "version": 2, "launcher_id": …, "boot_id": …, "pid": …, "containment": …,
+    {"report": "hello", "version": 3, "launcher_id": …, "boot_id": …, "pid": …, "containment": …,
      "jobs_dir": …, "held": 2}
     {"report": "held", "job_id": …, "attempt": …, "reports": [{"report": "started", …}, …]}   (`held` times)
 
 or with `{"report": "refused", "message": …}` and the end of the connection. After that orders go one way
-(prepare, start, stop, end_grace, forget) and reports the other (started, start_failed, signalled,
-acknowledged, checkpoint_saved, exited, tree_stuck), each with job_id, attempt and the fields of the
-dataclass of that name in `launcher.py`. `prepare` says all about an attempt, `start` only which, and what is
-new in its environment; what was prepared and not started is never reported, and ends with the connection.
-Fields that one side does not know are ignored; a new order or a new meaning is a new version. (Version 1 had
-no `prepare`.)
+(prepare, start, stop, freeze, thaw, end_grace, forget) and reports the other (started, start_failed,
+signalled, acknowledged, checkpoint_saved, frozen, thawed, exited, tree_stuck), each with job_id, attempt and
+the fields of the dataclass of that name in `launcher.py`. `prepare` says all about an attempt, `start` only
+which, and what is new in its environment; what was prepared and not started is never reported, and ends with
+the connection. Fields that one side does not know are ignored; a new order or a new meaning is a new version.
+(Version 1 had no `prepare`, version 2 no `freeze` and `thaw`.)
 
 This module loads nothing but json: the launcher is meant to stay small.
 """
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 else:
     Message = dict
 
-VERSION_OLDEST = 2
-VERSION_NEWEST = 2
+VERSION_OLDEST = 3
+VERSION_NEWEST = 3
 
 # The kernel takes 2 MiB of arguments and environment (a quarter of the usual 8 MiB stack limit); JSON's
 # escapes make that longer. What does not fit would not be executed either.

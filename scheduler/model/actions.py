@@ -62,7 +62,23 @@ class SetPowerLimit:
     reason: Reason  # POWER_LIMIT_LOWERED, POWER_LIMIT_RAISED
 
 
-JobAction = StartJob | PreemptJob | StopJob | RequeueJob | FailJob
+@dataclass(frozen=True, slots=True)
+class SuspendJob:
+    """A running job is frozen where it is, for its watts."""
+
+    job: int
+    reason: Reason  # SHED_FOR_POWER, SHED_IN_EMERGENCY
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeJob:
+    """A job that was frozen, or told to be, runs again."""
+
+    job: int
+    reason: Reason  # RESUMED_AFTER_SHED
+
+
+JobAction = StartJob | PreemptJob | StopJob | RequeueJob | FailJob | SuspendJob | ResumeJob
 Action = JobAction | SetPowerLimit
 
 

@@ -139,6 +139,44 @@ class CheckpointReported:
 
 
 @dataclass(frozen=True, slots=True)
+class SuspendDecided:
+    """The job is to be frozen where it is: its GPUs stay its own, their watts are wanted."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeDecided:
+    """The job is to run again."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSuspended:
+    """The whole tree is frozen."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptResumed:
+    """The tree runs again, or is about to be told as ended."""
+
+    at_s: float
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptEnded:
     """The whole tree of an attempt is gone, or never came to be; `to` says what becomes of the job."""
 
@@ -202,6 +240,10 @@ JobEvent = (
     | AttemptSignalled
     | AttemptAcknowledged
     | CheckpointReported
+    | SuspendDecided
+    | ResumeDecided
+    | AttemptSuspended
+    | AttemptResumed
     | AttemptEnded
     | PendingEnded
     | BackoffCleared
@@ -376,7 +418,8 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
                 return _with_attempt(job, attempt, revision)
             return _moved(_with_attempt(job, attempt, revision), JobState.RUNNING, event.reason, event.at_s)
         case StopDecided():
-            attempt = replace(_current(job, event), notice=event.notice)
+            attempt = replace(_current(job, event), notice=event.notice, suspend_s=None)
+            attempt = _no_longer_suspended(attempt, event.at_s)  # the notice wakes it
             moved = _moved(job, event.to, event.notice.reason, event.at_s)
             return _with_attempt(moved, attempt, revision)
         case CancelRequested():
@@ -391,6 +434,16 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
             return _with_attempt(job, replace(_current(job, event), acknowledged_s=event.at_s), revision)
         case CheckpointReported():
             return _with_attempt(job, replace(_current(job, event), checkpoint_s=event.at_s), revision)
+        case SuspendDecided() | ResumeDecided():
+            return _told(job, event, revision)
+        case AttemptSuspended():
+            attempt = replace(_current(job, event), suspended_s=event.at_s, resumed_s=None)
+            return _with_attempt(_moved(job, JobState.SUSPENDED, job.reason, event.at_s), attempt, revision)
+        case AttemptResumed():
+            if job.state is not JobState.SUSPENDED:
+                raise TransitionError(f"job {job.id} is {job.state}, not SUSPENDED")
+            attempt = _no_longer_suspended(_current(job, event), event.at_s)
+            return _with_attempt(_moved(job, JobState.RUNNING, job.reason, event.at_s), attempt, revision)
         case AttemptEnded():
             return _ended(job, event, revision)
         case PendingEnded():
@@ -468,6 +521,23 @@ def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
     )
 
 
+def _told(job: Job, event: SuspendDecided | ResumeDecided, revision: int) -> Job:
+    """The state follows when the launcher says that it is done; the reason is that of the decision."""
+    attempt = _current(job, event)
+    if job.state not in (JobState.RUNNING, JobState.SUSPENDED):
+        raise TransitionError(f"job {job.id} is {job.state}: only one that runs is frozen")
+    suspend_s = event.at_s if isinstance(event, SuspendDecided) else None
+    told = replace(job, reason=event.reason)
+    return _with_attempt(told, replace(attempt, suspend_s=suspend_s), revision)
+
+
+def _no_longer_suspended(attempt: Attempt, at_s: float) -> Attempt:
+    if attempt.suspended_s is None or attempt.resumed_s is not None:
+        return attempt
+    lasted_s = max(0.0, at_s - attempt.suspended_s)
+    return replace(attempt, resumed_s=at_s, suspended_total_s=attempt.suspended_total_s + lasted_s)
+
+
 def _saved_s(job: Job, attempt: Attempt) -> float:
     """What of an ended attempt's work is saved: until it was told to go, else until its last checkpoint."""
     asked = attempt.notice is not None and not attempt.lost
@@ -491,6 +561,10 @@ def _current(
     | AttemptSignalled
     | AttemptAcknowledged
     | CheckpointReported
+    | SuspendDecided
+    | ResumeDecided
+    | AttemptSuspended
+    | AttemptResumed
     | AttemptEnded,
 ) -> Attempt:
     if not job.holds or event.attempt != job.attempt:

@@ -52,6 +52,7 @@ _POWER = (
     "lead_milli",
     "limits_inference",
 )
+_WATTS = ("natural_w", "best_w", "frozen_w", "suspend_us")  # of jobs
 _BOOLS = frozenset({"preemptible", "instance", "is_emergency", "limits_inference"})
 _INT64 = np.dtype("<i8")
 _NUMBER_BYTES = _INT64.itemsize
@@ -156,14 +157,12 @@ def inputs_of(frame: Frame) -> PlanInputs:
         columns = iter(others)
         power = None
         if has_power:
-            natural_w, best_w = next(columns), next(columns)
             power = PowerColumns(
                 **_values(_POWER, plain),
                 promised_w=promised_w if has_promise else None,
                 curves=curves,
                 **dict(zip(_BOARDS, boards, strict=True)),
-                natural_w=natural_w,
-                best_w=best_w,
+                **{name: next(columns) for name in _WATTS},
             )
         snapshot = Snapshot(
             now_us=now_us,
@@ -197,7 +196,7 @@ def _tables(inputs: PlanInputs, before: Frame | None) -> tuple[Any, ...]:
         lasting = (_table(_of_gpus(gpus)), _table(_of_nodes(nodes)), np.array(fits.T, dtype=np.int64))
     of_jobs = (*_of_jobs(snapshot.jobs), *_of_said(inputs.said))
     if power is not None:
-        of_jobs += (power.natural_w, power.best_w)
+        of_jobs += _of_watts(power)
     if gross is not None:
         of_jobs += (gross,)
     return (
@@ -215,6 +214,7 @@ def _table(columns: tuple[Any, ...]) -> Any:
 
 _of_jobs, _of_said, _of_gpus = attrgetter(*_JOBS), attrgetter(*_SAID), attrgetter(*_GPUS)
 _of_boards, _of_power, _of_nodes = attrgetter(*_BOARDS), attrgetter(*_POWER), attrgetter(*_NODES)
+_of_watts = attrgetter(*_WATTS)
 _of_holdings, _of_mix = attrgetter(*_HOLDINGS), attrgetter(*_MIX)
 
 

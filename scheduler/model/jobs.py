@@ -132,6 +132,10 @@ class Attempt:
     successor_started_s: float | None = None
     energy_mj: int = 0  # of its GPUs, as far as it is booked
     node: int = 0  # where, of the nodes that are planned together
+    suspend_s: float | None = None  # since when it is to be frozen; None = it is to run
+    suspended_s: float | None = None  # when it was last frozen
+    resumed_s: float | None = None  # when it last ran again; None while it is frozen
+    suspended_total_s: float = 0.0  # of freezes that are over
 
     @property
     def preempted_by(self) -> str:

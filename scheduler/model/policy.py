@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from scheduler.model.jobs import JobClass
+from scheduler.model.jobs import JobClass, OnPreempt
 from scheduler.model.power import CurvePoint
 
 
@@ -28,6 +28,7 @@ class ClassDefaults:
     grace_s: float
     min_runtime_s: float = 0.0
     preemptible: bool = True
+    on_preempt: OnPreempt = OnPreempt.REQUEUE
     restart_loss_s: float = 0.0
     cpus: int = 0
     memory_mib: int = 0

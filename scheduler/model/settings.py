@@ -203,6 +203,7 @@ class StandingJob:
     grace_s: float | None = None
     min_runtime_s: float | None = None
     restart_loss_s: float | None = None
+    on_preempt: OnPreempt | None = None
     draw_w: float | None = None  # None = not known
     tenant: str = ""
     miner_api: MinerApi | None = None  # None = it tells nobody what it mines
@@ -241,7 +242,7 @@ class StandingJob:
             cpus=_or(self.cpus, defaults.cpus),
             memory_mib=_or(self.memory_mib, defaults.memory_mib),
             preemptible=True,
-            on_preempt=OnPreempt.REQUEUE,
+            on_preempt=_or(self.on_preempt, defaults.on_preempt),
             grace_s=_or(self.grace_s, defaults.grace_s),
             min_runtime_s=_or(self.min_runtime_s, defaults.min_runtime_s),
             restart_loss_s=_or(self.restart_loss_s, defaults.restart_loss_s),

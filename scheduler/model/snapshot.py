@@ -176,10 +176,15 @@ class PowerColumns:
     natural_w: Any  # per GPU, declared or learned; UNKNOWN
     # Where a miner earns most, if that is below its full limit; UNKNOWN. Left out it is so for every row.
     best_w: Any = None
+    # What each of its boards draws while it is frozen; UNKNOWN of who may not be. And since when it is to be
+    # frozen; UNKNOWN of who is to run. Left out both are so for every row.
+    frozen_w: Any = None
+    suspend_us: Any = None
 
     def __post_init__(self) -> None:
-        if self.best_w is None:
-            object.__setattr__(self, "best_w", np.full(len(self.natural_w), UNKNOWN, dtype=np.int64))
+        for name in ("best_w", "frozen_w", "suspend_us"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(len(self.natural_w), UNKNOWN, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -394,7 +399,7 @@ _OF_GPUS = ("idle_w", "limit_w", "limit_w_min", "limit_w_max", "measured_w")
 
 
 def _check_power(power: PowerColumns, gpus: int, jobs: int) -> None:
-    of_jobs = ("natural_w", "best_w")
+    of_jobs = ("natural_w", "best_w", "frozen_w", "suspend_us")
     for name in (*_OF_GPUS, *of_jobs):
         column, rows = getattr(power, name), jobs if name in of_jobs else gpus
         if len(column) != rows:

@@ -27,8 +27,10 @@ from scheduler.model.actions import (
     PreemptJob,
     Promise,
     RequeueJob,
+    ResumeJob,
     StartJob,
     StopJob,
+    SuspendJob,
     Wait,
 )
 from scheduler.model.policy import Policy
@@ -130,6 +132,7 @@ class Planner:
             actions=(
                 *(power.limits() if power else ()),
                 *(power.sheds if power else ()),
+                *self._freezes(),
                 *self._stops,
                 *fails,
                 *self._preempts,
@@ -141,6 +144,11 @@ class Planner:
             awaited={number: given.awaited for number, given in self.claims.items() if not given.is_free},
             power=power.outlook if power else None,
         )
+
+    def _freezes(self) -> list[SuspendJob | ResumeJob]:
+        """Who is frozen and who runs again, but for those that go."""
+        gone = {preempt.job for preempt in self._preempts}
+        return [action for action in self.power.freezes() if action.job not in gone] if self.power else []
 
     def candidates(self, request: Request, node: Node) -> list[Live]:
         """The live jobs of a node that the request may displace."""
@@ -178,12 +186,11 @@ class Planner:
             for number in jobs.number[dear].tolist():
                 order[number] = RequeueJob(number, Reason.STOPPED_FOR_PRICE)
         if len(timed):
-            running = jobs.state[timed] == RUNNING
+            live = (jobs.state[timed] == RUNNING) | (jobs.state[timed] == SUSPENDED)
             started_us, limit_us = jobs.started_us[timed], jobs.time_limit_us[timed]
             ran_us = xp.where(started_us == UNKNOWN, 0, now_us - started_us)
-            limited = running & (limit_us != UNKNOWN) & (ran_us >= limit_us)
+            limited = live & (limit_us != UNKNOWN) & (ran_us >= limit_us)
             deadline_us = jobs.deadline_us[timed]
-            live = running | (jobs.state[timed] == SUSPENDED)
             missed = live & (deadline_us != UNKNOWN) & (deadline_us < now_us)  # done by then is in time
             for where, reason in ((missed, Reason.DEADLINE_MISSED), (limited, Reason.TIME_LIMIT)):
                 numbers = jobs.number[timed[where]].tolist()
@@ -392,15 +399,17 @@ class Planner:
         jobs, now_us, codes, timed = self._snapshot.jobs, self.now_us, self.queue.codes, self._timed
         promised = [] if self.promise is None else [xp.asarray([self.promise.start_us])]
         backing_off = rows_where(codes == WAIT_CODE[Reason.BACKING_OFF])
+        if self.power is not None and (thaw_us := self.power.freezing.wake_us) is not None:
+            promised.append(xp.asarray([thaw_us]))
         moments = [*promised, jobs.eligible_us[backing_off], self._dear_later_us]
         if len(timed):
-            running = jobs.state[timed] == RUNNING
-            limited = timed[running & (jobs.time_limit_us[timed] != UNKNOWN)]
+            live = (jobs.state[timed] == RUNNING) | (jobs.state[timed] == SUSPENDED)
+            limited = timed[live & (jobs.time_limit_us[timed] != UNKNOWN)]
             dated = jobs.deadline_us[timed] != UNKNOWN
             late = timed[dated & (codes[timed] >= 0)]
             moments += [
                 jobs.started_us[limited] + jobs.time_limit_us[limited],
-                jobs.deadline_us[timed[dated & (running | (jobs.state[timed] == SUSPENDED))]] + 1,
+                jobs.deadline_us[timed[dated & live]] + 1,
                 jobs.deadline_us[late] + 1 - unknown_as_zero(jobs.expected_us[late]),
             ]
         if some(codes >= 0):

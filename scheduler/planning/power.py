@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from scheduler.model.actions import RequeueJob, SetPowerLimit
+from scheduler.model.actions import RequeueJob, ResumeJob, SetPowerLimit, SuspendJob
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy
 from scheduler.model.power import UNLIMITED_W, PowerOutlook
@@ -35,6 +35,7 @@ from scheduler.model.snapshot import (
 )
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import lists, rows_where, xp
+from scheduler.planning.freezing import Freezing
 from scheduler.planning.shedding import (
     LOSS_MAX,
     MILLI,
@@ -119,11 +120,14 @@ class PowerStage:
             int, int
         ] = {}  # by number of a refused job: what it would draw beyond the budget
         self._shadow_microusd_per_wh = 0.0
+        self.freezing = Freezing(snapshot, snapshot.power)
+        self._in_force_w: Any  # what each board may draw now
         self._look(stopping)
         self.sheds: list[RequeueJob] = []
         need_w = self._full_sum_w - self._power.budget_w
         if need_w > 0:
             self._shed(need_w)
+        self._in_force_w = self.freezing.resume(self._units, self._in_force_w)
 
     def _look(self, stopping: frozenset[int]) -> None:
         """Tell boards that stay occupied from those that come free, and what each counts for."""
@@ -155,6 +159,9 @@ class PowerStage:
         self._planned_w = xp.where(self.stays, self._full_w, power.idle_w)
         empty_w = xp.maximum(power.idle_w, power.measured_w)
         self._in_force_w = xp.where(self.stays | self.leaves, power.limit_w, empty_w)
+        self._frozen_w, self._is_frozen = self.freezing.boards(self._gpu, self._job, self._full_w)
+        frozen_w = xp.minimum(self._in_force_w, self._frozen_w)
+        self._in_force_w = xp.where(self._is_frozen, frozen_w, self._in_force_w)
         self._may_stop, self._may_lower = self._freedoms()
         stuck = xp.bincount(self._gpu[~self._may_stop[self._job]], minlength=count) > 0
         firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=count) > 0
@@ -206,12 +213,19 @@ class PowerStage:
         chosen = self._optimum(units, need_w) or Chosen([most(unit) for unit in units], 0.0)
         self._shadow_microusd_per_wh = chosen.microusd_per_w * _US_PER_HOUR / max(1, self._power.horizon_us)
         self._set(units, chosen.options)
-        reason = Reason.SHED_IN_EMERGENCY if self._power.is_emergency else Reason.SHED_FOR_POWER
         stopped = [
             unit for unit, option in zip(units, chosen.options, strict=True) if option.limits_w is None
         ]
         self._drop(stopped)
-        self.sheds = [RequeueJob(number, reason) for unit in stopped for number in unit.jobs]
+        self.sheds = [RequeueJob(number, self._reason) for unit in stopped for number in unit.jobs]
+
+    @property
+    def _reason(self) -> Reason:
+        return Reason.SHED_IN_EMERGENCY if self._power.is_emergency else Reason.SHED_FOR_POWER
+
+    def freezes(self) -> list[SuspendJob | ResumeJob]:
+        """Who is to be frozen from now on, and who is to run again, of those that this plan lets be."""
+        return self.freezing.actions(self._units, self._reason)
 
     @cached_property
     def _units(self) -> list[Unit]:
@@ -224,7 +238,9 @@ class PowerStage:
         lost = lost_work(self._snapshot, self._policy, rows, started_us, milli)
         value = xp.maximum(jobs.value[rows], 0)
         hourly = value * milli // WHOLE_MILLI
-        columns = (jobs.number, jobs.job_class, self._may_stop, jobs.preemptible, self._may_lower)
+        freezing = self.freezing
+        flags = (self._may_stop, jobs.preemptible, self._may_lower, freezing.yields, freezing.may)
+        columns = (jobs.number, jobs.job_class, *flags)
         facts = zip(
             rows.tolist(), *lists(columns, rows), hourly.tolist(), value_of(value, lost).tolist(), strict=True
         )
@@ -239,26 +255,29 @@ class PowerStage:
         return sorted(units, key=lambda unit: unit.jobs)
 
     def _made_unit(self, facts: Sequence[Any], gpus: Sequence[int]) -> Unit:
-        """A unit on these GPUs of jobs: number, class, may stop, yields, may be lowered, value, loss."""
+        """A unit on these GPUs of jobs: number, class, five flags as in the `Unit`, value, loss."""
         uuid = self._snapshot.gpus.uuid
         rows = tuple(sorted(gpus, key=lambda gpu: uuid[gpu]))
         power = self._power
-        numbers, classes, may_stop, yields, may_lower, values, losses = zip(*sorted(facts), strict=True)
-        watts = (self._full_w, self._natural_w, power.limit_w_min, power.idle_w)
-        full, natural, least, idle = (tuple(int(column[gpu]) for gpu in rows) for column in watts)
+        numbers, classes, *flags, values, losses = zip(*sorted(facts), strict=True)
+        may_stop, yields, may_lower, freezes, may_freeze = map(all, flags)
+        watts = (self._full_w, self._natural_w, power.limit_w_min, power.idle_w, self._frozen_w)
+        full, natural, least, idle, frozen = (tuple(int(column[gpu]) for gpu in rows) for column in watts)
         return Unit(
             gpus=rows,
             jobs=numbers,
             job_class=min(classes),
             value=sum(values),
             loss=sum(losses),
-            may_stop=all(may_stop),
-            yields=all(yields),
-            may_lower=all(may_lower),
+            may_stop=may_stop,
+            yields=yields,
+            may_lower=may_lower,
             full_w=full,
             natural_w=tuple(max(1, watts) for watts in natural),
             least_w=tuple(map(min, least, full)),
             idle_w=idle,
+            frozen_w=frozen if freezes else (),
+            may_freeze=may_freeze,
         )
 
     def _optimum(self, units: Sequence[Unit], need_w: int, *, lasts: bool = False) -> Chosen | None:
@@ -275,9 +294,12 @@ class PowerStage:
     def _options(self, unit: Unit, *, lasts: bool = False) -> list[Option]:
         if lasts and unit.yields and not unit.may_stop:
             unit = replace(unit, may_stop=True)
+        if lasts and unit.frozen_w and not unit.may_freeze:
+            unit = replace(unit, may_freeze=True)
         return options(unit, self._power.curves[unit.job_class], self._power.horizon_us)
 
     def _set(self, units: Sequence[Unit], chosen: Sequence[Option]) -> None:
+        self.freezing.choose(u for u, option in zip(units, chosen, strict=True) if option.freezes)
         for unit, option in zip(units, chosen, strict=True):
             for gpu, watts in zip(unit.gpus, option.limits_w or unit.idle_w, strict=True):
                 self._planned_w[gpu] = watts
@@ -289,6 +311,8 @@ class PowerStage:
         for unit in stopped:
             for gpu in unit.gpus:
                 self.stays[gpu], self.leaves[gpu], self._goes[gpu] = False, True, True
+                if self._is_frozen[gpu]:  # the notice wakes it
+                    self._in_force_w[gpu] = self._power.limit_w[gpu]
                 self._planned_w[gpu] = self._floor_w[gpu] = self._power.idle_w[gpu]
                 self._natural_w[gpu] = 0
         gone = {unit.jobs for unit in stopped}
@@ -371,7 +395,7 @@ class PowerStage:
         least_w, idle_w = power.limit_w_min[rows].tolist(), power.idle_w[rows].tolist()
         gpu_milli = request.share_milli * len(gpus)
         lost_gpu_ms = request.restart_loss_us // _US_PER_MS * gpu_milli // WHOLE_MILLI
-        return Unit(
+        made = Unit(
             gpus=gpus,
             jobs=tuple(sorted([request.number, *(number for unit in beside for number in unit.jobs)])),
             job_class=min([request.job_class, *(unit.job_class for unit in beside)]),
@@ -385,6 +409,7 @@ class PowerStage:
             least_w=tuple(map(min, least_w, full_w)),
             idle_w=tuple(idle_w),
         )
+        return replace(made, frozen_w=self.freezing.of_start(row, made, beside))
 
     def _ways(
         self,
@@ -412,13 +437,17 @@ class PowerStage:
 
     def _kept(self, unit: Unit, lowers: bool) -> list[Option]:
         """What may be done with a unit short of a stop; here it costs nothing, as victims are what counts."""
-        kept = [option._replace(cost=0) for option in self._options(unit, lasts=True) if option.limits_w]
+        found = [option._replace(cost=0) for option in self._options(unit, lasts=True) if option.limits_w]
+        if self.freezing.is_chosen(unit):
+            return [option for option in found if option.freezes]
+        kept = [option for option in found if not option.freezes]
         return kept if lowers else kept[:1]
 
     def _harms_nobody(self, request: Request, units: Sequence[Unit], chosen: Sequence[Option]) -> bool:
-        """Nobody is stopped, and nobody who is not to be slowed for it is lowered further than before."""
+        """Nobody is stopped or frozen, and nobody who is not to be slowed for it is lowered further."""
         return all(
             option.limits_w is not None
+            and (not option.freezes or self.freezing.is_chosen(each))
             and (
                 self._may_slow(request, each)
                 or all(
@@ -519,6 +548,10 @@ class PowerStage:
             if power.is_emergency:
                 firm = xp.bincount(self._gpu[~self._may_lower[self._job]], minlength=len(wanted_w)) > 0
                 wanted_w = xp.where(self.stays & ~firm, xp.minimum(wanted_w, power.limit_w_min), wanted_w)
+        for unit in filter(self.freezing.stands_still, self._units):
+            rows = xp.asarray(unit.gpus, dtype=xp.int64)
+            least_w = power.limit_w_min if unit.may_lower else power.limit_w
+            wanted_w[rows] = xp.minimum(power.limit_w[rows], least_w[rows])
         falls = rows_where(wanted_w < power.limit_w).tolist()
         orders = [self._order(gpu, int(wanted_w[gpu])) for gpu in falls]
         worth = {gpu: unit.value // len(unit.gpus) for unit in self._units for gpu in unit.gpus}

@@ -1,8 +1,9 @@
 """Shedding as one optimisation: which jobs give up which watts, so that the least value is lost.
 
 A *unit* is what sheds as one: a whole-GPU job with its GPUs, or a shared GPU with all its holders. It may
-have its full limits, limits lowered along the curve of its class, or be stopped. Each option saves watts
-(limits that fall, or that give way to idle draw) and costs value over the shed's horizon. To cover a need at
+have its full limits, limits lowered along the curve of its class, be frozen, or be stopped. Each option saves
+watts (limits that fall, or that give way to what a frozen or an idle board draws) and costs value over the
+shed's horizon; a stop costs what a restart loses, too. To cover a need at
 the least cost is a knapsack of one option a unit; dynamic programming over the watts still to be covered is
 exact to the watt for a node, and to 1/4096 of the need for a site.
 
@@ -33,10 +34,12 @@ LOSS_MAX = 1 << 40
 _RUNGS = 16
 _UNREACHABLE = 1 << 61
 
-# Of equal losses the gentler rung. By class: lowered while work is nearly whole, stopped, lowered further.
-_LOWERED_GENTLY = {JobClass.MINING: 1, JobClass.BATCH: 2, JobClass.TRAINING: 3, JobClass.INFERENCE: 9}
-_STOPPED = {JobClass.MINING: 5, JobClass.BATCH: 6, JobClass.TRAINING: 8, JobClass.INFERENCE: 11}
-_LOWERED_FAR = {JobClass.MINING: 4, JobClass.BATCH: 4, JobClass.TRAINING: 7, JobClass.INFERENCE: 10}
+# Of equal losses the gentler rung. By class: lowered while work is nearly whole, lowered further, frozen,
+# stopped.
+_LOWERED_GENTLY = {JobClass.MINING: 1, JobClass.BATCH: 2, JobClass.TRAINING: 3, JobClass.INFERENCE: 12}
+_LOWERED_FAR = {JobClass.MINING: 4, JobClass.BATCH: 4, JobClass.TRAINING: 9, JobClass.INFERENCE: 13}
+_FROZEN = {JobClass.MINING: 5, JobClass.BATCH: 7, JobClass.TRAINING: 10, JobClass.INFERENCE: 14}
+_STOPPED = {JobClass.MINING: 6, JobClass.BATCH: 8, JobClass.TRAINING: 11, JobClass.INFERENCE: 15}
 _GENTLE_WORK_MILLI = 950
 
 
@@ -56,14 +59,17 @@ class Unit:
     natural_w: tuple[int, ...]
     least_w: tuple[int, ...]  # the boards' minimum limits
     idle_w: tuple[int, ...]
+    frozen_w: tuple[int, ...] = ()  # what the boards draw while all its jobs are frozen; empty: never
+    may_freeze: bool = False  # now: who is only starting may be later
 
 
 class Option(NamedTuple):
-    """What a unit could do; `limits_w` by GPU, None = it stops."""
+    """What a unit could do; `limits_w` by GPU, None = it stops; of a frozen one what its boards draw."""
 
     gain_w: int
     cost: int  # loss and, below it, the rung
     limits_w: tuple[int, ...] | None
+    freezes: bool = False
 
 
 class Chosen(NamedTuple):
@@ -85,6 +91,9 @@ def options(unit: Unit, curve: Curve, horizon_us: int) -> list[Option]:
         if not unit.may_stop and sum(unit.least_w) < sum(found[-1].limits_w or ()):
             cost = _cost(unit.value, horizon_us, 0, _LOWERED_FAR[JobClass(unit.job_class)])
             found.append(Option(sum(unit.full_w) - sum(unit.least_w), cost, unit.least_w))
+    if unit.may_freeze:
+        cost = _cost(unit.value, horizon_us, 0, _FROZEN[JobClass(unit.job_class)])
+        found.append(_frozen(unit, cost))
     if unit.may_stop:
         gain_w = sum(unit.full_w) - sum(unit.idle_w)
         cost = _cost(unit.value, horizon_us, unit.loss, _STOPPED[JobClass(unit.job_class)])
@@ -97,7 +106,9 @@ def most(unit: Unit) -> Option:
     if unit.may_stop:
         return Option(max(0, sum(unit.full_w) - sum(unit.idle_w)), 0, None)
     limits = unit.least_w if unit.may_lower else unit.full_w
-    return Option(sum(unit.full_w) - sum(limits), 0, limits)
+    lowered = Option(sum(unit.full_w) - sum(limits), 0, limits)
+    frozen = _frozen(unit, 0) if unit.may_freeze else lowered
+    return frozen if frozen.gain_w > lowered.gain_w else lowered
 
 
 def cheapest(choices: Sequence[Sequence[Option]], need_w: int) -> Chosen | None:
@@ -138,7 +149,7 @@ def given_back(units: Sequence[Unit], chosen: Sequence[Option], surplus_w: int) 
     order = sorted(range(len(units)), key=lambda i: (-units[i].value // len(units[i].gpus), units[i].jobs))
     for index in order:
         unit, limits = units[index], chosen[index].limits_w
-        if limits is None or surplus_w <= 0 or limits == unit.full_w:
+        if limits is None or chosen[index].freezes or surplus_w <= 0 or limits == unit.full_w:
             continue
         # In equal parts: a gang goes as fast as its slowest GPU.
         each_w = surplus_w // len(limits)
@@ -168,6 +179,10 @@ def _lowered(unit: Unit, curve: Curve, limits: tuple[int, ...], horizon_us: int)
         unit.value * max(0, full_work - work) // MILLI, horizon_us, 0, rungs[JobClass(unit.job_class)]
     )
     return Option(sum(unit.full_w) - sum(limits), cost, limits)
+
+
+def _frozen(unit: Unit, cost: int) -> Option:
+    return Option(sum(unit.full_w) - sum(unit.frozen_w), cost, unit.frozen_w, freezes=True)
 
 
 def _work(unit: Unit, curve: Curve, limits: tuple[int, ...]) -> int:

@@ -22,6 +22,9 @@ SETTLING_S = 0.5
 RESERVE_MIB = 512
 # What a process holds that has not said how much.
 PROCESS_MEMORY_MIB = 4096
+# What a process that has a context and runs nothing adds to an idle board: an H100's 72 to 76 W become 122 to
+# 130 (docs/operating/power.md).
+CONTEXT_W = 54.0
 _IDLE_TEMPERATURE_C = 35.0
 _TEMPERATURE_C_PER_W = 0.06
 _IDLE_CLOCK_MHZ = 345
@@ -84,6 +87,7 @@ class Occupant:
     memory_mib: int = PROCESS_MEMORY_MIB
     share_milli: int = SHARE_MILLI_WHOLE
     draw_w: float | None = None  # of the whole board, were it alone on it; None = the largest limit
+    is_frozen: bool = False  # it has nothing running there; what is in the board's queues is not simulated
     is_listed: bool = True  # False: gone from the process lists, its memory is not freed yet
 
 
@@ -115,9 +119,11 @@ class Board:
             * o.share_milli
             / SHARE_MILLI_WHOLE
             for o in self._occupants.values()
-            if o.is_listed
+            if o.is_listed and not o.is_frozen
         )
-        return min(most_w, idle_w + sum(added_w))
+        # A context keeps the clock up, whoever has more of them.
+        held_w = CONTEXT_W if any(o.is_listed and o.is_frozen for o in self._occupants.values()) else 0.0
+        return min(most_w, idle_w + max(held_w, sum(added_w)))
 
     @property
     def target_w(self) -> float:
@@ -167,7 +173,7 @@ class Board:
     def sample(self, now_s: float) -> GpuSample:
         """What a driver would read now."""
         self._advance(now_s)
-        busy = any(o.is_listed for o in self._occupants.values())
+        busy = any(o.is_listed and not o.is_frozen for o in self._occupants.values())
         return GpuSample(
             uuid=self.identity.uuid,
             at_s=now_s,

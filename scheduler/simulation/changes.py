@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.model.actions import FailJob, Plan, PreemptJob, RequeueJob, SetPowerLimit, StartJob, StopJob
+from scheduler.model.actions import (
+    FailJob,
+    Plan,
+    PreemptJob,
+    RequeueJob,
+    ResumeJob,
+    SetPowerLimit,
+    StartJob,
+    StopJob,
+    SuspendJob,
+)
 from scheduler.model.snapshot import (
     PENDING,
     PREEMPTING,
@@ -29,7 +39,7 @@ def carried_out(snapshot: Snapshot, plan: Plan) -> Snapshot:
     starts = [action for action in plan.actions if isinstance(action, StartJob)]
     ends = [action.job for action in plan.actions if isinstance(action, FailJob)]
     for action in plan.actions:
-        if isinstance(action, SetPowerLimit):
+        if isinstance(action, SetPowerLimit | SuspendJob | ResumeJob):
             continue  # these worlds have no power
         row = _row(jobs, action.job)
         match action:

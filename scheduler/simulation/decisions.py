@@ -26,9 +26,11 @@ from scheduler.model.actions import (
     Plan,
     PreemptJob,
     RequeueJob,
+    ResumeJob,
     SetPowerLimit,
     StartJob,
     StopJob,
+    SuspendJob,
 )
 from scheduler.model.events import DaemonStarted, PlanDecided
 from scheduler.model.frames import Frame, PlanInputs, decode, inputs_of
@@ -243,6 +245,10 @@ def _deed(action: Action) -> tuple[int | str, Deed]:
             return action.job, Deed("REQUEUE", reason=reason)
         case FailJob():
             return action.job, Deed("FAIL", reason=reason)
+        case SuspendJob():
+            return action.job, Deed("SUSPEND", reason=reason)
+        case ResumeJob():
+            return action.job, Deed("RESUME", reason=reason)
         case SetPowerLimit():
             return action.gpu, Deed("LIMIT", limit_w=action.limit_w, reason=reason)
         case _:

@@ -142,6 +142,16 @@ class FaultyLauncher:
         self._say(self._launcher.stop, order)
         self._life.point("after stop")
 
+    def freeze(self, key: AttemptKey) -> None:
+        self._ordered(key, "freeze")
+        self._say(self._launcher.freeze, key)
+        self._life.point("after freeze")
+
+    def thaw(self, key: AttemptKey) -> None:
+        self._ordered(key, "thaw")
+        self._say(self._launcher.thaw, key)
+        self._life.point("after thaw")
+
     def end_grace(self, key: AttemptKey) -> None:
         self._ordered(key, "end_grace")
         self._say(self._launcher.end_grace, key)

@@ -8,6 +8,7 @@ process itself.
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from scheduler.effects.clock import Clock
@@ -15,6 +16,7 @@ from scheduler.effects.gpus import GpuReadings
 from scheduler.effects.launcher import (
     AttemptKey,
     Exited,
+    Frozen,
     Launcher,
     LauncherGone,
     LauncherHello,
@@ -22,6 +24,7 @@ from scheduler.effects.launcher import (
     Started,
     StartOrder,
     StopOrder,
+    Thawed,
 )
 from scheduler.errors import GpuReadError
 from scheduler.model.gpus import GpuHolders, GpuLimit
@@ -39,6 +42,7 @@ class SimulatedGpus:
         self._clock = clock
         self._boards = boards(profiles, node, clock.now_s())
         self._pids: defaultdict[str, dict[AttemptKey, int]] = defaultdict(dict)  # by UUID
+        self._frozen: set[AttemptKey] = set()
         self._released = False
         self._task: asyncio.Task[None] | None = None
 
@@ -71,6 +75,7 @@ class SimulatedGpus:
 
     def drop(self, key: AttemptKey) -> None:
         """The job's processes are gone."""
+        self._frozen.discard(key)
         for uuid, pids in self._pids.items():
             if pids.pop(key, None) is not None:
                 self._looked(self._boards[uuid])
@@ -96,6 +101,13 @@ class SimulatedGpus:
             raise GpuReadError("ERROR_NOT_FOUND", f"no simulated GPU {uuid}")
         return board
 
+    def freeze(self, key: AttemptKey, *, frozen: bool) -> None:
+        """The job's processes are stopped, or run again."""
+        (self._frozen.add if frozen else self._frozen.discard)(key)
+        for uuid, pids in self._pids.items():
+            if key in pids:
+                self._looked(self._boards[uuid])
+
     def _looked(self, board: Board) -> Board:
         """The board with who is really on it: processes end without a word."""
         now_s = self._clock.now_s()
@@ -103,9 +115,13 @@ class SimulatedGpus:
         there = {occupant.pid for occupant in board.occupants}
         for pid in there - alive:
             board.remove(pid, now_s)
+        frozen = {pid for key, pid in self._pids[board.identity.uuid].items() if key in self._frozen}
+        for occupant in board.occupants:
+            if occupant.is_frozen is not (occupant.pid in frozen):
+                board.put(replace(occupant, is_frozen=occupant.pid in frozen), now_s)
         draw_w = board.profile.power_limit_w_max * _BUSY_RATIO
         for pid in sorted(alive - there):
-            board.put(Occupant(pid, _command(pid), draw_w=draw_w), now_s)
+            board.put(Occupant(pid, _command(pid), draw_w=draw_w, is_frozen=pid in frozen), now_s)
         return board
 
 
@@ -138,6 +154,12 @@ class ObservingLauncher:
     def stop(self, order: StopOrder) -> None:
         self._launcher.stop(order)
 
+    def freeze(self, key: AttemptKey) -> None:
+        self._launcher.freeze(key)
+
+    def thaw(self, key: AttemptKey) -> None:
+        self._launcher.thaw(key)
+
     def end_grace(self, key: AttemptKey) -> None:
         self._launcher.end_grace(key)
 
@@ -154,6 +176,10 @@ class ObservingLauncher:
                 if gpus is None:  # adopted: its environment says where it is
                     gpus = _visible_devices(report.pid)
                 self._gpus.hold(report.key, gpus, report.pid)
+            case Frozen():
+                self._gpus.freeze(report.key, frozen=True)
+            case Thawed():
+                self._gpus.freeze(report.key, frozen=False)
             case Exited():
                 self._orders.pop(report.key, None)
                 self._gpus.drop(report.key)

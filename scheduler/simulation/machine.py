@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.effects.launcher import AttemptKey
 from scheduler.model.jobs import SHARE_MILLI_WHOLE
@@ -61,6 +61,7 @@ class Process:
     at_s: float  # up to when its work is counted
     speed: float = 1.0
     working: bool = True  # until it is told to go
+    frozen: bool = False
     killed: bool = False
     done: asyncio.TimerHandle | None = None
     ending: asyncio.TimerHandle | None = None
@@ -145,12 +146,35 @@ class Machine:
         stop_s = process.workload.stop_s
         if stop_s is None:
             return
+        self.thaw(process)
         self._count(process)
         process.working = False
         self._stop_timers(process)
         code = process.workload.stop_exit_code
         signal = SIGTERM if code is None else None
         process.ending = asyncio.get_running_loop().call_later(stop_s, self._end, process, code, signal)
+
+    def freeze(self, process: Process) -> None:
+        """It works no more for now; its boards draw what a context does."""
+        self._set_frozen(process, frozen=True)
+
+    def thaw(self, process: Process) -> None:
+        """It works again."""
+        self._set_frozen(process, frozen=False)
+
+    def _set_frozen(self, process: Process, *, frozen: bool) -> None:
+        if process.pid not in self.processes or process.frozen is frozen:
+            return
+        self._count(process)
+        process.frozen = frozen
+        now_s = self.clock.true_s()
+        for uuid in process.gpus:
+            board = self.boards[uuid]
+            (occupant,) = (one for one in board.occupants if one.pid == process.pid)
+            board.put(replace(occupant, is_frozen=frozen), now_s)
+        self._speeds_changed(process.gpus)
+        if not process.gpus:
+            self._await_done(process)
 
     def kill(self, process: Process) -> None:
         """SIGKILL: it works no more, and ends when the kernel can end it."""
@@ -244,7 +268,7 @@ class Machine:
             process.done.cancel()
             process.done = None
         left_s = process.workload.duration_s - self.work[process.key.job_id].useful_s
-        if process.working and math.isfinite(left_s):
+        if process.working and not process.frozen and math.isfinite(left_s):
             wait_s = (process.restart_left_s + max(0.0, left_s)) / process.speed
             process.done = asyncio.get_running_loop().call_later(wait_s, self._worked_off, process)
 
@@ -255,6 +279,7 @@ class Machine:
         """Count the work since the last count: the restart loss first."""
         now_s = self.clock.true_s()
         did_s = max(0.0, now_s - process.at_s) * process.speed if process.working else 0.0
+        did_s = 0.0 if process.frozen else did_s
         process.at_s = now_s
         lost_s = min(did_s, process.restart_left_s)
         process.restart_left_s -= lost_s

@@ -12,6 +12,7 @@ from scheduler.effects.launcher import (
     Acknowledged,
     AttemptKey,
     Exited,
+    Frozen,
     HeldAttempt,
     LauncherGone,
     LauncherHello,
@@ -21,6 +22,7 @@ from scheduler.effects.launcher import (
     StartFailed,
     StartOrder,
     StopOrder,
+    Thawed,
     TreeStuck,
 )
 from scheduler.errors import GpuReadError
@@ -30,6 +32,8 @@ from scheduler.simulation.machine import Machine, Process
 
 # From the order to the program's first line, as measured on a quiet machine.
 START_S = 0.002
+# From the order to the last process that is stopped.
+FREEZE_S = 0.003
 # From a SIGKILL that did not help to the report of it.
 STUCK_S = 5.0
 
@@ -48,6 +52,7 @@ class SimulatedLauncher:
         self._running: dict[AttemptKey, Process] = {}
         self._timers: dict[AttemptKey, list[asyncio.TimerHandle]] = {}
         self._deadlines: dict[AttemptKey, float] = {}
+        self._frozen: set[AttemptKey] = set()  # or about to be
         self._begun: set[tuple[str, int]] = set()
 
     def was_begun(self, job_id: str, attempt: int) -> bool:
@@ -85,6 +90,34 @@ class SimulatedLauncher:
         self._give_notice(key)
         if left_s <= 0.0:
             self._kill(key)
+
+    def freeze(self, key: AttemptKey) -> None:
+        if self._on_report is None or not self._is_held(key) or key in self._deadlines:
+            return  # a notice is to be heard
+        if key in self._running and key not in self._frozen:
+            self._frozen.add(key)
+            self._later(key, FREEZE_S, self._freeze, key)
+
+    def thaw(self, key: AttemptKey) -> None:
+        if self._on_report is not None:
+            self._thaw(key)
+
+    def _freeze(self, key: AttemptKey) -> None:
+        if key in self._frozen and key in self._running:
+            self._machine.freeze(self._running[key])
+            self._report_last(Frozen(key, self._machine.clock.now_s()))
+
+    def _thaw(self, key: AttemptKey) -> None:
+        if key in self._frozen and key in self._running:
+            self._machine.thaw(self._running[key])
+            self._report_last(Thawed(key, self._machine.clock.now_s()))
+        self._frozen.discard(key)
+
+    def _report_last(self, report: Frozen | Thawed) -> None:
+        """Report what makes the earlier ones of its kind needless."""
+        held = self._held[report.key]
+        held[:] = [one for one in held if not isinstance(one, Frozen | Thawed)]
+        self._report(report)
 
     def end_grace(self, key: AttemptKey) -> None:
         if self._on_report is not None:
@@ -127,6 +160,7 @@ class SimulatedLauncher:
         for key in list(self._timers):
             self._cancel(key)
         self._held.clear()
+        self._frozen.clear()
         self._deadlines.clear()
         self._generation += 1
 
@@ -155,6 +189,7 @@ class SimulatedLauncher:
             return
         if any(isinstance(report, Signalled) for report in self._held[key]):
             return
+        self._thaw(key)
         self._report(Signalled(key, self._machine.clock.now_s()))
         self._machine.terminate(process)
         acknowledges_s = process.workload.acknowledges_s
@@ -186,6 +221,7 @@ class SimulatedLauncher:
         if self._running.pop(process.key, None) is None:
             return
         self._cancel(process.key)
+        self._frozen.discard(process.key)
         self._report(Exited(process.key, self._machine.clock.now_s(), exit_code, signal))
 
     def _report(self, report: Report) -> None:

@@ -14,7 +14,7 @@ from scheduler.control.board import NodeSize
 from scheduler.control.inbox import Item, Submission, Submit
 from scheduler.control.loop import Controller
 from scheduler.control.pace import Pace
-from scheduler.model.jobs import JobSpec, JobState, OnPreempt, RestartRule
+from scheduler.model.jobs import JobSpec, JobState, RestartRule
 from scheduler.model.policy import CLASS_DEFAULTS, Policy
 from scheduler.model.power import curve_of
 from scheduler.model.settings import (
@@ -273,7 +273,7 @@ def _spec(row: JobRow, policy: Policy) -> JobSpec:
         cpus=said.cpus * 1000 if row.cpus_milli is None else row.cpus_milli,
         memory_mib=said.memory_mib if row.memory_mib is None else row.memory_mib,
         preemptible=said.preemptible if row.preemptible is None else row.preemptible,
-        on_preempt=OnPreempt.REQUEUE,
+        on_preempt=said.on_preempt,
         grace_s=default(row.grace_s, said.grace_s),
         min_runtime_s=default(row.min_runtime_s, said.min_runtime_s),
         restart_loss_s=default(row.restart_loss_s, said.restart_loss_s),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from scheduler.model.actions import Plan, SetPowerLimit
+from scheduler.model.actions import FailJob, Plan, SetPowerLimit, StartJob, SuspendJob
 from scheduler.model.power import Curve
 from scheduler.model.snapshot import PowerColumns, Snapshot
 from scheduler.planning.arrays import on_backend
@@ -43,6 +43,8 @@ class P(Short):
     curve: Curve = CURVE
     horizon_us: int = HOUR_US
     best_w: dict[int, int] = field(default_factory=dict)  # by number of a miner that earns most at less
+    frozen_w: dict[int, int] = field(default_factory=dict)  # by number of who may be frozen
+    suspend_us: dict[int, int] = field(default_factory=dict)  # by number: since when it is to be frozen
 
     def board(self, uuid: str) -> B:
         return self.boards.get(uuid, B())
@@ -67,7 +69,12 @@ def snapshot(power: P) -> Snapshot:
         limits_inference=power.limits_inference,
         curves=(power.curve,) * 4,
         natural_w=np.array(natural, dtype=np.int64),
-        best_w=np.array([power.best_w.get(job.number, UNKNOWN) for job in power.world.jobs], dtype=np.int64),
+        **{
+            name: np.array(
+                [getattr(power, name).get(job.number, UNKNOWN) for job in power.world.jobs], dtype=np.int64
+            )
+            for name in ("best_w", "frozen_w", "suspend_us")
+        },
         **{f.name: np.array([getattr(b, f.name) for b in boards], dtype=np.int64) for f in fields(B)},
     )
     return replace(worlds.snapshot(power.world), power=on_backend(columns))
@@ -79,5 +86,12 @@ def limits(plan: Plan) -> dict[str, int]:
 
 
 def applied(power: P, plan: Plan) -> P:
-    """The world right after every action of the plan was performed and every board has answered."""
-    return replace(power, world=worlds.applied(power.world, plan)).with_limits(limits(plan))
+    """The world right after every action of the plan was performed and every board and tree has answered."""
+    suspend_us = dict(power.suspend_us)
+    for action in plan.actions:
+        if isinstance(action, SuspendJob):
+            suspend_us[action.job] = power.world.now_us
+        elif not isinstance(action, SetPowerLimit | StartJob | FailJob):
+            suspend_us.pop(action.job, None)  # it runs again, or was told to go
+    world = worlds.applied(power.world, plan)
+    return replace(power, world=world, suspend_us=suspend_us).with_limits(limits(plan))

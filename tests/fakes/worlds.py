@@ -14,9 +14,11 @@ from scheduler.model.actions import (
     PreemptJob,
     Promise,
     RequeueJob,
+    ResumeJob,
     SetPowerLimit,
     StartJob,
     StopJob,
+    SuspendJob,
 )
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import GpuColumns, HoldingColumns, JobColumns, NodeColumns, Snapshot
@@ -211,6 +213,12 @@ def applied(world: W, plan: Plan) -> W:
                 jobs[job.number] = replace(job, state=PREEMPTING, stop_us=world.now_us)
             case StopJob():
                 jobs[job.number] = replace(job, state=STOPPING, stop_us=world.now_us)
+            case SuspendJob():
+                assert job.state in (RUNNING, SUSPENDED)
+                jobs[job.number] = replace(job, state=SUSPENDED)
+            case ResumeJob():
+                assert job.state in (RUNNING, SUSPENDED)
+                jobs[job.number] = replace(job, state=RUNNING)
             case FailJob():
                 assert job.state == PENDING
                 del jobs[job.number]

@@ -459,7 +459,7 @@ async def test_nonsense_ends_the_connection_and_nothing_else(tmp_path: Path, lin
 async def test_versions_that_do_not_meet_are_a_clear_error(tmp_path: Path) -> None:
     async with a_launcher(tmp_path / "state", "supervisor") as bench:
         (answer,) = await talk(bench.socket_path, b'{"order": "hello", "oldest": 7, "newest": 9}\n')
-        assert "the daemon speaks launcher protocol 7 to 9, this launcher 2 to 2" in answer["message"]
+        assert "the daemon speaks launcher protocol 7 to 9, this launcher 3 to 3" in answer["message"]
 
 
 async def test_newer_fields_are_ignored_and_a_newer_daemon_is_answered_in_the_old_version(
@@ -469,7 +469,7 @@ async def test_newer_fields_are_ignored_and_a_newer_daemon_is_answered_in_the_ol
         (answer,) = await talk(
             bench.socket_path, b'{"order": "hello", "oldest": 1, "newest": 9, "colour": "blue"}\n'
         )
-        assert answer["version"] == 2
+        assert answer["version"] == 3
 
 
 async def test_silent_connections_do_not_add_up(tmp_path: Path) -> None:

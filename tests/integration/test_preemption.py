@@ -287,9 +287,10 @@ def test_a_victim_that_is_cancelled_while_it_leaves_does_not_come_back(daemon: D
 
 
 def test_victims_come_back_when_their_preemptor_is_cancelled_while_they_leave(daemon: Daemon) -> None:
-    victim = daemon.run_ready(ACKNOWLEDGES, job_class="mining", gpus=4, grace_s=60.0)
+    victim = daemon.run_ready(IGNORES_TERM, job_class="mining", gpus=4, grace_s=60.0)
     preemptor = daemon.submit("sleep", "60", job_class="inference", gpus=4)
     assert daemon.cancel(preemptor.id).state == CANCELLED
+    daemon.acknowledge(victim.id)
     again = daemon.wait_attempt(victim.id, 2)
     assert again.attempts[0].preempted_by == preemptor.id
     assert not again.attempts[0].HasField("successor_started_at")

@@ -125,7 +125,11 @@ class Oracle:
         due: dict[int, Reason] = {}
         for job in self.world.jobs:
             limit, deadline = job.time_limit_us, job.deadline_us
-            if job.state == RUNNING and limit != UNKNOWN and job.started_us + limit <= self.now_us:
+            if (
+                job.state in (RUNNING, SUSPENDED)
+                and limit != UNKNOWN
+                and job.started_us + limit <= self.now_us
+            ):
                 due[job.number] = Reason.TIME_LIMIT
             elif job.state in (RUNNING, SUSPENDED) and deadline != UNKNOWN and deadline < self.now_us:
                 due[job.number] = Reason.DEADLINE_MISSED

@@ -135,7 +135,7 @@ def unlimited(power: P) -> P:
 
 @given(powered(), policies())
 def test_without_a_budget_points_change_limits_and_nothing_else(power: P, policy: Policy) -> None:
-    world = power.world
+    world, power = power.world, replace(power, suspend_us={})  # nobody is frozen without a budget
     made = plan(fakes.snapshot(unlimited(power)), policy)
     bare = plan(plain.snapshot(world), policy)
     assert [one for one in made.actions if not isinstance(one, SetPowerLimit)] == list(bare.actions)

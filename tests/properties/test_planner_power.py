@@ -6,9 +6,18 @@ from itertools import pairwise, product
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scheduler.model.actions import WAIT_REASONS, Plan, PreemptJob, RequeueJob, StartJob, StopJob
+from scheduler.model.actions import (
+    WAIT_REASONS,
+    Plan,
+    PreemptJob,
+    RequeueJob,
+    ResumeJob,
+    StartJob,
+    StopJob,
+)
 from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
+from scheduler.planning.freezing import FROZEN_US_MIN
 from scheduler.planning.planner import digest, plan
 from tests.fakes import worlds as plain
 from tests.fakes.power import B, P, applied, limits, snapshot
@@ -19,7 +28,9 @@ from tests.fakes.worlds import (
     MINING,
     PENDING,
     PREEMPTING,
+    RUNNING,
     STOPPING,
+    SUSPENDED,
     TRAINING,
     UNKNOWN,
     J,
@@ -30,11 +41,11 @@ from tests.properties.strategies import policies, worlds
 
 MICRO_PER_HOUR = HOUR_US
 NATURALS = (UNKNOWN, 60, 250, 300, 520, 700, 900)
-RUNGS = {  # by class: lowered gently, lowered far, stopped
-    MINING: (1, 4, 5),
-    BATCH: (2, 4, 6),
-    TRAINING: (3, 7, 8),
-    INFERENCE: (9, 10, 11),
+RUNGS = {  # by class: lowered gently, lowered far, frozen, stopped
+    MINING: (1, 4, 5, 6),
+    BATCH: (2, 4, 7, 8),
+    TRAINING: (3, 9, 10, 11),
+    INFERENCE: (12, 13, 14, 15),
 }
 
 
@@ -53,8 +64,15 @@ def powered(draw: st.DrawFn, *, pending: bool = True, gpus_max: int = 4, jobs_ma
         boards[gpu.uuid] = B(idle, limit, least, most, draw(st.sampled_from((UNKNOWN, idle, 300))))
     top = sum(board.limit_w_max for board in boards.values())
     miners = [job for job in world.jobs if job.job_class == MINING and job.share_milli == 1000 and job.gpus]
+    yielding = [job for job in world.jobs if job.preemptible and job.gpus and draw(st.booleans())]
     return P(
         world=world,
+        frozen_w={job.number: draw(st.sampled_from((90, 130, 260))) for job in yielding},
+        suspend_us={
+            job.number: world.now_us - draw(st.sampled_from((0, FROZEN_US_MIN)))
+            for job in yielding
+            if job.state in (RUNNING, SUSPENDED) and draw(st.booleans())
+        },
         budget_w=draw(st.integers(-50, top * 3 // 4 if tight else top + 100)),
         boards=boards,
         best_w={job.number: draw(st.sampled_from((150, 250, 320))) for job in miners if draw(st.booleans())},
@@ -90,6 +108,7 @@ def starting(draw: st.DrawFn) -> P:
         budget_w=draw(st.integers(150, 700 * count)),
         boards=boards,
         natural_w={job.number: draw(st.sampled_from((UNKNOWN, 250, 300, 520))) for job in jobs},
+        frozen_w={job.number: 130 for job in jobs if draw(st.booleans())},
     )
 
 
@@ -137,6 +156,36 @@ class Sums:
         best = self.power.best_w.get(jobs[0].number) if len(jobs) == 1 else None
         return full if best is None else min(full, max(best, board.limit_w_min))
 
+    def frozen_w(self, uuid: str, jobs: list[J]) -> int:
+        """What a board draws with all of these frozen."""
+        idle = self.power.board(uuid).idle_w
+        added = sum(max(0, self.power.frozen_w[job.number] - idle) for job in jobs)
+        return min(self.full_w(uuid, jobs), idle + added)
+
+    def is_frozen(self, uuid: str, *, before: bool = False) -> bool:
+        """Whether all on the board are known to be frozen, and none is told otherwise (by this plan)."""
+        told = set() if before else self.told | {a.job for a in self.made.actions if isinstance(a, ResumeJob)}
+        there = [job for job in self.world.jobs if uuid in job.on]
+        return (
+            bool(there)
+            and all(
+                job.state == SUSPENDED
+                and job.preemptible
+                and job.number not in told
+                and job.number in self.power.suspend_us
+                and job.number in self.power.frozen_w
+                for job in there
+            )
+            and not any(over.uuid == uuid for over in self.world.handovers)
+        )
+
+    def held_w(self, uuid: str, *, before: bool = False) -> int:
+        """The most that an occupied board draws now."""
+        limit = self.power.board(uuid).limit_w
+        if not self.is_frozen(uuid, before=before):
+            return limit
+        return min(limit, self.frozen_w(uuid, [job for job in self.world.jobs if uuid in job.on]))
+
     def empty_w(self, uuid: str) -> int:
         board = self.power.board(uuid)
         return max(board.idle_w, board.measured_w)
@@ -147,7 +196,9 @@ class Sums:
         total = 0
         for gpu in self.world.gpus:
             limit = self.power.board(gpu.uuid).limit_w
-            if self.is_occupied(gpu.uuid) or self.starters(gpu.uuid):
+            if self.is_frozen(gpu.uuid) and not self.starters(gpu.uuid):
+                total += self.held_w(gpu.uuid)
+            elif self.is_occupied(gpu.uuid) or self.starters(gpu.uuid):
                 total += max(limit, self.set_w.get(gpu.uuid, 0))
             else:
                 total += self.empty_w(gpu.uuid)
@@ -157,7 +208,7 @@ class Sums:
     def before_w(self) -> int:
         """What may be drawn before the plan."""
         return sum(
-            self.power.board(gpu.uuid).limit_w if self.is_occupied(gpu.uuid) else self.empty_w(gpu.uuid)
+            self.held_w(gpu.uuid, before=True) if self.is_occupied(gpu.uuid) else self.empty_w(gpu.uuid)
             for gpu in self.world.gpus
         )
 
@@ -175,7 +226,9 @@ class Sums:
         total = 0
         for gpu in self.world.gpus:
             board = self.power.board(gpu.uuid)
-            if self.stayers(gpu.uuid) or self.starters(gpu.uuid):
+            if self.is_frozen(gpu.uuid):
+                total += self.held_w(gpu.uuid)
+            elif self.stayers(gpu.uuid) or self.starters(gpu.uuid):
                 total += self.set_w.get(gpu.uuid, board.limit_w)
             else:
                 total += board.idle_w
@@ -185,6 +238,10 @@ class Sums:
 def may_stop(power: P, job: J) -> bool:
     started = power.world.now_us if job.started_us == UNKNOWN else job.started_us
     return job.preemptible and (power.is_emergency or started + job.min_runtime_us <= power.world.now_us)
+
+
+def may_freeze(power: P, job: J) -> bool:
+    return job.preemptible and job.number in power.frozen_w and job.state in (RUNNING, SUSPENDED)
 
 
 def may_lower(power: P, job: J) -> bool:
@@ -212,6 +269,8 @@ def test_a_plan_ends_inside_the_budget_or_at_the_floor(power: P, policy: Policy)
     sums = Sums(world, made)
     if sums.after_w > power.budget_w:
         for gpu in power.world.gpus:
+            if sums.is_frozen(gpu.uuid):
+                continue
             for job in (stayers := sums.stayers(gpu.uuid)):
                 whole = [each for uuid in job.on for each in sums.stayers(uuid)]
                 assert not all(may_stop(world, each) for each in whole), "somebody could still be stopped"
@@ -349,7 +408,7 @@ def shed_options(
         natural.append(max(1, sum(each)))
     hourly = sum(max(0, job.value) * job.share_milli * len(job.on) // 1000 for job in jobs)
     klass = min(job.job_class for job in jobs)
-    gentle, far, stop = RUNGS[klass]
+    gentle, far, freeze, stop = RUNGS[klass]
     whole = min(work(power, w, n) for w, n in zip(full, natural, strict=True))
     found = [(0, 0, 0)]
     if all(may_lower(power, job) for job in jobs):
@@ -365,6 +424,9 @@ def shed_options(
         if not all(may_stop(power, job) for job in jobs):
             least = [min(board.limit_w_min, f) for board, f in zip(boards, full, strict=True)]
             found.append((sum(full) - sum(least), hourly, far))
+    if all(may_freeze(power, job) for job in jobs):
+        frozen = [sums.frozen_w(uuid, list(jobs)) for uuid in gpus]
+        found.append((sum(full) - sum(frozen), hourly, freeze))
     if all(may_stop(power, job) for job in jobs):
         saved = max(0, sum(full) - sum(board.idle_w for board in boards))
         found.append((saved, hourly + sum(lost(power, policy, job) for job in jobs), stop))
@@ -383,6 +445,7 @@ def test_a_shed_loses_as_little_value_as_any_that_saves_as_much(power: P, policy
         if job.state not in (PREEMPTING, STOPPING)
     )
     power = still(replace(power, world=replace(power.world, jobs=jobs, handovers=())))
+    power = replace(power, suspend_us={})  # who is frozen returns only when there is room at that moment
     units = units_of(power)
     sums = Sums(power, plan_of_nothing())
     full = sum(
@@ -414,6 +477,11 @@ def test_a_shed_loses_as_little_value_as_any_that_saves_as_much(power: P, policy
         if jobs[0].number in stopped:
             assert all(job.number in stopped for job in jobs), "who sheds as one stops as one"
             loss += shed_options(power, policy, jobs, gpus)[-1][1]
+        elif rest.suspend_us.keys() & {job.number for job in jobs} and not stopped:
+            hourly = shed_options(power, policy, jobs, gpus)
+            loss += next(
+                option[1] for option in hourly if option[2] == RUNGS[min(j.job_class for j in jobs)][2]
+            )
         elif rest.world == power.world:  # else limits wait for whoever goes
             loss += slowed(rest, jobs, gpus)
     assert loss <= best[0]
@@ -467,6 +535,7 @@ def test_nobody_waits_for_power_that_those_whom_it_outranks_could_leave(power: P
     """Promise 1: at full limits for all who stay, no set of jobs that it may displace is enough."""
     assume(policy.order is Order.CLASS)
     made, power = settled(power, policy)
+    assume(not made.awaited)  # who is let in and waits for watts to fall has his watts already
     sums = Sums(power, made)
     waits = dict(zip(made.waits.numbers.tolist(), made.waits.reasons.tolist(), strict=True))
     full = sum(

@@ -45,6 +45,8 @@ class Invariants(Watch):
         self._without_process_s: dict[AttemptKey, float] = {}
         self._without_job_s: dict[AttemptKey, float] = {}
         self._without_signal_s: dict[AttemptKey, float] = {}
+        self._without_reason_s: dict[AttemptKey, float] = {}
+        self._without_freeze_s: dict[AttemptKey, float] = {}
         self._since_s: dict[AttemptKey, tuple[JobState, float]] = {}
         self._anybody_may_be_killed = False
         self._states: dict[int, Job] = {}
@@ -147,6 +149,9 @@ class Invariants(Watch):
             case "stop":
                 self._demand(attempt is not None and attempt.notice is not None, f"{said} notice")
                 self._told_s.setdefault(key, self._now_s())
+            case "freeze" | "thaw":
+                told = attempt is not None and attempt.suspend_s is not None
+                self._demand(attempt is not None and told is (what == "freeze"), f"{said} such decision")
             case "end_grace":
                 over = job is None or attempt is None or not job.holds or attempt.exited_s is not None
                 ready = attempt is not None and attempt.acknowledged_s is not None
@@ -197,6 +202,8 @@ class Invariants(Watch):
             self._without_process_s = dict.fromkeys(self._without_process_s, self._now_s())
             self._without_job_s.clear()
             self._without_signal_s.clear()
+            self._without_reason_s.clear()
+            self._without_freeze_s.clear()
             return
         failures = daemon.controller.meters.tick_failures
         self._demand(not failures, f"{failures} ticks failed")
@@ -255,6 +262,12 @@ class Invariants(Watch):
         known = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs()}
         killed = {process.key for process in world.machine.processes.values() if process.killed}
         told = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs() if job.attempts[-1].notice}
+        frozen = {process.key for process in world.machine.processes.values() if process.frozen}
+        suspended = {
+            AttemptKey(job.id, job.attempt)
+            for job in ledger.live_jobs()
+            if job.attempts[-1].suspend_s is not None
+        }
         for there, wanted, since_s, words in (
             (alive - killed, known, self._without_job_s, "runs and is nobody's"),
             (jobs, alive, self._without_process_s, "is running and has no process"),
@@ -264,6 +277,8 @@ class Invariants(Watch):
                 self._without_signal_s,
                 "is to go, and not told",
             ),
+            (frozen, suspended, self._without_reason_s, "is frozen, and is to run"),
+            (suspended & alive - killed, frozen, self._without_freeze_s, "is to be frozen, and runs"),
         ):
             for key in there - wanted:
                 since_s.setdefault(key, now_s)
@@ -283,7 +298,8 @@ class Invariants(Watch):
         self.books.acknowledged_are_there()
         controller, now_s = daemon.controller, world.clock.now_s()
         for job in controller.ledger.live_jobs():
-            if job.state is not JobState.RUNNING and job.state_since_s <= now_s - UNDER_WAY_S:
+            stays = job.state is JobState.SUSPENDED and self.watts.has_budget(is_emergency=False)
+            if job.state is not JobState.RUNNING and not stays and job.state_since_s <= now_s - UNDER_WAY_S:
                 self._demand(False, f"{job.id} is {job.state} for ever")
         held = {uuid for job in controller.ledger.live_jobs() for uuid in job.attempts[-1].gpus}
         for view in controller.board.views(now_s):

@@ -187,7 +187,7 @@ def _arrival(chance: random.Random, number: int, gpus: int, behaves: dict[str, f
         priority=chance.choice((300, 500, 500, 700)),
         value_microusd_per_gpu_hour=chance.choice((100_000, 500_000, 2_000_000, 4_000_000)),
         preemptible=job_class is not JobClass.INFERENCE or chance.random() < 0.3,
-        on_preempt=chance.choice((OnPreempt.REQUEUE, OnPreempt.REQUEUE, OnPreempt.REQUEUE, OnPreempt.CANCEL)),
+        on_preempt=chance.choice((OnPreempt.REQUEUE, OnPreempt.REQUEUE, OnPreempt.SUSPEND, OnPreempt.CANCEL)),
         grace_s=grace_s,
         min_runtime_s=chance.choice((0.0, 0.0, 8.0)),
         exit_zero_is_done=chance.random() < 0.3,

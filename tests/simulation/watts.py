@@ -54,10 +54,19 @@ class Watts(Watch):
         if not world.daemon.serves or self._is_deceived() or (budget_w := self.budget_w()) is None:
             return
         held = {uuid for job in world.daemon.controller.ledger.live_jobs() for uuid in job.attempts[-1].gpus}
+        awake = {
+            uuid
+            for job in world.daemon.controller.ledger.live_jobs()
+            if job.state is not JobState.SUSPENDED or job.attempts[-1].suspend_s is None
+            for uuid in job.attempts[-1].gpus
+        }
+        frozen = held - awake
         known = world.daemon.controller.board.row  # one that was lost before the daemon's start is in no plan
         boards = {uuid: board for uuid, board in world.machine.boards.items() if uuid in known}
         may_w = sum(
-            board.power_limit_w if uuid in held or uuid in uuids else board.profile.idle_w
+            board.power_limit_w
+            if (uuid in held and uuid not in frozen) or uuid in uuids
+            else board.target_w  # idle, or what a frozen job's context takes
             for uuid, board in boards.items()
         )
         room_w = ROUNDING_W * len(boards)

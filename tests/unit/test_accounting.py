@@ -7,7 +7,7 @@ import pytest
 
 from scheduler.control.accounting import BOOKING_PERIOD_S, FORGOTTEN_S
 from scheduler.effects.gpus import GpuReadings
-from scheduler.model.events import Event
+from scheduler.model.events import AttemptResumed, AttemptSuspended, Event, SuspendDecided
 from scheduler.model.jobs import JobState
 from scheduler.model.power_events import PricesSet
 from scheduler.model.prices import PricePoint
@@ -374,3 +374,16 @@ def test_a_counter_that_lies_is_told_once_and_counted(node: Node, caplog: pytest
     node.pass_time(0.0)
     assert node.books.telemetry.of("GPU-a") == ()
     assert node.sums("uuid") == {gpu.uuid: (4, 4 * W) for gpu in GPUS}
+
+
+def test_a_frozen_job_holds_its_gpu_and_earns_nothing_meanwhile(node: Node) -> None:
+    node.pass_time(10.0, *runs(1, 1010.0, value_microusd_per_gpu_hour=3_600_000))
+    node.pass_time(10.0, SuspendDecided(1020.0, "j1", 1, Reason.SHED_FOR_POWER))
+    node.pass_time(0.0, AttemptSuspended(1020.0, "j1", 1))
+    node.pass_time(20.0)
+    node.pass_time(2.0, AttemptResumed(1042.0, "j1", 1))
+    node.pass_time(8.0)
+    node.books.book(node.at_s)
+    row = node.books.rows("job_id")["j1"]
+    assert row.gpu_ms == 40_000
+    assert row.value_microusd == 18 * 1000, "10 s before, 8 s after"

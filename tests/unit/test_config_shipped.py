@@ -1,5 +1,6 @@
 """`deploy/wattshift.toml` documents exactly the keys that exist, each with its default and its range."""
 
+import enum
 import re
 import tomllib
 from dataclasses import MISSING, fields, is_dataclass
@@ -94,6 +95,8 @@ def default_of(key: str) -> Any:
 
 
 def as_toml(value: Any) -> Any:
+    if isinstance(value, enum.StrEnum):
+        return value.value.lower()
     return [as_toml(each) for each in value] if isinstance(value, tuple) else value
 
 

@@ -10,13 +10,17 @@ from scheduler.errors import TransitionError
 from scheduler.model.events import (
     MOVES,
     AttemptAcknowledged,
+    AttemptResumed,
     AttemptSignalled,
+    AttemptSuspended,
     BackoffCleared,
     CancelRequested,
     CheckpointReported,
     JobEvent,
     PendingEnded,
+    ResumeDecided,
     SuccessorStarted,
+    SuspendDecided,
     fold,
     submitted,
 )
@@ -25,6 +29,8 @@ from scheduler.model.reasons import Reason
 from tests.harness.values import end, start, started, stop, submission, verified
 
 S = JobState
+FREEZE = SuspendDecided(4.0, "j1", 1, Reason.SHED_FOR_POWER)
+THAW = ResumeDecided(6.0, "j1", 1, Reason.RESUMED_AFTER_SHED)
 
 
 def folded(*events: JobEvent) -> Job:
@@ -40,14 +46,13 @@ def in_state(state: JobState) -> Job:
         S.PENDING: (),
         S.STARTING: (start(1),),
         S.RUNNING: (start(1), started(1)),
+        S.SUSPENDED: (start(1), started(1), FREEZE, AttemptSuspended(4.5, "j1", 1)),
         S.PREEMPTING: (start(1), started(1), stop(1)),
         S.STOPPING: (start(1), started(1), stop(1, S.STOPPING)),
         S.SUCCEEDED: (start(1), started(1), end(1)),
         S.FAILED: (start(1), started(1), end(1, S.FAILED, exit_code=1)),
         S.CANCELLED: (PendingEnded(9.0, "j1", S.CANCELLED, Reason.CANCELLED_BY_REQUEST),),
     }
-    if state is S.SUSPENDED:  # no event leads there yet
-        return replace(in_state(S.RUNNING), state=S.SUSPENDED)
     job = folded(*ways[state])
     assert job.state is state
     return job
@@ -130,6 +135,31 @@ def test_facts_about_an_attempt_are_taken_while_it_lives(state: JobState) -> Non
     known = bool(job.attempts)
     assert (legal(job, verified(1)) is not None) == known
     assert (legal(job, SuccessorStarted(5.0, "j1", 1)) is not None) == known
+
+
+@pytest.mark.parametrize("state", JobState)
+def test_only_a_job_that_runs_is_frozen_and_only_a_frozen_one_resumes(state: JobState) -> None:
+    job = in_state(state)
+    for event in (FREEZE, THAW):
+        assert (legal(job, event) is not None) == (state in (S.RUNNING, S.SUSPENDED))
+    assert (legal(job, AttemptSuspended(5.0, "j1", 1)) is not None) == (state is S.RUNNING)
+    assert (legal(job, AttemptResumed(5.0, "j1", 1)) is not None) == (state is S.SUSPENDED)
+
+
+def test_the_state_follows_the_launcher_and_the_reason_the_decision() -> None:
+    told = folded(start(1), started(1), FREEZE)
+    assert (told.state, told.reason, told.attempts[-1].suspend_s) == (S.RUNNING, FREEZE.reason, 4.0)
+    frozen = fold(told, AttemptSuspended(4.5, "j1", 1), 5)
+    assert (frozen.state, frozen.reason, frozen.state_since_s) == (S.SUSPENDED, FREEZE.reason, 4.5)
+    back = fold(fold(frozen, THAW, 6), AttemptResumed(6.5, "j1", 1), 7)
+    last = back.attempts[-1]
+    assert (back.state, back.reason) == (S.RUNNING, THAW.reason)
+    assert (last.suspend_s, last.suspended_s, last.resumed_s, last.suspended_total_s) == (None, 4.5, 6.5, 2.0)
+
+
+def test_a_notice_ends_the_freeze() -> None:
+    last = fold(in_state(S.SUSPENDED), stop(1, S.STOPPING), 9).attempts[-1]
+    assert (last.suspend_s, last.resumed_s) == (None, last.notice.decided_s if last.notice else None)
 
 
 def test_facts_about_another_attempt_are_refused() -> None:

@@ -8,7 +8,9 @@ from scheduler.errors import TransitionError
 from scheduler.model.events import (
     MOVES,
     AttemptEnded,
+    AttemptResumed,
     AttemptStarted,
+    AttemptSuspended,
     JobEvent,
     PendingEnded,
     StartDecided,
@@ -37,6 +39,10 @@ def event_to(job: Job, to: JobState) -> JobEvent:
     """An event that asks for the move."""
     if to is JobState.STARTING:
         return StartDecided(5.0, "j1", job.attempt + 1, ("GPU-a",), "launcher-1", Reason.BACKFILLED)
+    if to is JobState.SUSPENDED:
+        return AttemptSuspended(5.0, "j1", 1)
+    if to is JobState.RUNNING and job.state is not JobState.STARTING:
+        return AttemptResumed(5.0, "j1", 1)
     if to is JobState.RUNNING:
         return AttemptStarted(5.0, "j1", 1, 4711, 99)
     if to in (JobState.PREEMPTING, JobState.STOPPING):
@@ -46,14 +52,7 @@ def event_to(job: Job, to: JobState) -> JobEvent:
     return AttemptEnded(5.0, "j1", 1, to, Reason.EXITED_ZERO)
 
 
-# SUSPENDED comes and goes with power budgets; a RUNNING report to a job that is already past starting only
-# fills in its pid.
-ASKED = [
-    (state, to)
-    for state in JobState
-    for to in JobState
-    if to is not JobState.SUSPENDED and not (to is JobState.RUNNING and state is not JobState.STARTING)
-]
+ASKED = [(state, to) for state in JobState for to in JobState]
 
 
 @pytest.mark.parametrize(("state", "to"), ASKED)

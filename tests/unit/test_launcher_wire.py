@@ -94,10 +94,10 @@ def test_both_sides_of_this_version_agree_on_the_newest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("oldest", "newest", "version"), [(2, 2, 2), (0, 5, 2), (1, 9, 2), (2, 9, 2), (1, 1, None), (3, 9, None)]
+    ("oldest", "newest", "version"), [(3, 3, 3), (0, 5, 3), (1, 9, 3), (3, 9, 3), (2, 2, None), (4, 9, None)]
 )
 def test_versions_are_negotiated(oldest: int, newest: int, version: int | None) -> None:
-    assert (VERSION_OLDEST, VERSION_NEWEST) == (2, 2), "this test says what version 2 does"
+    assert (VERSION_OLDEST, VERSION_NEWEST) == (3, 3), "this test says what version 3 does"
     message = {"order": "hello", "oldest": oldest, "newest": newest}
     if version is not None:
         assert agreed_version(message) == version

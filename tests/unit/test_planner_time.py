@@ -77,7 +77,7 @@ def test_a_job_that_cannot_meet_its_deadline_any_more_fails_and_others_wake_the_
         (running(1, "GPU-0", deadline_us=NOW_US - 1), Reason.DEADLINE_MISSED, None),
         (running(1, "GPU-0", deadline_us=NOW_US), None, NOW_US + 1),
         (running(1, "GPU-0", deadline_us=NOW_US - 1, state=SUSPENDED), Reason.DEADLINE_MISSED, None),
-        (running(1, "GPU-0", time_limit_us=1, state=SUSPENDED), None, None),
+        (running(1, "GPU-0", time_limit_us=1, state=SUSPENDED), Reason.TIME_LIMIT, None),
         (running(1, "GPU-0", time_limit_us=1, state=STARTING), None, None),
         (running(1, "GPU-0", time_limit_us=1, deadline_us=NOW_US - 1), Reason.TIME_LIMIT, None),
     ],

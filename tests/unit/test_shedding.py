@@ -58,7 +58,7 @@ def test_of_a_miner_at_its_best_point_only_what_is_given_up_from_there_counts() 
 
 def test_nothing_is_offered_below_what_a_curve_knows_or_a_board_takes() -> None:
     assert options(unit(least_w=(280,)), CURVE, HOUR_US)[-2].limits_w == (280,)
-    assert options(unit(may_lower=False), CURVE, HOUR_US)[1:] == [Option(260, 50_000 * 16 + 5, None)]
+    assert options(unit(may_lower=False), CURVE, HOUR_US)[1:] == [Option(260, 50_000 * 16 + 6, None)]
     pinned = options(unit(may_stop=False), CURVE, HOUR_US)[-1]
     assert (pinned.limits_w, pinned.cost // 16) == ((200,), 50_000), "all work counts as lost there"
 
