@@ -148,7 +148,7 @@ class Orders:
         self._freezes.clear()
 
     def send(self) -> None:
-        """Send everything: stops and freezes before starts; but whose start is said again is stopped after it."""
+        """Send everything: stops and freezes before starts; who is started again is stopped after that."""
         starting = {AttemptKey(job.id, job.attempts[-1].number) for job in self._starts}
         later = {stop.key: stop for stop in self._stops if stop.key in starting}
         for key in self._kills:
