@@ -54,7 +54,8 @@ from scheduler.model.power_events import (
     PowerBudgetSet,
 )
 from scheduler.model.snapshot import UNKNOWN, PowerColumns
-from scheduler.planning.power import floor_w, shed_grace_us
+from scheduler.planning.floor import floor_w
+from scheduler.planning.power import shed_grace_us
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
