@@ -121,7 +121,8 @@ class EnergyMeter:
         if self.counter_mj is None:
             return None, GAP if self._has_gap else ""
         if counter_mj is None or counter_mj == self.counter_mj:
-            return None, COUNTER_SILENT if waited_s >= SILENT_S else ""
+            draws = counter_mj is None or self.power_w is None or self._drawn_mj > _MJ_PER_J
+            return None, COUNTER_SILENT if waited_s >= SILENT_S and draws else ""
         difference_mj = counter_mj - self.counter_mj
         # Where the clock was set back nobody knows how long it was, and waiting might take a day.
         lasted_s = waited_s if waited_s >= 0.0 else BRIDGED_S_MAX

@@ -54,6 +54,16 @@ def test_a_counter_that_is_read_rarely_is_spread_by_the_draw() -> None:
     assert meter.fault == ""
 
 
+def test_a_counter_stands_still_for_good_reason_where_nothing_is_drawn() -> None:
+    meter = EnergyMeter(0.0, OLD_MJ, 0.0)
+    for second in range(1, 4 * int(SILENT_S)):
+        meter.read(float(second), OLD_MJ, 0.0)
+        assert meter.fault == ""
+    meter.read(100.0, OLD_MJ, 80.0)
+    meter.read(120.0, OLD_MJ, 80.0)
+    assert meter.fault == COUNTER_SILENT
+
+
 def test_a_gap_of_hours_is_what_the_counter_says() -> None:
     meter = EnergyMeter(0.0, OLD_MJ, 700.0)
     assert meter.read(36_000.0, OLD_MJ + 3000 * WH_MJ, None) == (Used(0.0, 36_000.0, 3000 * WH_MJ),)
