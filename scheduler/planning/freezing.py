@@ -79,8 +79,9 @@ class Freezing:
         for unit in sorted(units, key=lambda unit: (-unit.value // len(unit.gpus), unit.jobs)):
             if self.is_chosen(unit) or not self._is_told(unit):
                 continue
-            ready_us = max(self._since_us.get(number, 0) for number in unit.jobs) + FROZEN_US_MIN
-            if ready_us > self._now_us:
+            since_us = max(self._since_us.get(number, 0) for number in unit.jobs)
+            ready_us = since_us + FROZEN_US_MIN
+            if since_us <= self._now_us < ready_us:  # a clock that was set back keeps nobody frozen for hours
                 self.wake_us = min(ready_us, self.wake_us or ready_us)
                 continue
             rows = xp.asarray(unit.gpus, dtype=xp.int64)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from scheduler.model.actions import Action, PreemptJob, RequeueJob, ResumeJob, SetPowerLimit, SuspendJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
-from scheduler.planning.freezing import FROZEN_US_MIN
 from scheduler.planning.planner import plan
 from tests.fakes.power import B, P, applied, snapshot
 from tests.fakes.worlds import (
@@ -25,7 +24,7 @@ from tests.fakes.worlds import (
 SHED, RESUMED = Reason.SHED_FOR_POWER, Reason.RESUMED_AFTER_SHED
 LOWERED, RAISED = Reason.POWER_LIMIT_LOWERED, Reason.POWER_LIMIT_RAISED
 MINER = {"job_class": MINING, "value": 50_000, "restart_loss_us": 300_000_000}
-LONG_US = NOW_US - FROZEN_US_MIN
+LONG_US = NOW_US - 30 * SECOND_US  # as docs/operating/power.md has it
 FROZEN_W = 130
 
 
@@ -149,6 +148,11 @@ def test_nobody_runs_again_before_he_was_frozen_for_a_while() -> None:
     made = plan(snapshot(power), Policy())
     assert made.actions == ()
     assert made.wake_us == NOW_US + 1
+
+
+def test_a_clock_that_was_set_back_keeps_nobody_frozen() -> None:
+    power = replace(site(miner(1), frozen=(1,)), suspend_us={1: NOW_US + 3600 * SECOND_US})
+    assert ResumeJob(1, RESUMED) in actions(power)
 
 
 def test_a_frozen_job_is_preempted_for_its_memory_by_whoever_needs_the_gpu() -> None:
