@@ -44,9 +44,9 @@ KNOWN_RATIO_MIN = 0.9
 _QUANTILE = 0.95
 _S_PER_HOUR = 3600.0
 _KINDS = (
-    *(GridEventMoved, GridEventDelayed, LimitsDecided, StartDecided, StopDecided, AttemptEnded),
-    *(SuspendDecided, AttemptResumed),
-)
+    GridEventMoved, GridEventDelayed, LimitsDecided, StartDecided, StopDecided, AttemptEnded, SuspendDecided,
+    AttemptResumed,
+)  # fmt: skip
 
 # What holds of every report.
 LIMITS = (

@@ -66,9 +66,8 @@ class Health:
         self._ended_s: dict[str, float] = {}  # by GPU: when a job of ours last ended there
         self._errors: dict[str, _Error] = {}  # by GPU: the last one that hurt whoever was on it
         self._well_since_s: dict[str, float] = {}
-        self._counted: dict[
-            str, tuple[float, int]
-        ] = {}  # by GPU: when its energy was read last, and what it was
+        # By GPU: when its energy was read last, and what it was.
+        self._counted: dict[str, tuple[float, int]] = {}
         self._known: set[str] = set()  # GPUs that this daemon has seen
         self._was_reset: set[str] = set()  # since they were quarantined
         self._returns_s: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RETURNS_MAX))

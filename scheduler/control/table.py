@@ -37,10 +37,8 @@ _STATE_CODES = {
 # Beside the jobs' own: what a job draws by nature, W; since when it is to be frozen; the whole work of one
 # that pays at its end, µs; its priority before aging; how often it gave way to a job.
 _COLUMNS = (
-    *JobColumns.__dataclass_fields__,
-    *("natural_w", "suspend_us"),
-    *("whole_us", "said_priority", "preemptions"),
-)
+    *JobColumns.__dataclass_fields__, "natural_w", "suspend_us", "whole_us", "said_priority", "preemptions",
+)  # fmt: skip
 _OWN = len(JobColumns.__dataclass_fields__)
 _SAID = tuple(map(_COLUMNS.index, ("said_priority", "preemptions", "value", "whole_us")))
 _BOOL_COLUMNS = frozenset({"preemptible"})

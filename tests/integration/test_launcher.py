@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,6 @@ from scheduler.effects.launcher import (
 from tests.integration.launching import (
     ENVIRONMENT,
     Bench,
-    a_launcher,
-    cgroups_are_writable,
     eventually,
     is_alive,
 )
@@ -45,22 +42,6 @@ os.wait()
 print("grandchild", os.read(read_fd, 100).decode(), flush=True)
 time.sleep(1000)
 """
-
-
-@pytest.fixture(params=["cgroup", "supervisor"])
-def containment(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    kind: str = request.param
-    if kind == "cgroup" and not cgroups_are_writable(tmp_path):
-        pytest.skip("no cgroup v2 is writable here")
-    return kind
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, containment: str) -> AsyncIterator[Bench]:
-    async with a_launcher(tmp_path / "state", containment) as launcher:
-        assert launcher.hello is not None
-        assert launcher.hello.containment == containment
-        yield launcher
 
 
 async def grandchild_of(bench: Bench, key: object) -> int:

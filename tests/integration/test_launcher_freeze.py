@@ -3,14 +3,11 @@
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-
-import pytest
 
 from scheduler.effects.job_signals import runs
 from scheduler.effects.launcher import AttemptKey, Exited, Frozen, LauncherGone, Signalled, Started, Thawed
-from tests.integration.launching import Bench, a_launcher, cgroups_are_writable, eventually, is_alive
+from tests.integration.launching import Bench, eventually, is_alive
 
 # Three that write on and on: the first process, a child, and a grandchild in a session of its own, whose
 # parent has ended.
@@ -19,20 +16,6 @@ FAMILY = f"{WRITE}; (write child) & (setsid sh -c '{WRITE}; write far' &) ; writ
 WRITERS = ("main", "child", "far")
 # Forks as fast as it can, each child in the way of whoever lists them.
 FORKING = "echo up; while :; do (sleep 0.001 &); done"
-
-
-@pytest.fixture(params=["cgroup", "supervisor"])
-def containment(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    kind: str = request.param
-    if kind == "cgroup" and not cgroups_are_writable(tmp_path):
-        pytest.skip("no cgroup v2 is writable here")
-    return kind
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, containment: str) -> AsyncIterator[Bench]:
-    async with a_launcher(tmp_path / "state", containment) as launcher:
-        yield launcher
 
 
 async def a_family(bench: Bench) -> tuple[AttemptKey, Path]:

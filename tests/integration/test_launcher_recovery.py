@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,6 @@ if os.fork() == 0:
 os.wait()
 time.sleep(1000)
 """
-
-
-@pytest.fixture(params=["cgroup", "supervisor"])
-def containment(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    kind: str = request.param
-    if kind == "cgroup" and not cgroups_are_writable(tmp_path):
-        pytest.skip("no cgroup v2 is writable here")
-    return kind
-
-
-@pytest.fixture
-async def bench(tmp_path: Path, containment: str) -> AsyncIterator[Bench]:
-    async with a_launcher(tmp_path / "state", containment) as launcher:
-        yield launcher
 
 
 @contextlib.contextmanager
