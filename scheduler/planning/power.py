@@ -90,9 +90,8 @@ class PowerStage:
         self._policy = policy
         self._power: PowerColumns = snapshot.power
         self._refusals = 0
-        self.lacking_w: dict[
-            int, int
-        ] = {}  # by number of a refused job: what it would draw beyond the budget
+        # By number of a refused job: what it would draw beyond the budget.
+        self.lacking_w: dict[int, int] = {}
         self._shadow_microusd_per_wh = 0.0
         self.freezing = Freezing(snapshot, snapshot.power)
         self._in_force_w: Any  # what each board may draw now
@@ -122,9 +121,8 @@ class PowerStage:
         self._goes = (xp.bincount(holdings.gpu[told], minlength=count) > 0) & self.leaves
         self._claimed = xp.zeros(count, dtype=bool)
         self._begun = xp.zeros(count, dtype=bool)  # by a start of this plan
-        self._lingering: dict[
-            int, Unit
-        ] = {}  # by number, in rank: admitted and free, but for the watts of now
+        # By number, in rank: admitted and free, but for the watts of now.
+        self._lingering: dict[int, Unit] = {}
         natural_w = power.natural_w[self._job]
         most_w = power.limit_w_max[self._gpu]
         natural_w = xp.where(natural_w == UNKNOWN, most_w, xp.minimum(natural_w, most_w))
