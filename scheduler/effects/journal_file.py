@@ -1,5 +1,6 @@
 """The journal's file: its tables, its codec, its chain of hashes, its lock."""
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -25,6 +26,9 @@ LOCK_NAME = "daemon.lock"
 TAIL_CHECKED = 256
 # The write-ahead log is folded in quiet moments; at this many pages of 4 KiB at any moment.
 WAL_PAGES_MAX = 16_384
+# So long the log is from the start: what a node writes between two foldings, 170 starts of jobs. A sync takes
+# 0.14 ms where a commit writes over what is there, and 0.27 ms where it makes the file longer.
+WAL_BYTES_LAID = 4 << 20
 GENESIS = bytes(32)
 # Cast: who meddles with a row may leave text where bytes were.
 SELECT_EVENTS = "SELECT seq, kind, CAST(body AS BLOB), CAST(hash AS BLOB) FROM events"
@@ -106,6 +110,9 @@ class Storage(Protocol):
             sqlite3.Error: It can't be opened.
         """
 
+    def lay(self, path: Path, size: int) -> None:
+        """Make a file that is there so long, with zeros behind what it holds, if the disk has the room."""
+
     def free_mib(self, directory: Path) -> int:
         """Space left on the directory's disk."""
 
@@ -115,6 +122,14 @@ class LocalStorage:
 
     def connect(self, path: Path) -> sqlite3.Connection:
         return sqlite3.connect(path, isolation_level=None, cached_statements=64)
+
+    def lay(self, path: Path, size: int) -> None:
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            begin = file.seek(0, os.SEEK_END)
+            if begin < size:
+                file.write(bytes(size - begin))
+                file.flush()
+                os.fsync(file.fileno())
 
     def free_mib(self, directory: Path) -> int:
         return shutil.disk_usage(directory).free >> 20
@@ -158,6 +173,8 @@ def open_database(storage: Storage, path: Path, now_s: float, first_number: int 
         check_format(db, path)
     except sqlite3.DatabaseError as error:
         raise translated(error, path) from error
+    # SQLite reads the log up to the first frame without its salt, so zeros end it as the file's end does.
+    storage.lay(path.with_name(f"{path.name}-wal"), WAL_BYTES_LAID)
     return db
 
 

@@ -36,8 +36,9 @@ WATCH_REVISIONS_KEPT = 100_000
 # Jobs and events dropped at a time: a few milliseconds of work.
 EXPIRED_AT_ONCE_MAX = 500
 EVENTS_DROPPED_AT_ONCE = 2000
-# Folding the log syncs the database, so it is worth doing only for a good piece of it.
-WAL_BYTES_FOLDED = 1 << 20
+# Folding the log syncs the database, so it is worth doing only for a good piece of it: of rows written since
+# the last time. Each is a page of the log, or less where many are written at once.
+ROWS_FOLDED = 256
 
 _SET_HEAD = "UPDATE meta SET value = ? WHERE key = 'head'"
 
@@ -72,7 +73,7 @@ class SqliteJournal:
         self._watch_kept = watch_kept
         self._directory = state_dir
         self._storage = storage or LocalStorage()
-        self._wal = state_dir / f"{DATABASE_NAME}-wal"
+        self._folded = 0  # rows written when the log was folded last
         try:
             self._db = open_database(self._storage, path, now_s, first_number)
             try:
@@ -320,10 +321,13 @@ class SqliteJournal:
         return (int(row[0]), bytes(row[1])) if row else None
 
     def checkpoint(self) -> None:
+        rows = self._db.total_changes
+        if rows - self._folded < ROWS_FOLDED:
+            return
         # Where the disk is full the log is durable as it is; a later quiet moment folds it.
-        with contextlib.suppress(FileNotFoundError, sqlite3.Error):
-            if self._wal.stat().st_size >= WAL_BYTES_FOLDED:
-                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._folded = rows
 
     def close(self) -> None:
         """Fold the log, close the file and give the directory free."""

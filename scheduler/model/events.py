@@ -4,7 +4,8 @@ The table is the program: `MOVES` is all the moves there are, and the state diag
 is drawn from it. `fold` is the only code that changes a job's state.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from scheduler.errors import TransitionError
 from scheduler.model.gpus import GpuBooked
@@ -20,6 +21,7 @@ from scheduler.model.jobs import (
 from scheduler.model.policy import Policy
 from scheduler.model.power_events import PowerEvent
 from scheduler.model.reasons import Reason
+from scheduler.model.values import changed
 
 MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.PENDING: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.FAILED}),
@@ -408,7 +410,7 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
         case StartDecided():
             return _start_decided(job, event, revision)
         case AttemptStarted():
-            attempt = replace(
+            attempt = changed(
                 _current(job, event),
                 started_s=event.at_s,
                 pid=event.pid,
@@ -416,49 +418,65 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
             )
             if job.state is not JobState.STARTING:  # asked to stop before it ran
                 return _with_attempt(job, attempt, revision)
-            return _moved(_with_attempt(job, attempt, revision), JobState.RUNNING, event.reason, event.at_s)
+            return _with_attempt(
+                job, attempt, revision, **_moved(job, JobState.RUNNING, event.reason, event.at_s)
+            )
         case StopDecided():
-            attempt = replace(_current(job, event), notice=event.notice, suspend_s=None)
-            attempt = _no_longer_suspended(attempt, event.at_s)  # the notice wakes it
+            attempt = changed(
+                _current(job, event),
+                notice=event.notice,
+                suspend_s=None,
+                **_no_longer_suspended(job.attempts[-1], event.at_s),  # the notice wakes it
+            )
             moved = _moved(job, event.to, event.notice.reason, event.at_s)
-            return _with_attempt(moved, attempt, revision)
+            return _with_attempt(job, attempt, revision, **moved)
         case CancelRequested():
             if job.state is not JobState.PREEMPTING:
                 raise TransitionError(
                     f"job {job.id} is {job.state}: cancel it by StopDecided or PendingEnded"
                 )
-            return replace(job, reason=Reason.CANCELLED_BY_REQUEST, revision=revision)
+            return changed(job, reason=Reason.CANCELLED_BY_REQUEST, revision=revision)
         case AttemptSignalled():
-            return _with_attempt(job, replace(_current(job, event), signalled_s=event.at_s), revision)
+            return _with_attempt(job, changed(_current(job, event), signalled_s=event.at_s), revision)
         case AttemptAcknowledged():
-            return _with_attempt(job, replace(_current(job, event), acknowledged_s=event.at_s), revision)
+            return _with_attempt(job, changed(_current(job, event), acknowledged_s=event.at_s), revision)
         case CheckpointReported():
-            return _with_attempt(job, replace(_current(job, event), checkpoint_s=event.at_s), revision)
+            return _with_attempt(job, changed(_current(job, event), checkpoint_s=event.at_s), revision)
         case SuspendDecided() | ResumeDecided():
             return _told(job, event, revision)
         case AttemptSuspended():
-            attempt = replace(_current(job, event), suspended_s=event.at_s, resumed_s=None)
-            return _with_attempt(_moved(job, JobState.SUSPENDED, job.reason, event.at_s), attempt, revision)
+            attempt = changed(_current(job, event), suspended_s=event.at_s, resumed_s=None)
+            return _with_attempt(
+                job, attempt, revision, **_moved(job, JobState.SUSPENDED, job.reason, event.at_s)
+            )
         case AttemptResumed():
             if job.state is not JobState.SUSPENDED:
                 raise TransitionError(f"job {job.id} is {job.state}, not SUSPENDED")
-            attempt = _no_longer_suspended(_current(job, event), event.at_s)
-            return _with_attempt(_moved(job, JobState.RUNNING, job.reason, event.at_s), attempt, revision)
+            attempt = _current(job, event)
+            attempt = changed(attempt, **_no_longer_suspended(attempt, event.at_s))
+            return _with_attempt(
+                job, attempt, revision, **_moved(job, JobState.RUNNING, job.reason, event.at_s)
+            )
         case AttemptEnded():
             return _ended(job, event, revision)
         case PendingEnded():
             if job.state is not JobState.PENDING:
                 raise TransitionError(f"job {job.id} is {job.state}, not PENDING")
-            moved = _moved(job, event.to, event.reason, event.at_s)
-            return replace(moved, revision=revision, detail=event.detail, finished_s=event.at_s)
+            return changed(
+                job,
+                revision=revision,
+                detail=event.detail,
+                finished_s=event.at_s,
+                **_moved(job, event.to, event.reason, event.at_s),
+            )
         case BackoffCleared():
             if job.state is not JobState.PENDING:
                 raise TransitionError(f"job {job.id} is {job.state}, not PENDING")
-            return replace(job, eligible_s=event.at_s, revision=revision)
+            return changed(job, eligible_s=event.at_s, revision=revision)
         case AttemptVerified():
-            return _with_attempt(job, replace(_numbered(job, event.attempt), verified_s=event.at_s), revision)
+            return _with_attempt(job, changed(_numbered(job, event.attempt), verified_s=event.at_s), revision)
         case SuccessorStarted():
-            attempt = replace(_numbered(job, event.attempt), successor_started_s=event.at_s)
+            attempt = changed(_numbered(job, event.attempt), successor_started_s=event.at_s)
             return _with_attempt(job, attempt, revision)
 
 
@@ -475,10 +493,11 @@ def energy_of_jobs(event: UsageBooked) -> dict[str, dict[int, int]]:
 def with_energy(job: Job, energy_mj: dict[int, int], revision: int) -> Job:
     """The job after a booking, by attempt; of an attempt that is not kept any more only the job tells."""
     attempts = tuple(
-        replace(one, energy_mj=one.energy_mj + energy_mj.get(one.number, 0)) for one in job.attempts
+        changed(one, energy_mj=one.energy_mj + more_mj) if (more_mj := energy_mj.get(one.number, 0)) else one
+        for one in job.attempts
     )
     total_mj = job.energy_mj + sum(energy_mj.values())
-    return replace(job, attempts=attempts, energy_mj=total_mj, revision=revision)
+    return changed(job, attempts=attempts, energy_mj=total_mj, revision=revision)
 
 
 def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
@@ -493,23 +512,29 @@ def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
         preempted=event.preempted,
         node=event.node,
     )
-    moved = _moved(job, JobState.STARTING, event.reason, event.at_s)
-    kept = (*job.attempts, attempt)[-ATTEMPTS_KEPT:]
-    return replace(moved, attempts=kept, attempt=event.attempt, revision=revision, detail="")
+    return changed(
+        job,
+        attempts=(*job.attempts, attempt)[-ATTEMPTS_KEPT:],
+        attempt=event.attempt,
+        revision=revision,
+        detail="",
+        **_moved(job, JobState.STARTING, event.reason, event.at_s),
+    )
 
 
 def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
-    attempt = replace(
+    attempt = changed(
         _current(job, event),
         exited_s=event.at_s,
         exit_code=event.exit_code,
         lost=event.lost,
         end_reason=event.reason,
     )
-    moved = _with_attempt(_moved(job, event.to, event.reason, event.at_s), attempt, revision)
     final = event.to in FINAL_STATES
-    return replace(
-        moved,
+    return _with_attempt(
+        job,
+        attempt,
+        revision,
         detail=event.detail,
         eligible_s=event.eligible_s,
         eligible_reason=event.reason,
@@ -518,6 +543,7 @@ def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
         queued_since_s=job.queued_since_s if final else event.at_s,
         finished_s=event.at_s if final else None,
         worked_s=job.worked_s + max(0.0, _saved_s(job, attempt) - event.behind_s),
+        **_moved(job, event.to, event.reason, event.at_s),
     )
 
 
@@ -527,15 +553,15 @@ def _told(job: Job, event: SuspendDecided | ResumeDecided, revision: int) -> Job
     if job.state not in (JobState.RUNNING, JobState.SUSPENDED):
         raise TransitionError(f"job {job.id} is {job.state}: only one that runs is frozen")
     suspend_s = event.at_s if isinstance(event, SuspendDecided) else None
-    told = replace(job, reason=event.reason)
-    return _with_attempt(told, replace(attempt, suspend_s=suspend_s), revision)
+    return _with_attempt(job, changed(attempt, suspend_s=suspend_s), revision, reason=event.reason)
 
 
-def _no_longer_suspended(attempt: Attempt, at_s: float) -> Attempt:
+def _no_longer_suspended(attempt: Attempt, at_s: float) -> dict[str, float]:
+    """What changes of the attempt where it was frozen until then."""
     if attempt.suspended_s is None or attempt.resumed_s is not None:
-        return attempt
+        return {}
     lasted_s = max(0.0, at_s - attempt.suspended_s)
-    return replace(attempt, resumed_s=at_s, suspended_total_s=attempt.suspended_total_s + lasted_s)
+    return {"resumed_s": at_s, "suspended_total_s": attempt.suspended_total_s + lasted_s}
 
 
 def _saved_s(job: Job, attempt: Attempt) -> float:
@@ -548,10 +574,11 @@ def _saved_s(job: Job, attempt: Attempt) -> float:
     return max(0.0, until_s - attempt.started_s - lost_s)
 
 
-def _moved(job: Job, to: JobState, reason: Reason, at_s: float) -> Job:
+def _moved(job: Job, to: JobState, reason: Reason, at_s: float) -> dict[str, Any]:
+    """What changes of the job as it moves."""
     if to not in MOVES[job.state]:
         raise TransitionError(f"job {job.id} can't move from {job.state} to {to}")
-    return replace(job, state=to, reason=reason, state_since_s=at_s)
+    return {"state": to, "reason": reason, "state_since_s": at_s}
 
 
 def _current(
@@ -582,6 +609,6 @@ def _numbered(job: Job, number: int) -> Attempt:
     raise TransitionError(f"job {job.id} keeps no attempt {number}")
 
 
-def _with_attempt(job: Job, attempt: Attempt, revision: int) -> Job:
+def _with_attempt(job: Job, attempt: Attempt, revision: int, **changes: Any) -> Job:
     kept = tuple(attempt if a.number == attempt.number else a for a in job.attempts)
-    return replace(job, attempts=kept, revision=revision)
+    return changed(job, attempts=kept, revision=revision, **changes)

@@ -30,6 +30,7 @@ _LOG_NAME = f"{DATABASE_NAME}-wal"
 SECTOR_BYTES = 512
 # Where log frames begin: behind its header of 32 bytes.
 _HEADER_BYTES = 32
+LAID_BYTES_MAX = 1 << 16
 FREE_MIB = 100_000
 _PAGES_MAX = 4_294_967_294  # SQLite's own limit
 _SYNCHRONOUS_FULL = 2
@@ -67,6 +68,12 @@ class Disk:
         self.is_full = self._is_full
         return db
 
+    def lay(self, path: Path, size: int) -> None:
+        """As far as a few commits reach, so that there are those that write over zeros, and those beyond."""
+        if not self._is_full and path.exists():
+            with path.open("ab") as file:
+                file.write(bytes(max(0, min(size, LAID_BYTES_MAX) - file.tell())))
+
     def free_mib(self, directory: Path) -> int:
         del directory
         return 0 if self._is_full else FREE_MIB
@@ -96,7 +103,7 @@ class Disk:
         if self._unsynced:
             image = self._committed_elsewhere(self._unsynced)
         if is_power_lost and not self._is_synced:
-            log = image.get(_LOG_NAME, b"")
+            log = image.get(_LOG_NAME, b"").rstrip(b"\0")  # without what was laid for it
             image = {**image, _LOG_NAME: log[: self.chance.randint(0, len(log))]}
         return image
 

@@ -1,6 +1,7 @@
 """The journal: one chain, nothing half written, all tampering found, old events go without a broken link."""
 
 import contextlib
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from scheduler.control.ledger import Ledger
+from scheduler.effects import journal_file, journal_sqlite
 from scheduler.effects.journal import JobFilter
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.effects.journal_verify import verify
@@ -234,6 +236,51 @@ def test_what_was_committed_is_there_for_the_next_daemon(tmp_path: Path) -> None
         assert journal.request("r-1") is not None
     finally:
         journal.close()
+
+
+@pytest.mark.parametrize("jobs", [1, 40])
+def test_commits_write_over_what_was_laid_for_the_log_and_a_crash_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    laid_bytes = 1 << 18  # one job's life fits into it, forty don't
+    monkeypatch.setattr(journal_file, "WAL_BYTES_LAID", laid_bytes)
+    journal = SqliteJournal(tmp_path / "one", now_s=0.0)
+    log = tmp_path / "one" / "journal.sqlite-wal"
+    assert log.stat().st_size == laid_bytes
+    ledger = Ledger(journal, Policy())
+    for number in range(1, jobs + 1):
+        live(ledger, *life(number))
+    assert (log.stat().st_size == laid_bytes) is (jobs == 1)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")  # as `kill -9` leaves it
+    (tmp_path / "two" / "journal.sqlite-shm").unlink()
+    journal.close()
+
+    again = SqliteJournal(tmp_path / "two", now_s=0.0)
+    assert again.head == journal.head
+    live(Ledger(again, Policy()), *life(jobs + 1))
+    again.close()
+    assert verify(tmp_path / "two").ok
+
+
+def test_the_log_is_folded_when_it_is_worth_a_sync_and_written_over_from_its_beginning(
+    journal: SqliteJournal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_sqlite, "ROWS_FOLDED", 64)
+    database, log = tmp_path / "journal.sqlite", tmp_path / "journal.sqlite-wal"
+    journal.checkpoint()
+    ledger, empty = Ledger(journal, Policy()), database.read_bytes()
+    live(ledger, *life(1))
+    journal.checkpoint()
+    assert database.read_bytes() == empty
+    for number in range(2, 10):
+        live(ledger, *life(number))
+    journal.checkpoint()
+    assert database.read_bytes() != empty
+    begin, folded = log.read_bytes()[:32], database.read_bytes()
+    live(ledger, *life(10))
+    assert log.read_bytes()[:32] != begin
+    journal.checkpoint()
+    assert database.read_bytes() == folded
 
 
 def test_a_new_journal_goes_on_from_the_number_that_it_is_given(tmp_path: Path) -> None:
