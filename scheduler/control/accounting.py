@@ -164,6 +164,7 @@ class Accounts:
         self._ended_on: set[str] = set()  # GPUs and instances that attempts have left since they were booked
         self._booked_s = -math.inf
         self._unsettled: list[_Booking] = []
+        self._has_read = False  # since attempts that ended were forgotten last
 
     def resume(self, *, rebooted: bool) -> None:
         """Go on from where the daemon before has booked."""
@@ -219,6 +220,7 @@ class Accounts:
             if used:
                 gpu.parts = parts
         self._read_base(now_s)
+        self._has_read = True
 
     def book(self, now_s: float) -> None:
         """Put what is due after readings into the transaction: all each minute, GPUs that were left."""
@@ -259,7 +261,9 @@ class Accounts:
                 gpu.cost_rest = cost_rest
                 for user, sums in used.items():
                     gpu.add(user, sums)
-        self._forget_ended()
+        if self._has_read:  # nothing else counts energy
+            self._has_read = False
+            self._forget_ended()
 
     def count_preemption(self, job: Job, at_s: float) -> None:
         """Book that a job gave way to another."""

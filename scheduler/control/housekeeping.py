@@ -41,6 +41,7 @@ class Housekeeper:
         if not expired.more:  # else the rest goes in the next quiet moment
             self._expired_s = now_s
         if expired.job_ids:
+            control.ledger.forget(expired.job_ids)
             control.spawn(asyncio.to_thread(self._remove_files, expired.job_ids))
 
     def _remove_files(self, gone: list[str]) -> None:

@@ -49,6 +49,8 @@ from scheduler.model.power_events import (
 
 # A GPU that is cut anew and anew has new instances each time; those learnt first are forgotten.
 BASELINES_MAX = 256
+# Jobs that ended are looked up again soon: their GPUs are proved free, their energy is booked within seconds.
+ENDED_KEPT = 1024
 
 Change = tuple[Job | None, Job]  # before, after
 
@@ -103,11 +105,22 @@ class Ledger:
         self._usage: list[UsageBooking] = []
         self._draws: list[tuple[int, DrawRecorded]] = []
         self._requests: dict[str, tuple[int, str]] = {}
-        self._finals: dict[int, Job] = {}
+        self._finals: dict[int, Job] = {}  # of this tick
+        self._ended: dict[int, Job] = {}  # those that ended last, as the journal has them
 
     def job(self, number: int) -> Job | None:
         """A job by number, finished ones too."""
-        return self.jobs.get(number) or self._finals.get(number) or self.journal.job(number)
+        return (
+            self.jobs.get(number)
+            or self._finals.get(number)
+            or self._ended.get(number)
+            or self.journal.job(number)
+        )
+
+    def forget(self, job_ids: list[str]) -> None:
+        """These have aged out of the journal."""
+        for job_id in job_ids:
+            self._ended.pop(job_number(job_id) or 0, None)
 
     def by_id(self, job_id: str) -> Job | None:
         """A job by id, finished ones too."""
@@ -251,6 +264,9 @@ class Ledger:
             self._rollback()
             raise
         before, steps = self._undo, self._steps
+        self._ended.update(self._finals)
+        while len(self._ended) > ENDED_KEPT:
+            del self._ended[next(iter(self._ended))]
         self._begin()
         return Committed([(before[job.number], job) for job in changed], steps)
 

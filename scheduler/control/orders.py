@@ -158,10 +158,6 @@ class Orders:
                 self._launcher.stop(stop)
         for key, freezes in self._freezes.items():
             (self._launcher.freeze if freezes else self._launcher.thaw)(key)
-        for key in self._forgets:
-            self._launcher.forget(key)
-        for uuid, nobody_left in self._watches.items():
-            self._verifier.watch(uuid, nobody_left=nobody_left)
         for job in self._starts:
             last = job.attempts[-1]
             key = AttemptKey(job.id, last.number)
@@ -173,6 +169,10 @@ class Orders:
             self._launcher.start(order)
             if key in later:  # a launcher takes no stop of what it does not know
                 self._launcher.stop(later[key])
+        for uuid, nobody_left in self._watches.items():
+            self._verifier.watch(uuid, nobody_left=nobody_left)
+        for key in self._forgets:  # nobody waits for that
+            self._launcher.forget(key)
         self._begin()
 
     def _start_order(self, job: Job, key: AttemptKey, gpus: tuple[str, ...]) -> StartOrder:

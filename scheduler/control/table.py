@@ -11,7 +11,7 @@ from scheduler.control.holdings import Holdings
 from scheduler.model import snapshot as columns
 from scheduler.model.frames import SaidColumns
 from scheduler.model.gpus import GpuIdentity, model_matches
-from scheduler.model.jobs import Job, JobClass, JobState, Notice, OnPreempt, job_number
+from scheduler.model.jobs import FINAL_STATES, Job, JobClass, JobState, Notice, OnPreempt, job_number
 from scheduler.model.policy import Order, Policy, aged_priority
 from scheduler.model.power import Curve
 from scheduler.model.snapshot import (
@@ -41,6 +41,7 @@ _COLUMNS = (
 )  # fmt: skip
 _OWN = len(JobColumns.__dataclass_fields__)
 _SAID = tuple(map(_COLUMNS.index, ("said_priority", "preemptions", "value", "whole_us")))
+_NUMBER = _COLUMNS.index("number")
 _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
 _MICROUSD_PER_USD = 1_000_000
@@ -130,6 +131,8 @@ class JobTable:
         self.behind_s: Callable[[Job], float] = lambda _: 0.0
         self.energy: EnergyPrice | None = None  # what energy costs; None = nobody knows
         self._rows: dict[int, int] = {}  # job number -> row
+        # Jobs whose rows are not written yet: one may change often before somebody looks.
+        self._unwritten: dict[int, Job] = {}
         self._arrays = self._allocate(_ROWS_AT_FIRST)
         self._model_sets: dict[tuple[str, ...], int] = {}
         self._model_fits: Any = np.zeros((0, 0), dtype=bool)
@@ -141,9 +144,8 @@ class JobTable:
         return len(self._rows)
 
     def put(self, job: Job) -> None:
-        """Write the job's row, or drop it where the job is final."""
-        code = _STATE_CODES.get(job.state)
-        if code is None:
+        """Take the job as it is now into its row, or drop that where the job is final."""
+        if job.state in FINAL_STATES:
             self.drop(job.number)
             return
         row = self._rows.get(job.number)
@@ -152,14 +154,14 @@ class JobTable:
             if row == len(self._arrays[0]):
                 self._grow()
             self._rows[job.number] = row
+            self._arrays[_NUMBER][row] = job.number
             if job.spec.miner is not None:
                 self.miners.add(job.number)
             if job.spec.job_class is JobClass.MINING:
                 self.mining.add(job.number)
             if job.spec.on_preempt is OnPreempt.SUSPEND:
                 self.suspendable.add(job.number)
-        for array, value in zip(self._arrays, self._values(job, code), strict=True):
-            array[row] = value
+        self._unwritten[job.number] = job
         if job.holds:
             self.holdings.put(job, row)
         else:
@@ -170,6 +172,7 @@ class JobTable:
         row = self._rows.pop(number, None)
         if row is None:
             return
+        self._unwritten.pop(number, None)
         self.miners.discard(number)
         self.mining.discard(number)
         self.suspendable.discard(number)
@@ -178,7 +181,7 @@ class JobTable:
         if row != last:
             for array in self._arrays:
                 array[row] = array[last]
-            moved = int(self._arrays[0][row])
+            moved = int(self._arrays[_NUMBER][row])
             self._rows[moved] = row
             self.holdings.job_moved(moved, row)
 
@@ -218,6 +221,7 @@ class JobTable:
 
         `power` makes the power columns of what each job draws.
         """
+        self._write()
         count = len(self._rows)
         own = [array[:count] for array in self._arrays]
         natural_w, suspend_us, whole_us, *_ = own[_OWN:]
@@ -241,6 +245,7 @@ class JobTable:
 
     def said(self) -> SaidColumns:
         """What the jobs of the snapshot said; views, valid until the next change."""
+        self._write()
         count = len(self._rows)
         return SaidColumns(*(self._arrays[row][:count] for row in _SAID))
 
@@ -254,8 +259,16 @@ class JobTable:
         columns[1:, count:] = np.array(leaving, dtype=np.int64).T
         return HoldingColumns(*columns)
 
-    def _values(self, job: Job, code: int) -> tuple[int | bool, ...]:
-        spec, last = job.spec, job.last
+    def _write(self) -> None:
+        """Write the rows that have changed."""
+        for job in self._unwritten.values():
+            row = self._rows[job.number]
+            for array, value in zip(self._arrays, self._values(job), strict=True):
+                array[row] = value
+        self._unwritten.clear()
+
+    def _values(self, job: Job) -> tuple[int | bool, ...]:
+        spec, last, code = job.spec, job.last, _STATE_CODES[job.state]
         live = code != columns.PENDING and last is not None
         preemptor, stop_us = gave_way(last.notice if live and last else None)
         natural_w, expected_s = self.natural_w(job), job.expected_attempt_s

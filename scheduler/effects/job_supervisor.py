@@ -1,8 +1,9 @@
 """Trees of processes below supervisors, for where cgroups can't be written.
 
 The supervisor is a copy of the launcher for each tree, and a subreaper: everything that detaches itself below
-ends up as its child. It says the first process's wait status over its control socket and ends when it has no
-child left; its end says that the tree is gone. One order is known: K. The end of the control socket
+ends up as its child. It says the first process's wait status over its control socket (X), and when it has no
+child left (E): then the tree is gone, and it ends, which takes longer than to say so. One order is known: K.
+The end of the control socket
 means that the launcher died, and is the same order (unlike PR_SET_PDEATHSIG it can't come too early to be
 seen). A supervisor stays root where the launcher is: a job's user can't kill it. If it is killed all the
 same, the kernel kills its child, and what else it held falls to the launcher, which kills it.
@@ -90,13 +91,20 @@ class SupervisedTree(Tree):
                 case [b"X", status]:
                     self._main_ended(int(status))
                     has_ended = True
+                case [b"X", status, b"E"]:
+                    self._main_ended(int(status))
+                    self._close_control()
+                    self._ended()
+                case [b"E"]:
+                    self._close_control()
+                    self._ended()
                 case _:
                     self._close_control()
 
     def supervisor_was_reaped(self, status: int) -> None:
-        """The supervisor ended: with nothing left below it, or killed, which kills its child."""
+        """The supervisor ended: with nothing left below it, as it said, or killed, which kills its child."""
         self.read_control()
-        if status == 0:
+        if status == 0 or self.is_over:
             self._ended()
         else:
             self._containment.adopt(self)
@@ -197,14 +205,15 @@ class SupervisorContainment(Containment):
                 tree.orphans_are_gone()
 
     def close(self) -> None:
-        """Leave no process behind: supervisors ended with their trees, but one waits."""
+        """Leave no process behind: supervisors ended with their trees, or are about to, but one waits."""
         self._forker.close()
         if self._spare is not None:
             self._drop_spare()
-            try:
-                os.waitpid(-1, 0)  # nobody else is left
-            except ChildProcessError:
-                pass  # it ended before we asked
+        try:
+            while True:
+                os.waitpid(-1, 0)
+        except ChildProcessError:
+            pass  # nobody is left
 
     def adopt(self, tree: SupervisedTree) -> None:
         """Take over from a supervisor that was killed: what it held are our children now.
@@ -329,18 +338,27 @@ def _read(control_fd: int) -> bytes:
 
 
 def _reap(main_pid: int, control_fd: int) -> None:
+    said: list[bytes] = []
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
+            _say(control_fd, [*said, b"E"])
             os._exit(0)
         if pid == 0:
+            _say(control_fd, said)
             return
         if pid == main_pid:
-            try:
-                os.write(control_fd, b"X %d" % status)
-            except OSError:
-                pass  # the launcher is gone; we learn it from the next poll
+            said = [b"X %d" % status]
+
+
+def _say(control_fd: int, words: list[bytes]) -> None:
+    """Say it in one message, for each wakes the launcher."""
+    if words:
+        try:
+            os.write(control_fd, b" ".join(words))
+        except OSError:
+            pass  # the launcher is gone; we learn it from the next poll
 
 
 def _tree() -> set[int]:

@@ -118,17 +118,17 @@ def test_an_acknowledgement_ends_the_grace() -> None:
 def test_an_end_is_forgotten_by_the_launcher_and_its_gpus_are_looked_at() -> None:
     after = job(JobState.PENDING, ENDED)
     assert orders_of(job(JobState.PREEMPTING, replace(RUNS, notice=NOTICE)), after) == [
-        ("forget", FIRST_KEY),
         ("watch", "GPU-a"),
+        ("forget", FIRST_KEY),
     ]
 
 
 def test_an_end_is_followed_even_where_the_next_attempt_begins_in_the_same_tick() -> None:
     before = job(JobState.PREEMPTING, replace(RUNS, notice=NOTICE))
     assert orders_of(before, job(JobState.STARTING, ENDED, SECOND)) == [
-        ("forget", FIRST_KEY),
-        ("watch", "GPU-a"),
         ("start", SECOND_KEY, "GPU-b"),
+        ("watch", "GPU-a"),
+        ("forget", FIRST_KEY),
     ]
 
 
