@@ -19,8 +19,8 @@ EACH_SECOND = Config(sampling=SamplingConfig(period_s=1.0))
 
 
 class World(SimulatedNode):
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__(tmp_path, lambda _: Workload(duration_s=1000.0), config=EACH_SECOND)
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int = 1) -> None:
+        super().__init__(tmp_path, lambda _: Workload(duration_s=1000.0), gpus=gpus, config=EACH_SECOND)
         self.plans = 0
         made = loop.plan
 
@@ -44,6 +44,26 @@ def test_a_job_that_waits_is_not_planned_for_at_every_reading(
         assert world.plans == before
         await asyncio.sleep(1000.0)
         assert (world.state(first), world.state(second)) == (JobState.SUCCEEDED, JobState.RUNNING)
+        world.daemon.stop()
+
+    run(story())
+
+
+def test_ends_that_come_together_and_the_looks_at_their_gpus_are_one_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        world = World(tmp_path, monkeypatch, gpus=4)
+        await world.daemon.start()
+        first = [await world.submit() for _ in range(4)]
+        second = [await world.submit() for _ in range(4)]
+        await asyncio.sleep(999.9)
+        assert {world.state(job) for job in first} == {JobState.RUNNING}
+        before = world.plans
+        await asyncio.sleep(0.2)
+        assert {world.state(job) for job in first} == {JobState.SUCCEEDED}
+        assert {world.state(job) for job in second} == {JobState.RUNNING}
+        assert world.plans == before + 1
         world.daemon.stop()
 
     run(story())
