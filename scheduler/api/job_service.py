@@ -166,18 +166,20 @@ class JobService(job_service_pb2_grpc.JobServiceServicer):
             limit = submission.REQUEST_ID_CHARS_MAX
             raise InvalidRequest(FieldViolation(prefix + "request_id", f"is longer than {limit} characters"))
         typed = request.spec.SerializeToString(deterministic=True)
-        digest = ""
+        digest, unknown_at = "", -1
         if request.request_id:
             digest = hashlib.sha256(self._control.effects.journal.salt() + typed).hexdigest()
             ledger = self._control.ledger
             known = ledger.request(request.request_id)
+            if known is None:
+                unknown_at = ledger.journal.head
             job = ledger.job(known[0]) if known is not None and known[1] == digest else None
             if job is not None:  # not judged again: its deadline may be over, its GPU gone
                 return inbox.Submission(job.spec, {}, request.request_id, digest)
         if typed not in read:
             read[typed] = self._read(request.spec, prefix + "spec.")
         spec, environment = read[typed]
-        return inbox.Submission(spec, environment, request.request_id, digest)
+        return inbox.Submission(spec, environment, request.request_id, digest, unknown_at)
 
     def _read(self, message: job_pb2.JobSpec, prefix: str) -> tuple[JobSpec, dict[str, str]]:
         control = self._control

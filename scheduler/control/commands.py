@@ -110,7 +110,7 @@ class CommandHandler:
 
     def _known(self, submission: Submission) -> Job | None:
         """The job that the same request made before."""
-        if not submission.request_id:
+        if not submission.request_id or submission.unknown_at == self._ledger.journal.head:
             return None
         found = self._ledger.request(submission.request_id)
         if found is None:

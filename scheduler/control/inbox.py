@@ -28,6 +28,7 @@ class Submission:
     environment: dict[str, str]
     request_id: str = ""
     request_digest: str = ""
+    unknown_at: int = -1  # the journal's head when it did not know the request; -1 = nobody looked
 
 
 @dataclass(frozen=True, slots=True)

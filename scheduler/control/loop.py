@@ -309,22 +309,16 @@ class Controller:
         stopping = self.ledger.stopping
         awaits_exits = not stopping.isdisjoint(self._gone) and not stopping <= self._gone
         linger_s = self.pace.linger_s(item, awaits_exits=awaits_exits)
-        if not linger_s and isinstance(item, Exited):
-            # Behind the looks that begin with it, and with the ends that came along: one tick knows them all.
-            self._scheduled = loop.call_soon(self._schedule_now)
-        elif not linger_s:
-            self._schedule()
+        if not linger_s:
+            self._schedule(item)
         elif self._lingering is None or loop.time() + linger_s < self._lingering.when():
             self._stop_lingering()
             self._lingering = loop.call_later(linger_s, self._schedule)
 
-    def _schedule(self) -> None:
-        if self._running and self._scheduled is None:
-            self._schedule_now()
-
-    def _schedule_now(self) -> None:
+    def _schedule(self, item: Item | None = None) -> None:
         self._stop_lingering()
-        self._scheduled = self.pace.schedule(self._tick)
+        if self._running and self._scheduled is None:
+            self._scheduled = self.pace.schedule(self._tick, item)
 
     def _stop_lingering(self) -> None:
         if self._lingering is not None:

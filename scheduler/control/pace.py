@@ -41,9 +41,16 @@ class Pace:
             return SUBMIT_LINGER_S
         return 0.0
 
-    def schedule(self, tick: Callable[[], None]) -> asyncio.Handle:
-        """Have the tick called when its time has come."""
-        return asyncio.get_running_loop().call_soon(tick)
+    def schedule(self, tick: Callable[[], None], item: Item | None) -> asyncio.Handle:
+        """Have the tick called for the item when its time has come.
+
+        For an end that is behind the looks that begin with it, and with ends that came along: one tick knows
+        them all.
+        """
+        loop = asyncio.get_running_loop()
+        if isinstance(item, Exited):
+            return loop.call_soon(loop.call_soon, tick)
+        return loop.call_soon(tick)
 
     def took(self, items: list[Item]) -> None:
         """A tick took these."""

@@ -29,6 +29,8 @@ WAL_PAGES_MAX = 16_384
 # So long the log is from the start: what a node writes between two foldings, 170 starts of jobs. A sync takes
 # 0.14 ms where a commit writes over what is there, and 0.27 ms where it makes the file longer.
 WAL_BYTES_LAID = 4 << 20
+# Not on a disk that has less room than so many times that.
+LAID_ROOM_RATIO = 32
 GENESIS = bytes(32)
 # Cast: who meddles with a row may leave text where bytes were.
 SELECT_EVENTS = "SELECT seq, kind, CAST(body AS BLOB), CAST(hash AS BLOB) FROM events"
@@ -111,7 +113,7 @@ class Storage(Protocol):
         """
 
     def lay(self, path: Path, size: int) -> None:
-        """Make a file that is there so long, with zeros behind what it holds, if the disk has the room."""
+        """Make a file that is there so long, with zeros behind what it holds, if the disk has ample room."""
 
     def free_mib(self, directory: Path) -> int:
         """Space left on the directory's disk."""
@@ -125,9 +127,9 @@ class LocalStorage:
 
     def lay(self, path: Path, size: int) -> None:
         with contextlib.suppress(OSError), path.open("r+b") as file:
-            begin = file.seek(0, os.SEEK_END)
-            if begin < size:
-                file.write(bytes(size - begin))
+            missing = size - file.seek(0, os.SEEK_END)
+            if missing > 0 and shutil.disk_usage(path.parent).free >= LAID_ROOM_RATIO * size:
+                file.write(bytes(missing))
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -410,74 +410,53 @@ def fold(job: Job, event: JobEvent, revision: int) -> Job:
         case StartDecided():
             return _start_decided(job, event, revision)
         case AttemptStarted():
-            attempt = changed(
-                _current(job, event),
-                started_s=event.at_s,
-                pid=event.pid,
-                pid_start_ticks=event.pid_start_ticks,
-            )
-            if job.state is not JobState.STARTING:  # asked to stop before it ran
-                return _with_attempt(job, attempt, revision)
-            return _with_attempt(
-                job, attempt, revision, **_moved(job, JobState.RUNNING, event.reason, event.at_s)
-            )
+            # Who was asked to stop before it ran stays as he is.
+            runs = job.state is JobState.STARTING
+            moved = _moved(job, JobState.RUNNING, event.reason, event.at_s) if runs else None
+            known = {"pid": event.pid, "pid_start_ticks": event.pid_start_ticks}
+            return _noted(job, _current(job, event), revision, moved, started_s=event.at_s, **known)
         case StopDecided():
-            attempt = changed(
-                _current(job, event),
-                notice=event.notice,
-                suspend_s=None,
-                **_no_longer_suspended(job.attempts[-1], event.at_s),  # the notice wakes it
-            )
+            attempt = _current(job, event)
             moved = _moved(job, event.to, event.notice.reason, event.at_s)
-            return _with_attempt(job, attempt, revision, **moved)
+            woken = _no_longer_suspended(attempt, event.at_s)  # by the notice
+            return _noted(job, attempt, revision, moved, notice=event.notice, suspend_s=None, **woken)
         case CancelRequested():
             if job.state is not JobState.PREEMPTING:
-                raise TransitionError(
-                    f"job {job.id} is {job.state}: cancel it by StopDecided or PendingEnded"
-                )
+                raise TransitionError(f"job {job.id} is {job.state}: stop it by StopDecided or PendingEnded")
             return changed(job, reason=Reason.CANCELLED_BY_REQUEST, revision=revision)
         case AttemptSignalled():
-            return _with_attempt(job, changed(_current(job, event), signalled_s=event.at_s), revision)
+            return _noted(job, _current(job, event), revision, signalled_s=event.at_s)
         case AttemptAcknowledged():
-            return _with_attempt(job, changed(_current(job, event), acknowledged_s=event.at_s), revision)
+            return _noted(job, _current(job, event), revision, acknowledged_s=event.at_s)
         case CheckpointReported():
-            return _with_attempt(job, changed(_current(job, event), checkpoint_s=event.at_s), revision)
+            return _noted(job, _current(job, event), revision, checkpoint_s=event.at_s)
         case SuspendDecided() | ResumeDecided():
             return _told(job, event, revision)
         case AttemptSuspended():
-            attempt = changed(_current(job, event), suspended_s=event.at_s, resumed_s=None)
-            return _with_attempt(
-                job, attempt, revision, **_moved(job, JobState.SUSPENDED, job.reason, event.at_s)
-            )
+            attempt = _current(job, event)
+            moved = _moved(job, JobState.SUSPENDED, job.reason, event.at_s)
+            return _noted(job, attempt, revision, moved, suspended_s=event.at_s, resumed_s=None)
         case AttemptResumed():
             if job.state is not JobState.SUSPENDED:
                 raise TransitionError(f"job {job.id} is {job.state}, not SUSPENDED")
             attempt = _current(job, event)
-            attempt = changed(attempt, **_no_longer_suspended(attempt, event.at_s))
-            return _with_attempt(
-                job, attempt, revision, **_moved(job, JobState.RUNNING, job.reason, event.at_s)
-            )
+            moved = _moved(job, JobState.RUNNING, job.reason, event.at_s)
+            return _noted(job, attempt, revision, moved, **_no_longer_suspended(attempt, event.at_s))
         case AttemptEnded():
             return _ended(job, event, revision)
         case PendingEnded():
             if job.state is not JobState.PENDING:
                 raise TransitionError(f"job {job.id} is {job.state}, not PENDING")
-            return changed(
-                job,
-                revision=revision,
-                detail=event.detail,
-                finished_s=event.at_s,
-                **_moved(job, event.to, event.reason, event.at_s),
-            )
+            moved = _moved(job, event.to, event.reason, event.at_s)
+            return changed(job, revision=revision, detail=event.detail, finished_s=event.at_s, **moved)
         case BackoffCleared():
             if job.state is not JobState.PENDING:
                 raise TransitionError(f"job {job.id} is {job.state}, not PENDING")
             return changed(job, eligible_s=event.at_s, revision=revision)
         case AttemptVerified():
-            return _with_attempt(job, changed(_numbered(job, event.attempt), verified_s=event.at_s), revision)
+            return _noted(job, _numbered(job, event.attempt), revision, verified_s=event.at_s)
         case SuccessorStarted():
-            attempt = changed(_numbered(job, event.attempt), successor_started_s=event.at_s)
-            return _with_attempt(job, attempt, revision)
+            return _noted(job, _numbered(job, event.attempt), revision, successor_started_s=event.at_s)
 
 
 def energy_of_jobs(event: UsageBooked) -> dict[str, dict[int, int]]:
@@ -523,6 +502,7 @@ def _start_decided(job: Job, event: StartDecided, revision: int) -> Job:
 
 
 def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
+    final = event.to in FINAL_STATES
     attempt = changed(
         _current(job, event),
         exited_s=event.at_s,
@@ -530,11 +510,10 @@ def _ended(job: Job, event: AttemptEnded, revision: int) -> Job:
         lost=event.lost,
         end_reason=event.reason,
     )
-    final = event.to in FINAL_STATES
-    return _with_attempt(
+    return changed(
         job,
-        attempt,
-        revision,
+        revision=revision,
+        attempts=_with(job, attempt),
         detail=event.detail,
         eligible_s=event.eligible_s,
         eligible_reason=event.reason,
@@ -553,7 +532,7 @@ def _told(job: Job, event: SuspendDecided | ResumeDecided, revision: int) -> Job
     if job.state not in (JobState.RUNNING, JobState.SUSPENDED):
         raise TransitionError(f"job {job.id} is {job.state}: only one that runs is frozen")
     suspend_s = event.at_s if isinstance(event, SuspendDecided) else None
-    return _with_attempt(job, changed(attempt, suspend_s=suspend_s), revision, reason=event.reason)
+    return _noted(job, attempt, revision, {"reason": event.reason}, suspend_s=suspend_s)
 
 
 def _no_longer_suspended(attempt: Attempt, at_s: float) -> dict[str, float]:
@@ -609,6 +588,13 @@ def _numbered(job: Job, number: int) -> Attempt:
     raise TransitionError(f"job {job.id} keeps no attempt {number}")
 
 
-def _with_attempt(job: Job, attempt: Attempt, revision: int, **changes: Any) -> Job:
-    kept = tuple(attempt if a.number == attempt.number else a for a in job.attempts)
-    return changed(job, attempts=kept, revision=revision, **changes)
+def _noted(
+    job: Job, attempt: Attempt, revision: int, of_job: dict[str, Any] | None = None, **of_attempt: Any
+) -> Job:
+    """The job with changes of one of its attempts, and its own."""
+    attempts = _with(job, changed(attempt, **of_attempt))
+    return changed(job, attempts=attempts, revision=revision, **(of_job or {}))
+
+
+def _with(job: Job, attempt: Attempt) -> tuple[Attempt, ...]:
+    return tuple(attempt if a.number == attempt.number else a for a in job.attempts)

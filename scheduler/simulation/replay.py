@@ -69,7 +69,8 @@ class OneTickAMoment(Pace):
         del item, awaits_exits
         return 0.0
 
-    def schedule(self, tick: Callable[[], None]) -> asyncio.Handle:
+    def schedule(self, tick: Callable[[], None], item: Item | None) -> asyncio.Handle:
+        del item
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         return loop.call_when_quiet(tick)

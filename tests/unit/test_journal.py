@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,15 @@ def test_commits_write_over_what_was_laid_for_the_log_and_a_crash_keeps_them(
     live(Ledger(again, Policy()), *life(jobs + 1))
     again.close()
     assert verify(tmp_path / "two").ok
+
+
+def test_nothing_is_laid_for_the_log_on_a_small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid = journal_file.WAL_BYTES_LAID
+    for free, is_laid in ((32 * laid - 1, False), (32 * laid, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        journal = SqliteJournal(tmp_path / str(free), now_s=0.0)
+        assert ((tmp_path / str(free) / "journal.sqlite-wal").stat().st_size >= laid) is is_laid
+        journal.close()
 
 
 def test_the_log_is_folded_when_it_is_worth_a_sync_and_written_over_from_its_beginning(
