@@ -46,6 +46,7 @@ class Queue:
         self._order = order
         self.jobs = snapshot.jobs
         self.codes = xp.where(self.jobs.state == PENDING, UNDECIDED, LIVE)
+        self._of_models: dict[int, Any] = {}  # bool, shape (jobs,): who accepts no GPU that a set does not
         # Bool, shape (jobs,): gangs that no node can hold; None: there are none that could start.
         self.spanning: Any | None = None
 
@@ -125,7 +126,7 @@ class Queue:
         if least.gpus:
             more &= jobs.gpus >= least.gpus
             if least.models != UNKNOWN and len(self._snapshot.model_fits) > 1:
-                more &= covered_sets(self._snapshot.model_fits, least.models)[jobs.models]
+                more &= self._accepting_no_more(least.models)
             if least.share_milli > 1:
                 more &= jobs.share_milli >= least.share_milli
         for name in ("gpu_memory_mib", "cpus", "memory_mib"):
@@ -135,6 +136,14 @@ class Queue:
             elif amount:
                 more &= getattr(jobs, name) >= amount
         self.codes[more] = WAIT_CODE[reason]
+
+    def _accepting_no_more(self, models: int) -> Any:
+        """Bool, shape (jobs,): the jobs that accept no GPU which this set of models does not allow."""
+        known = self._of_models.get(models)
+        if known is None:
+            covered = covered_sets(self._snapshot.model_fits, models)
+            known = self._of_models[models] = covered[self.jobs.models]
+        return known
 
     def _decide(self, where: Any, reason: Reason) -> None:
         if some(where):

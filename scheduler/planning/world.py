@@ -295,10 +295,10 @@ class World:
     def uuids(self, parts: Iterable[Part]) -> tuple[str, ...]:
         """The UUIDs of the parts, by node and index."""
         found: list[str] = []
-        for part in parts:
-            if part.positions:
-                gpus = self.layout.gpus(part.row)
-                found += [gpus[position].uuid for position in sorted(part.positions)]
+        for _, row, positions in parts:
+            if positions:
+                gpus = self.layout.gpus(row)
+                found += [gpus[position].uuid for position in sorted(positions)]
         return tuple(found)
 
     @cached_property
