@@ -34,7 +34,7 @@ from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.gangs import soonest
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import Queue
-from scheduler.planning.search import NODES_ALL_TRIED_MAX, NODES_TRIED_MAX, Limits
+from scheduler.planning.search import NODES_TRIED_MAX, Limits
 from scheduler.planning.valuation import outranked, value_bar, value_bars
 from scheduler.planning.world import NEVER, World
 
@@ -178,7 +178,7 @@ def _hopeful(
     rows: list[int], request: Request, world: World, order: Order, claimed_rows: list[int]
 ) -> list[int]:
     """Of these nodes those where anything is released at a moment that is known, or that fit as it is."""
-    if len(rows) <= NODES_ALL_TRIED_MAX:
+    if world.is_small:
         return rows
     hosts = world.incumbents.hosts
     hopeful = world.soon.fit(request)

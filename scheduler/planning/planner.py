@@ -56,14 +56,7 @@ from scheduler.planning.layout import Layout
 from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
-from scheduler.planning.search import (
-    NODES_ALL_TRIED_MAX,
-    Limits,
-    find_by_displacing,
-    find_free,
-    find_leaving,
-    placed,
-)
+from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving, placed
 from scheduler.planning.world import NEVER, World
 
 
@@ -129,7 +122,7 @@ class Planner:
 
     def run(self) -> Plan:
         """Serve everyone."""
-        fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
+        fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late(self._timed)]
         if self.queue.is_waiting:
             self.queue.set_aside(self.world)
             for row, request in self.queue.requests():
@@ -241,7 +234,7 @@ class Planner:
         free, leaving, by_displacing = find_free, find_leaving, find_by_displacing
         if self.spans(request):
             free, leaving, by_displacing = find_free_over, find_leaving_over, find_over_by_displacing
-        elif len(self.world.drains) > NODES_ALL_TRIED_MAX and self.world.is_hopeless(request):
+        elif self.world.is_hopeless(request):
             return None
         return (
             free(request, self.world, limits)

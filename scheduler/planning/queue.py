@@ -55,15 +55,20 @@ class Queue:
         """Whether any pending job is left to decide."""
         return some(self.codes == UNDECIDED)
 
-    def fail_late(self) -> list[int]:
-        """Take out the jobs that can't meet their deadline any more; their numbers, ascending."""
-        jobs = self.jobs
-        late = (jobs.deadline_us != UNKNOWN) & (self.codes == UNDECIDED)
-        if not some(late):
+    def fail_late(self, rows: Any) -> list[int]:
+        """Take out the jobs that can't meet their deadline any more; their numbers, ascending.
+
+        `rows`: where there are deadlines, at least.
+        """
+        if not len(rows):
             return []
-        late &= self._snapshot.now_us + unknown_as_zero(jobs.expected_us) > jobs.deadline_us
-        self.codes[late] = LEAVES
-        return sorted(jobs.number[late].tolist())
+        jobs = self.jobs
+        deadline_us = jobs.deadline_us[rows]
+        late = (deadline_us != UNKNOWN) & (self.codes[rows] == UNDECIDED)
+        late &= self._snapshot.now_us + unknown_as_zero(jobs.expected_us[rows]) > deadline_us
+        rows = rows[late]
+        self.codes[rows] = LEAVES
+        return sorted(jobs.number[rows].tolist())
 
     def set_aside(self, world: World) -> None:
         """Decide the jobs that wait whatever is free: backing off, too dear, a drain, no GPU that suits."""

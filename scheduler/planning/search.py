@@ -27,8 +27,6 @@ from scheduler.planning.world import NEVER, World
 # Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least.
 # The search ends at the first bound above the best found; the limit is for fleets of many equal bounds.
 NODES_TRIED_MAX = 64
-# So few nodes are looked at one by one: that costs less than the columns that would leave some out.
-NODES_ALL_TRIED_MAX = 2
 
 Candidates = Callable[[Node], list[Live]]
 
@@ -77,7 +75,7 @@ def find_leaving(request: Request, world: World, limits: Limits | None = None) -
 
 def _in_turn(request: Request, world: World) -> Iterator[tuple[int, int]]:
     """Nodes that may be ready for the request: a bound of their turn, as a code, and their row."""
-    if len(world.drains) <= NODES_ALL_TRIED_MAX:
+    if world.is_small:
         return ((MINE, node.row) for node in world.nodes() if node.leaving and not node.drains)
     return world.turns.in_turn(request)
 
@@ -163,13 +161,11 @@ class _Cheapest:
     def __init__(self, request: Request, world: World, horizons: Horizons) -> None:
         self._request = request
         self._world = world
-        # So few nodes are looked at one by one: that costs less than the columns.
-        self._are_few = len(world.drains) <= NODES_ALL_TRIED_MAX
-        self._horizon = None if self._are_few else horizons.of(request)
+        self._horizon = None if world.is_small else horizons.of(request)
 
     def first(self) -> Iterator[tuple[int, int]]:
         """Rows of the nodes to look at, a bounded number, each with its bound; of equals the first row."""
-        if self._are_few:
+        if self._world.is_small:
             yield from ((node.row, 0) for node in self._world.nodes() if not node.drains)
         if self._horizon is None:
             return

@@ -35,6 +35,8 @@ from scheduler.planning.valuation import lost_work, outranked, value_bars, value
 
 # Later than any moment that a snapshot can name.
 NEVER = 1 << 62
+# So few nodes are looked at one by one, as objects: that costs less than columns that would leave some out.
+NODES_ALL_TRIED_MAX = 2
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class World:
         self._stopping = stopping
         self.layout = layout if layout is not None and layout.holds_for(snapshot) else Layout(snapshot)
         self.drains = snapshot.nodes.drain != NOT_DRAINING
+        self.is_small = len(self.drains) <= NODES_ALL_TRIED_MAX
         self._nodes: dict[int, Node] = {}
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
@@ -278,7 +281,7 @@ class World:
 
         It is said only while nothing has changed since then: to find it out costs more than to look for room.
         """
-        if self._changed or not self._reaches:
+        if self.is_small or self._changed or not self._reaches:
             return False
         known = self._reaches.get(self.displaceable(request).tobytes())
         return known is not None and not some(known.pool.fit(request) & ~self.drains)
@@ -287,6 +290,12 @@ class World:
         jobs = self.incumbents
         if not some(outranked):
             return Reach(self.soon, outranked)
+        if self.is_small:
+            reach, goes = self.soon.copy(), outranked.tolist()
+            for node in self.nodes():
+                going = [live.hold for live in self.live(node.row) if goes[live.index]]
+                reach.put(node, node.spare_with([*node.leaving, *going]))
+            return Reach(reach, outranked)
         holds = outranked[jobs.holder]
         hosts = jobs.hosts.of(outranked)
         more = self.soon.plus(jobs.cell[holds], jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
@@ -384,10 +393,14 @@ class World:
         )
 
     def _made_soon(self) -> Pool:
-        goes, hosts = rows_where(self._goes_away), self._hosts.of(self._goes)
-        milli = self._snapshot.holdings.share_milli[goes]
-        soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
-        for node in self._nodes.values():
+        if self.is_small:
+            soon, known = self._free.copy(), self.nodes()
+        else:
+            goes, hosts = rows_where(self._goes_away), self._hosts.of(self._goes)
+            milli = self._snapshot.holdings.share_milli[goes]
+            soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
+            known = iter(self._nodes.values())
+        for node in known:
             soon.put(node, node.soon)
         return soon
 

@@ -40,7 +40,7 @@ def _planned(made: Callable[[], Snapshot], policy: Policy, *patches: tuple[Any, 
 
 
 # So that a few nodes are treated as a fleet is.
-FLEET = ((search, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
+FLEET = ((world, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
 # Nothing is remembered but what a node and its jobs are.
 FORGETFUL = (
     *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, leaving)),
@@ -156,7 +156,9 @@ def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_hel
     few: W, policy: Policy
 ) -> None:
     made = snapshot(few)
-    planner = Planner(made, policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "NODES_ALL_TRIED_MAX", 0)
+        planner = Planner(made, policy)
     horizons = horizon.Horizons(planner.world, policy.order)
     pending = sorted(
         (request_of(made.jobs, row) for row in rows_where(made.jobs.state == PENDING).tolist()),
@@ -166,9 +168,7 @@ def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_hel
     )
     # Each also wants less of the host: what was found out of its GPUs holds, and nothing else does.
     for request in (each for one in pending for each in (one, one._replace(cpus=0, memory_mib=0))):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "NODES_ALL_TRIED_MAX", 0)
-            cheapest = search._Cheapest(request, planner.world, horizons)
+        cheapest = search._Cheapest(request, planner.world, horizons)
         found = horizons.of(request)
         bounds = [world.NEVER] * len(made.nodes) if found is None else found.bounds(request).tolist()
         for node, bound in zip(planner.world.nodes(), bounds, strict=True):
