@@ -157,6 +157,7 @@ class Gpu:
     memory_mib: int
     is_open: bool
     serves: tuple[bool, ...]  # by model set
+    asked_for: int  # how many of the sets it serves: what few accept is given away first
     near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
     is_instance: bool = False  # of MIG: for requests of one GPU only
 
@@ -213,7 +214,7 @@ class Node:
         known = self._suitable.get(key)
         if known is None:
             fit = [
-                (sum(gpu.serves), gpu.memory_mib, gpu.index, gpu.uuid, position)
+                (gpu.asked_for, gpu.memory_mib, gpu.index, gpu.uuid, position)
                 for position, gpu in enumerate(self.gpus)
                 if gpu.is_open
                 and (request.models == UNKNOWN or gpu.serves[request.models])
@@ -316,17 +317,19 @@ def place(
 
 def _best_connected(request: Request, node: Node, whole: list[int], penalty: Penalty) -> tuple[int, ...]:
     """Which of these whole GPUs to give: those that placement would rather use, of equals the nearest."""
-
-    def tier(position: int) -> tuple[int, ...]:
-        gpu = node.gpus[position]
-        return (penalty.get(position, 0), sum(gpu.serves), gpu.memory_mib)
-
-    whole.sort(key=tier)
-    worst = tier(whole[request.gpus - 1])
-    sure = [position for position in whole if tier(position) < worst]
-    open_to = [position for position in whole if tier(position) == worst]
-    near = tuple(node.gpus[position].near for position in open_to)
-    return (*sure, *(open_to[i] for i in best_connected(near, request.gpus - len(sure))))
+    gpus = node.gpus
+    tiers = [
+        ((penalty.get(position, 0), gpus[position].asked_for, gpus[position].memory_mib), place)
+        for place, position in enumerate(whole)
+    ]
+    tiers.sort()
+    sure: list[int] = []
+    worst = tiers[request.gpus - 1][0]
+    if tiers[0][0] != tiers[-1][0]:
+        sure = [whole[place] for tier, place in tiers if tier < worst]
+        whole = [whole[place] for tier, place in tiers if tier == worst]
+    near = tuple([gpus[position].near for position in whole])
+    return (*sure, *[whole[i] for i in best_connected(near, request.gpus - len(sure))])
 
 
 def find_leaving_on(

@@ -293,8 +293,8 @@ class Planner:
         """Start the job, or let it wait for what it claims."""
         world, number = self.world, request.number
         rows = [part.row for part in found.parts]
-        for_power = [self._live_job(victim) for victim in admission.victims]
-        for victim in (*found.victims, *for_power):
+        for_power = list(map(self._live_job, admission.victims))
+        for victim in (*found.victims, *for_power) if for_power else found.victims:
             world.leave(victim, number)
             rows += victim.rows
             cause = (number, Reason.PREEMPTED_BY_HIGHER_RANK)

@@ -18,7 +18,7 @@ from scheduler.model.snapshot import NOT_DRAINING, PENDING, UNKNOWN, JobColumns,
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, some, unknown_as_zero, xp
 from scheduler.planning.economics import too_dear_to_start
-from scheduler.planning.valuation import first_ranked, packed_ranks
+from scheduler.planning.valuation import first_ranked
 from scheduler.planning.world import World
 
 WAIT_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(WAIT_REASONS)}
@@ -94,11 +94,8 @@ class Queue:
         """
         jobs, size = self.jobs, _CHUNK_FIRST
         columns = tuple(getattr(jobs, name) for name in _REQUEST_COLUMNS)
-        ranks = None
         while len(rows := rows_where(self.codes == UNDECIDED)):
-            if ranks is None and len(rows) > size:
-                ranks = packed_ranks(self._order, jobs.job_class, jobs.priority, jobs.value, jobs.number)
-            head = first_ranked(rows, size, ranks, self._order, jobs)
+            head = first_ranked(rows, size, self._order, jobs)
             for row, values in zip(head.tolist(), zip(*lists(columns, head), strict=True), strict=True):
                 if self.codes[row] == UNDECIDED:
                     yield row, Request._make(values)
@@ -161,7 +158,8 @@ class Queue:
         if len(sizes) and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
             return None
         level = sizes.searchsorted(jobs.gpu_memory_mib)
-        too_few = most[jobs.models, level] < jobs.gpus
+        # One index into the flat array takes half of what two take.
+        too_few = most.ravel()[jobs.models * most.shape[1] + level] < jobs.gpus
         if len(nodes) > 1:
             spanning = world.kinds.spanning(jobs) & (self.codes == UNDECIDED)
             if some(spanning):
