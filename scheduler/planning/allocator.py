@@ -12,7 +12,7 @@ fit), so that whole GPUs stay whole.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -138,9 +138,10 @@ class Spare:
 
     def take(self, request: Request, positions: tuple[int, ...]) -> None:
         """Take out what the request needs at these positions."""
+        mib = request.gpu_memory_mib if request.share_milli < WHOLE_MILLI else 0
         for position in positions:
             self.milli[position] -= request.share_milli
-            self.mib[position] -= request.gpu_memory_mib if request.is_share else 0
+            self.mib[position] -= mib
         self.cpus -= request.cpus
         self.memory_mib -= request.memory_mib
         self.slots -= 1
@@ -156,6 +157,7 @@ class Gpu:
     memory_mib: int
     is_open: bool
     serves: tuple[bool, ...]  # by model set
+    asked_for: int  # how many of the sets it serves: what few accept is given away first
     near: Near = (UNKNOWN, UNKNOWN, UNKNOWN)
     is_instance: bool = False  # of MIG: for requests of one GPU only
 
@@ -192,6 +194,7 @@ class Node:
     # Until it changes: what `preemption.choose_victims` found, by what it was asked; and `soon`.
     choices: dict[tuple[object, ...], tuple[int, list[Live]] | None] = field(default_factory=dict)
     _soon: Spare | None = None
+    _only: frozenset[int] | None = None  # the positions that may be used; None: all
 
     @property
     def soon(self) -> Spare:
@@ -211,7 +214,7 @@ class Node:
         known = self._suitable.get(key)
         if known is None:
             fit = [
-                (sum(gpu.serves), gpu.memory_mib, gpu.index, gpu.uuid, position)
+                (gpu.asked_for, gpu.memory_mib, gpu.index, gpu.uuid, position)
                 for position, gpu in enumerate(self.gpus)
                 if gpu.is_open
                 and (request.models == UNKNOWN or gpu.serves[request.models])
@@ -219,15 +222,15 @@ class Node:
                 and not (request.gpus > 1 and gpu.is_instance)
             ]
             known = self._suitable[key] = tuple(entry[-1] for entry in sorted(fit))
+        if self._only is not None:
+            return tuple([position for position in known if position in self._only])
         return known
 
     def only(self, positions: frozenset[int]) -> "Node":
         """This node with its other GPUs closed; what is free and leaving is shared with it."""
-        gpus = tuple(
-            gpu if position in positions else replace(gpu, is_open=False)
-            for position, gpu in enumerate(self.gpus)
-        )
-        return Node(self.row, gpus, self.free, self.drains, self.leaving)
+        made = Node(self.row, self.gpus, self.free, self.drains, self.leaving, self._suitable)
+        made._soon, made._only = self._soon, positions
+        return made
 
     def spare_with(self, holds: Iterable[Hold]) -> Spare:
         """What would be free without these holds."""
@@ -314,17 +317,19 @@ def place(
 
 def _best_connected(request: Request, node: Node, whole: list[int], penalty: Penalty) -> tuple[int, ...]:
     """Which of these whole GPUs to give: those that placement would rather use, of equals the nearest."""
-
-    def tier(position: int) -> tuple[int, ...]:
-        gpu = node.gpus[position]
-        return (penalty.get(position, 0), sum(gpu.serves), gpu.memory_mib)
-
-    whole.sort(key=tier)
-    worst = tier(whole[request.gpus - 1])
-    sure = [position for position in whole if tier(position) < worst]
-    open_to = [position for position in whole if tier(position) == worst]
-    near = tuple(node.gpus[position].near for position in open_to)
-    return (*sure, *(open_to[i] for i in best_connected(near, request.gpus - len(sure))))
+    gpus = node.gpus
+    tiers = [
+        ((penalty.get(position, 0), gpus[position].asked_for, gpus[position].memory_mib), place)
+        for place, position in enumerate(whole)
+    ]
+    tiers.sort()
+    sure: list[int] = []
+    worst = tiers[request.gpus - 1][0]
+    if tiers[0][0] != tiers[-1][0]:
+        sure = [whole[place] for tier, place in tiers if tier < worst]
+        whole = [whole[place] for tier, place in tiers if tier == worst]
+    near = tuple([gpus[position].near for position in whole])
+    return (*sure, *[whole[i] for i in best_connected(near, request.gpus - len(sure))])
 
 
 def find_leaving_on(
@@ -338,27 +343,25 @@ def find_leaving_on(
     holds = [*node.leaving, *victims]
     if not fits(request, node, node.spare_with(holds) if victims else node.soon):
         return None
-    spare, ready_us = node.free.copy(), 0
+    spare, ready_us, number, is_share = node.free.copy(), 0, request.number, request.is_share
     order = {position: place for place, position in enumerate(node.suitable(request) if request.gpus else ())}
     ready: list[tuple[int, int, int, int, int, int]] = []
-    in_turn = sorted(holds, key=lambda hold: _turn(hold, request.number))
+    in_turn = sorted([(_turn(hold, number), place) for place, hold in enumerate(holds)])
+    more: Iterable[int] = tuple(order)  # GPUs that may serve it now and did not before
     for stops in range(len(in_turn) + 1):
         if stops:
-            spare.add(in_turn[stops - 1])
-            ready_us = max(ready_us, in_turn[stops - 1].ready_us)
-        milli = spare.milli
-        if request.is_share:
-            fit = [position for position in order if share_fits(request, spare, position)]
-        else:
-            fit = [position for position in order if milli[position] == WHOLE_MILLI]
-        for position in fit:
-            best_fit = (milli[position], spare.mib[position]) if request.is_share else (0, 0)
-            ready.append((penalty.get(position, 0), stops, *best_fit, order.pop(position), position))
+            hold = holds[in_turn[stops - 1][1]]
+            spare.add(hold)
+            ready_us = max(ready_us, hold.ready_us)
+            more = hold.parts
+        for position in more:
+            if position in order and fits_at(request, spare, position):
+                best_fit = (spare.milli[position], spare.mib[position]) if is_share else (0, 0)
+                ready.append((penalty.get(position, 0), stops, *best_fit, order.pop(position), position))
         if len(ready) >= request.gpus and host_fits(request, spare):
-            positions = tuple(entry[-1] for entry in sorted(ready)[: request.gpus])
+            positions = tuple([entry[-1] for entry in sorted(ready)[: request.gpus]])
             part = Part(request, node.row, positions)
-            turn = _turn(in_turn[stops - 1], request.number) if stops else NO_STOP
-            return turn, Found((part,), ready_us=ready_us)
+            return in_turn[stops - 1][0] if stops else NO_STOP, Found((part,), ready_us=ready_us)
     raise AssertionError("what fits after all stops fits after some")
 
 
@@ -368,7 +371,7 @@ def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], No
     for part in parts:
         drawn += _taken(part.request, node_of(part.row), part.positions)
     if not drawn:
-        return Claim(request, parts, is_free=True, awaited=(), ready_us=0)
+        return Claim(request, parts, True, (), 0)
     awaited = tuple(sorted({hold.number for hold in drawn} - {UNKNOWN}))
     return Claim(request, parts, False, awaited, max(hold.ready_us for hold in drawn))
 

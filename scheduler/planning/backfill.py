@@ -34,7 +34,7 @@ from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.gangs import soonest
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import Queue
-from scheduler.planning.search import NODES_ALL_TRIED_MAX, NODES_TRIED_MAX, Limits
+from scheduler.planning.search import NODES_TRIED_MAX, Limits
 from scheduler.planning.valuation import outranked, value_bar, value_bars
 from scheduler.planning.world import NEVER, World
 
@@ -178,7 +178,7 @@ def _hopeful(
     rows: list[int], request: Request, world: World, order: Order, claimed_rows: list[int]
 ) -> list[int]:
     """Of these nodes those where anything is released at a moment that is known, or that fit as it is."""
-    if len(rows) <= NODES_ALL_TRIED_MAX:
+    if world.is_small:
         return rows
     hosts = world.incumbents.hosts
     hopeful = world.soon.fit(request)
@@ -245,13 +245,15 @@ def beside(to: Blocked, yielding: Callable[[Node], list[Hold]]) -> Limits:
         # Limits are made for one request, whose parts differ by their GPUs.
         key = (row, request.gpus)
         if key not in known:
-            known[key] = _beside(request, rooms[row], yielding(rooms[row].node))
+            known[key] = _beside(request, rooms[row], yielding)
         return known[key]
 
     return Limits(tuple(rooms), on)
 
 
-def _beside(request: Request, to: Room, yielding: list[Hold]) -> tuple[Node | None, Penalty]:
+def _beside(
+    request: Request, to: Room, yielding: Callable[[Node], list[Hold]]
+) -> tuple[Node | None, Penalty]:
     """What the request may use of a promised node, and what it had better not.
 
     At the promised moment (c) the blocked job needs some of the GPUs that serve it then, and can spare the
@@ -272,8 +274,11 @@ def _beside(request: Request, to: Room, yielding: list[Hold]) -> tuple[Node | No
         return node, penalty
     if request.is_share and to.request.is_share:
         open_to = [position for position in serving if _still_serves(request, to.request, room, position)]
+    elif spared:
+        holds = yielding(node)
+        open_to = sorted(serving, key=lambda position: _availability(node, holds, position))[:spared]
     else:
-        open_to = sorted(serving, key=lambda position: _availability(node, yielding, position))[:spared]
+        open_to = []
     allowed = frozenset(range(len(node.gpus))).difference(serving).union(open_to)
     return node.only(allowed), penalty
 

@@ -29,7 +29,6 @@ class Horizon:
         self._bounds = Kept(nodes)
         goes = world.displaceable(first)
         holds, hosts = goes[jobs.holder], jobs.hosts.of(goes)
-        self._going = xp.bincount(hosts.node, minlength=nodes).tolist()
         cell, holder = jobs.cell[holds], jobs.holder[holds]
         self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
         loss, gpus = jobs.loss_microusd[holder], xp.bincount(jobs.holder, minlength=len(jobs.row))[holder]
@@ -50,20 +49,18 @@ class Horizon:
         """
         return self._bounds.column(request.gpu_part, lambda rows: self._bounds_of(request, rows))
 
-    def learn(self, request: Request, row: int, loss: int, candidates: int) -> None:
-        """Take over the loss that the request takes on a node, the least with so many candidates.
+    def learn(self, request: Request, row: int, loss: int) -> None:
+        """Take over the least loss that the request takes on a node; NEVER: it can't have its GPUs there.
 
-        The host must lack nothing. Where all that may go were candidates nobody who wants the same GPUs of
-        the node takes less, until it changes.
+        The host must lack nothing. Who ranks after it may displace no more than it may: so nobody of those
+        who want the same GPUs of the node takes less, until it changes.
         """
-        if candidates == self._going[row]:
-            self.bounds(request)[row] = loss
+        self.bounds(request)[row] = loss
 
     def changed(self, node: Node, live: list[Live]) -> None:
         """Look at a node again that gave something away or got it back."""
         row, width = node.row, self.pool.milli.shape[1]
         going = [each for each in live if each.may_yield and outranks(self._first, each, self._order)]
-        self._going[row] = len(going)
         self._bounds.changed(row)
         reach = node.soon.copy()
         least = [NEVER] * width

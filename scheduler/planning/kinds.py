@@ -121,7 +121,7 @@ class Kinds:
             first = rows_where(nodes)[:1]
             ((row,), (gpus,)) = lists((xp.arange(len(nodes), dtype=xp.int64), self._gpus), first)
             gpu = layout.gpus(row)[0]
-            made.append(Kind(gpus, row, nodes, sum(gpu.serves), gpu.memory_mib))
+            made.append(Kind(gpus, row, nodes, gpu.asked_for, gpu.memory_mib))
         return tuple(made)
 
 

@@ -118,12 +118,12 @@ class Layout:
         if known is None:
             gpus = self._snapshot.gpus
             rows = self.row[node][self.row[node] != UNKNOWN]
-            columns = (gpus.index, gpus.memory_mib, gpus.state != CLOSED, gpus.instance)
+            uuid, columns = gpus.uuid, (gpus.index, gpus.memory_mib, gpus.state != CLOSED, gpus.instance)
             sizes = zip(*lists(columns, rows), strict=True)
             serves = self._snapshot.model_fits[:, rows].T.tolist()
             nears = zip(*lists((gpus.island, gpus.switch, gpus.numa), rows), strict=True)
             known = self._gpus[node] = tuple(
-                Gpu(row, gpus.uuid[row], index, memory_mib, is_open, tuple(served), near, is_instance)
+                Gpu(row, uuid[row], index, memory_mib, is_open, tuple(served), sum(served), near, is_instance)
                 for row, (index, memory_mib, is_open, is_instance), served, near in zip(
                     rows.tolist(), sizes, serves, nears, strict=True
                 )

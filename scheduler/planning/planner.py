@@ -107,6 +107,7 @@ class Planner:
         self._first_blocked: Blocked | None = None
         # Without backfill: the first job that waits of those that want GPUs, and of those that want none.
         self._strict: dict[bool, Blocked] = {}
+        self._staying: dict[tuple[int, bool], Any] = {}  # by blocked job: what `stays` found
         self._dear_later_us: Any = xp.zeros(0, dtype=xp.int64)
         jobs = snapshot.jobs
         self._timed = rows_where((jobs.time_limit_us != UNKNOWN) | (jobs.deadline_us != UNKNOWN))
@@ -121,7 +122,7 @@ class Planner:
 
     def run(self) -> Plan:
         """Serve everyone."""
-        fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late()]
+        fails = [FailJob(number, Reason.DEADLINE_UNREACHABLE) for number in self.queue.fail_late(self._timed)]
         if self.queue.is_waiting:
             self.queue.set_aside(self.world)
             for row, request in self.queue.requests():
@@ -290,24 +291,25 @@ class Planner:
 
     def _commit(self, row: int, request: Request, found: Found, admission: Admission) -> None:
         """Start the job, or let it wait for what it claims."""
-        rows = {part.row for part in found.parts}
-        for_power = [self._live_job(number) for number in admission.victims]
-        for victim in (*found.victims, *for_power):
-            self.world.leave(victim, request.number)
-            rows.update(victim.rows)
-            cause = (request.number, Reason.PREEMPTED_BY_HIGHER_RANK)
+        world, number = self.world, request.number
+        rows = [part.row for part in found.parts]
+        for_power = list(map(self._live_job, admission.victims))
+        for victim in (*found.victims, *for_power) if for_power else found.victims:
+            world.leave(victim, number)
+            rows += victim.rows
+            cause = (number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
-        given = self.claims[request.number] = claim(request, found.parts, self.world.node)
+        given = self.claims[number] = claim(request, found.parts, world.node)
         waits = Reason.WAITING_FOR_HANDOVER
         if given.is_free and not admission.starts_now:
             given.is_free, waits = False, Reason.WAITING_FOR_POWER
-            given.awaited = tuple(sorted({*admission.victims, *self._leaving_for(request.number)}))
+            given.awaited = tuple(sorted({*admission.victims, *self._leaving_for(number)}))
             given.ready_us = max((victim.hold.ready_us for victim in for_power), default=0)
-            self._for_power[request.number] = row
-        self.world.serve(request.number, len(self.claims))
-        for touched in sorted(rows):
-            node = self.world.node(touched)
-            self.world.changed(node)
+            self._for_power[number] = row
+        world.serve(number, len(self.claims))
+        for touched in rows if len(rows) == 1 else sorted(set(rows)):
+            node = world.node(touched)
+            world.changed(node)
             self._horizons.changed(node)
         if not given.is_free:
             self.queue.wait(row, waits)
@@ -366,11 +368,14 @@ class Planner:
 
     def _hold_back(self, row: int, request: Request, holder: Blocked) -> None:
         """Let the job wait, and with it all that want as much and could delay the blocked job as well."""
-        among = stays(
-            self.queue, holder, self._policy, self.now_us, may_end=not self._is_strict(request, holder)
-        )
+        may_end = not self._is_strict(request, holder)
+        key = (holder.request.number, may_end)
+        among = self._staying.get(key)
+        if among is None:
+            among = stays(self.queue, holder, self._policy, self.now_us, may_end)
+            self._staying[key] = among
         if not self._policy.backfill:
-            among &= self._kind(request)
+            among = among & self._kind(request)
             self._strict.setdefault(request.gpus > 0, Blocked(request, NEVER))
         if among[row]:
             spans = self.spans(request)

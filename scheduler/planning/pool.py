@@ -78,6 +78,19 @@ class Pool:
         """Bool, shape (rows,): where the request fits in the amount."""
         return self.fit_gpus(request, rows) & self.fit_host(request, rows)
 
+    def copy(self) -> "Pool":
+        """An independent amount of the same nodes."""
+        return Pool(
+            self.milli.copy(),
+            self.mib.copy(),
+            self.cpus.copy(),
+            self.memory_mib.copy(),
+            self.slots.copy(),
+            self.fits,
+            self.is_open,
+            self.whole,
+        )
+
     def put(self, node: Node, spare: Spare) -> None:
         """Take over what a node has."""
         row, count = node.row, len(node.gpus)

@@ -14,6 +14,7 @@ the items are disjoint and dynamic programming over "how much of each lack is co
 of such a set is needless (R5): without it the set would be cheaper and still fit.
 """
 
+from functools import cached_property
 from itertools import combinations
 from typing import Protocol
 
@@ -81,7 +82,7 @@ def choose_victims(request: Request, node: Node, candidates: list[Live]) -> tupl
 
 def _chosen(request: Request, node: Node, candidates: list[Live]) -> tuple[int, list[Live]] | None:
     table = Costs(candidates)
-    best = least_cost(request, node, node.soon, table.candidates, table)
+    best = least_cost(request, node, node.soon, candidates, table)
     return None if best is None else (best >> len(candidates), table.victims(best))
 
 
@@ -126,9 +127,17 @@ class Costs:
     """
 
     def __init__(self, candidates: list[Live]) -> None:
-        self.candidates = sorted(candidates, key=lambda live: (live.started_us, -live.number))
+        self._candidates = candidates
         self.bits = len(candidates)
-        self.cost = {live.number: self._cost(live, bit) for bit, live in enumerate(self.candidates)}
+
+    @cached_property
+    def _by_age(self) -> list[Live]:
+        return sorted(self._candidates, key=lambda live: (live.started_us, -live.number))
+
+    @cached_property
+    def cost(self) -> dict[int, int]:
+        """By number; most requests ask for none, as nothing helps them."""
+        return {live.number: self._cost(live, bit) for bit, live in enumerate(self._by_age)}
 
     def _cost(self, live: Live, bit: int) -> int:
         ranked = (live.loss_microusd << _GPU_BITS | live.gpus) << _JOB_BITS | 1
@@ -137,7 +146,7 @@ class Costs:
     def victims(self, cost: int) -> list[Live]:
         """The set whose costs add up to this."""
         chosen = -cost & ((1 << self.bits) - 1)
-        return [live for bit, live in enumerate(self.candidates) if chosen >> bit & 1]
+        return [live for bit, live in enumerate(self._by_age) if chosen >> bit & 1]
 
 
 def cover(lack: Gain, items: list[list[Option]]) -> int | None:
@@ -146,7 +155,7 @@ def cover(lack: Gain, items: list[list[Option]]) -> int | None:
     The lack must be coverable. Cells are keyed by what is covered, capped at the lack.
     """
     needed = [i for i, amount in enumerate(lack) if amount]
-    lack = tuple(lack[i] for i in needed)
+    lack = tuple([lack[i] for i in needed])
     cells: dict[Gain, int] = {(0,) * len(lack): 0}
     steps = 0
     for options in items:
@@ -155,10 +164,12 @@ def cover(lack: Gain, items: list[list[Option]]) -> int | None:
             return None
         grown = dict(cells)
         for gain, cost in options:
+            gains = [gain[i] for i in needed]
             for covered, spent in cells.items():
-                key = tuple(
-                    [min(c + gain[i], most) for c, i, most in zip(covered, needed, lack, strict=True)]
-                )
+                if len(gains) == 1:  # as a rule GPUs are all that is lacking
+                    key: Gain = (min(covered[0] + gains[0], lack[0]),)
+                else:
+                    key = tuple([min(c + g, most) for c, g, most in zip(covered, gains, lack, strict=True)])
                 total = spent + cost
                 known = grown.get(key)
                 if known is None or total < known:

@@ -18,7 +18,7 @@ from scheduler.model.snapshot import NOT_DRAINING, PENDING, UNKNOWN, JobColumns,
 from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import covered_sets, lists, rows_where, some, unknown_as_zero, xp
 from scheduler.planning.economics import too_dear_to_start
-from scheduler.planning.valuation import first_ranked, packed_ranks
+from scheduler.planning.valuation import first_ranked
 from scheduler.planning.world import World
 
 WAIT_CODE: dict[Reason, int] = {reason: code for code, reason in enumerate(WAIT_REASONS)}
@@ -46,6 +46,7 @@ class Queue:
         self._order = order
         self.jobs = snapshot.jobs
         self.codes = xp.where(self.jobs.state == PENDING, UNDECIDED, LIVE)
+        self._of_models: dict[int, Any] = {}  # bool, shape (jobs,): who accepts no GPU that a set does not
         # Bool, shape (jobs,): gangs that no node can hold; None: there are none that could start.
         self.spanning: Any | None = None
 
@@ -54,15 +55,20 @@ class Queue:
         """Whether any pending job is left to decide."""
         return some(self.codes == UNDECIDED)
 
-    def fail_late(self) -> list[int]:
-        """Take out the jobs that can't meet their deadline any more; their numbers, ascending."""
-        jobs = self.jobs
-        late = (jobs.deadline_us != UNKNOWN) & (self.codes == UNDECIDED)
-        if not some(late):
+    def fail_late(self, rows: Any) -> list[int]:
+        """Take out the jobs that can't meet their deadline any more; their numbers, ascending.
+
+        `rows`: where there are deadlines, at least.
+        """
+        if not len(rows):
             return []
-        late &= self._snapshot.now_us + unknown_as_zero(jobs.expected_us) > jobs.deadline_us
-        self.codes[late] = LEAVES
-        return sorted(jobs.number[late].tolist())
+        jobs = self.jobs
+        deadline_us = jobs.deadline_us[rows]
+        late = (deadline_us != UNKNOWN) & (self.codes[rows] == UNDECIDED)
+        late &= self._snapshot.now_us + unknown_as_zero(jobs.expected_us[rows]) > deadline_us
+        rows = rows[late]
+        self.codes[rows] = LEAVES
+        return sorted(jobs.number[rows].tolist())
 
     def set_aside(self, world: World) -> None:
         """Decide the jobs that wait whatever is free: backing off, too dear, a drain, no GPU that suits."""
@@ -88,11 +94,8 @@ class Queue:
         """
         jobs, size = self.jobs, _CHUNK_FIRST
         columns = tuple(getattr(jobs, name) for name in _REQUEST_COLUMNS)
-        ranks = None
         while len(rows := rows_where(self.codes == UNDECIDED)):
-            if ranks is None and len(rows) > size:
-                ranks = packed_ranks(self._order, jobs.job_class, jobs.priority, jobs.value, jobs.number)
-            head = first_ranked(rows, size, ranks, self._order, jobs)
+            head = first_ranked(rows, size, self._order, jobs)
             for row, values in zip(head.tolist(), zip(*lists(columns, head), strict=True), strict=True):
                 if self.codes[row] == UNDECIDED:
                     yield row, Request._make(values)
@@ -125,7 +128,7 @@ class Queue:
         if least.gpus:
             more &= jobs.gpus >= least.gpus
             if least.models != UNKNOWN and len(self._snapshot.model_fits) > 1:
-                more &= covered_sets(self._snapshot.model_fits, least.models)[jobs.models]
+                more &= self._accepting_no_more(least.models)
             if least.share_milli > 1:
                 more &= jobs.share_milli >= least.share_milli
         for name in ("gpu_memory_mib", "cpus", "memory_mib"):
@@ -135,6 +138,14 @@ class Queue:
             elif amount:
                 more &= getattr(jobs, name) >= amount
         self.codes[more] = WAIT_CODE[reason]
+
+    def _accepting_no_more(self, models: int) -> Any:
+        """Bool, shape (jobs,): the jobs that accept no GPU which this set of models does not allow."""
+        known = self._of_models.get(models)
+        if known is None:
+            covered = covered_sets(self._snapshot.model_fits, models)
+            known = self._of_models[models] = covered[self.jobs.models]
+        return known
 
     def _decide(self, where: Any, reason: Reason) -> None:
         if some(where):
@@ -147,7 +158,8 @@ class Queue:
         if len(sizes) and jobs.gpu_memory_mib.max() <= sizes[0] and jobs.gpus.max() <= most[:, 0].min():
             return None
         level = sizes.searchsorted(jobs.gpu_memory_mib)
-        too_few = most[jobs.models, level] < jobs.gpus
+        # One index into the flat array takes half of what two take.
+        too_few = most.ravel()[jobs.models * most.shape[1] + level] < jobs.gpus
         if len(nodes) > 1:
             spanning = world.kinds.spanning(jobs) & (self.codes == UNDECIDED)
             if some(spanning):

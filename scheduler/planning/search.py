@@ -13,10 +13,11 @@ from scheduler.planning.allocator import (
     Request,
     Turn,
     find_leaving_on,
+    gpus_fit,
     host_fits,
     place,
 )
-from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.arrays import xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.leaving import MINE
@@ -26,8 +27,6 @@ from scheduler.planning.world import NEVER, World
 # Nodes on which the exact cheapest victims are looked for, those first whose bound (`horizon.py`) is least.
 # The search ends at the first bound above the best found; the limit is for fleets of many equal bounds.
 NODES_TRIED_MAX = 64
-# So few nodes are looked at one by one: that costs less than the columns that would leave some out.
-NODES_ALL_TRIED_MAX = 2
 
 Candidates = Callable[[Node], list[Live]]
 
@@ -49,8 +48,7 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     On a node that is limited by a promise only where there is no other.
     """
     if len(world.drains) == 1:
-        node, penalty = as_limited(request, world, 0, limits)
-        return placed(request, node, penalty)
+        return placed(request, *as_limited(request, world, 0, limits))
     found = world.best_free(request, () if limits is None else limits.rows)
     if found is None:
         return _on_limited(request, limits)
@@ -77,8 +75,8 @@ def find_leaving(request: Request, world: World, limits: Limits | None = None) -
 
 def _in_turn(request: Request, world: World) -> Iterator[tuple[int, int]]:
     """Nodes that may be ready for the request: a bound of their turn, as a code, and their row."""
-    if len(world.drains) <= NODES_ALL_TRIED_MAX:
-        return ((MINE, row) for row in rows_where(world.leaving & ~world.drains).tolist())
+    if world.is_small:
+        return ((MINE, node.row) for node in world.nodes() if node.leaving and not node.drains)
     return world.turns.in_turn(request)
 
 
@@ -93,13 +91,15 @@ def find_by_displacing(
         if bound > best_loss:
             break
         node, _ = as_limited(request, world, row, limits)
-        victims = [] if node is None else candidates(node)
-        chosen = choose_victims(request, node, victims) if node is not None and victims else None
-        if node is None or chosen is None:
+        if node is None:
             continue
-        loss = sum(victim.loss_microusd for victim in chosen[1])
+        victims = candidates(node)
+        chosen = choose_victims(request, node, victims) if victims else None
+        loss = NEVER if chosen is None else sum([victim.loss_microusd for victim in chosen[1]])
         if limits is None or row not in limits.rows:
-            cheapest.learn(node, loss, len(victims))
+            cheapest.learn(node, victims, loss)
+        if chosen is None:
+            continue
         if best is None or (chosen[0], row) < best[:2]:
             best = (chosen[0], row, chosen[1])
             best_loss = loss
@@ -161,14 +161,12 @@ class _Cheapest:
     def __init__(self, request: Request, world: World, horizons: Horizons) -> None:
         self._request = request
         self._world = world
-        # So few nodes are looked at one by one: that costs less than the columns.
-        self._are_few = len(world.drains) <= NODES_ALL_TRIED_MAX
-        self._horizon = None if self._are_few else horizons.of(request)
+        self._horizon = None if world.is_small else horizons.of(request)
 
     def first(self) -> Iterator[tuple[int, int]]:
         """Rows of the nodes to look at, a bounded number, each with its bound; of equals the first row."""
-        if self._are_few:
-            yield from ((row, 0) for row in rows_where(~self._world.drains).tolist())
+        if self._world.is_small:
+            yield from ((node.row, 0) for node in self._world.nodes() if not node.drains)
         if self._horizon is None:
             return
         fits = self._horizon.pool.fit_host(self._request)
@@ -181,7 +179,14 @@ class _Cheapest:
             yield row, bound
             bounds[row] = NEVER
 
-    def learn(self, node: Node, loss: int, victims: int) -> None:
-        """Remember what the request takes on a node for others that want the same GPUs."""
-        if self._horizon is not None and host_fits(self._request, node.soon):
-            self._horizon.learn(self._request, node.row, loss, victims)
+    def learn(self, node: Node, candidates: list[Live], loss: int) -> None:
+        """Remember for others that want the same GPUs what the request takes on a node; NEVER: it can't."""
+        if self._horizon is None:
+            return
+        if loss < NEVER:
+            says_of_gpus = host_fits(self._request, node.soon)
+        else:
+            everything = node.spare_with([*node.leaving, *(live.hold for live in candidates)])
+            says_of_gpus = not gpus_fit(self._request, node, everything)
+        if says_of_gpus:
+            self._horizon.learn(self._request, node.row, loss)

@@ -29,22 +29,30 @@ _BAR_RESTART_MS_MAX = 864_000_000
 _UNSAVED_US_MAX = 10**14
 
 
-def first_ranked(rows: Any, count: int, ranks: Any | None, order: Order, jobs: JobColumns) -> Any:
-    """The `count` rows of the highest rank, first to last; `ranks`: all jobs' packed ranks, if they fit."""
+def first_ranked(rows: Any, count: int, order: Order, jobs: JobColumns) -> Any:
+    """The `count` rows of the highest rank, first to last."""
+    if order is Order.CLASS and len(rows) > max(count, _FEW_ROWS):
+        rows = _without_later_classes(rows, count, jobs)
+    by_rank = (jobs.job_class, jobs.priority, jobs.value, jobs.number)
     if len(rows) <= _FEW_ROWS:
-        names = ("job_class", "priority", "value", "number")
-        columns = lists(tuple(getattr(jobs, name) for name in names), rows)
-        ranked = [rank_key(order, *key) for key in zip(*columns, strict=True)]
+        ranked = [rank_key(order, *key) for key in zip(*lists(by_rank, rows), strict=True)]
         return rows[sorted(range(len(ranked)), key=ranked.__getitem__)[:count]]
-    if ranks is None:
-        job_class, priority, value = jobs.job_class[rows], -jobs.priority[rows], -jobs.value[rows]
-        keys = (value, priority, job_class) if order is Order.CLASS else (priority, job_class, value)
-        return rows[xp.lexsort(xp.stack([jobs.number[rows], *keys]))[:count]]
-    packed = ranks[rows]
+    job_class, priority, value, number = (column[rows] for column in by_rank)
+    packed = packed_ranks(order, job_class, priority, value, number)
+    if packed is None:
+        keys = (-value, -priority, job_class) if order is Order.CLASS else (-priority, job_class, -value)
+        return rows[xp.lexsort(xp.stack([number, *keys]))[:count]]
     if len(rows) > count:
         first = xp.argpartition(packed, count)[:count]
         rows, packed = rows[first], packed[first]
     return rows[packed.argsort(kind="stable")]
+
+
+def _without_later_classes(rows: Any, count: int, jobs: JobColumns) -> Any:
+    """The rows of the first classes that have so many together."""
+    job_class = jobs.job_class[rows]
+    up_to = xp.cumsum(xp.bincount(job_class, minlength=len(JobClass)))
+    return rows[job_class <= (up_to < count).sum()]
 
 
 def rank_key(

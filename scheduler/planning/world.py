@@ -35,6 +35,8 @@ from scheduler.planning.valuation import at_risk, at_stake, lost_work, outranked
 
 # Later than any moment that a snapshot can name.
 NEVER = 1 << 62
+# So few nodes are looked at one by one, as objects: that costs less than columns that would leave some out.
+NODES_ALL_TRIED_MAX = 2
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class World:
         self._stopping = stopping
         self.layout = layout if layout is not None and layout.holds_for(snapshot) else Layout(snapshot)
         self.drains = snapshot.nodes.drain != NOT_DRAINING
+        self.is_small = len(self.drains) <= NODES_ALL_TRIED_MAX
         self._nodes: dict[int, Node] = {}
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
@@ -278,7 +281,7 @@ class World:
 
         It is said only while nothing has changed since then: to find it out costs more than to look for room.
         """
-        if self._changed or not self._reaches:
+        if self.is_small or self._changed or not self._reaches:
             return False
         known = self._reaches.get(self.displaceable(request).tobytes())
         return known is not None and not some(known.pool.fit(request) & ~self.drains)
@@ -287,6 +290,12 @@ class World:
         jobs = self.incumbents
         if not some(outranked):
             return Reach(self.soon, outranked)
+        if self.is_small:
+            reach, goes = self.soon.copy(), outranked.tolist()
+            for node in self.nodes():
+                going = [live.hold for live in self.live(node.row) if goes[live.index]]
+                reach.put(node, node.spare_with([*node.leaving, *going]))
+            return Reach(reach, outranked)
         holds = outranked[jobs.holder]
         hosts = jobs.hosts.of(outranked)
         more = self.soon.plus(jobs.cell[holds], jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
@@ -295,10 +304,10 @@ class World:
     def uuids(self, parts: Iterable[Part]) -> tuple[str, ...]:
         """The UUIDs of the parts, by node and index."""
         found: list[str] = []
-        for part in parts:
-            if part.positions:
-                gpus = self.layout.gpus(part.row)
-                found += [gpus[position].uuid for position in sorted(part.positions)]
+        for _, row, positions in parts:
+            if positions:
+                gpus = self.layout.gpus(row)
+                found += [gpus[position].uuid for position in sorted(positions)]
         return tuple(found)
 
     @cached_property
@@ -339,7 +348,9 @@ class World:
         expected_us = jobs.expected_us[rows]
         gpu_milli = summed(holder, milli, len(rows))
         lost_gpu_ms = lost_work(snapshot, policy, rows, started_us, gpu_milli)
-        lost_microusd = value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms)
+        loss_microusd = value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms)
+        if some(jobs.deadline_us[rows] != UNKNOWN):  # few jobs have one
+            loss_microusd += at_risk(*at_stake(snapshot, policy.order, rows, gpu_milli))
         return Incumbents(
             row=rows,
             number=jobs.number[rows],
@@ -352,7 +363,7 @@ class World:
             started_us=started_us,
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
-            loss_microusd=lost_microusd + at_risk(*at_stake(snapshot, policy.order, rows, gpu_milli)),
+            loss_microusd=loss_microusd,
             hosts=hosts._replace(job=rows.searchsorted(hosts.job)),
             holder=holder,
             cell=self._cell[held],
@@ -386,10 +397,14 @@ class World:
         )
 
     def _made_soon(self) -> Pool:
-        goes, hosts = rows_where(self._goes_away), self._hosts.of(self._goes)
-        milli = self._snapshot.holdings.share_milli[goes]
-        soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
-        for node in self._nodes.values():
+        if self.is_small:
+            soon, known = self._free.copy(), self.nodes()
+        else:
+            goes, hosts = rows_where(self._goes_away), self._hosts.of(self._goes)
+            milli = self._snapshot.holdings.share_milli[goes]
+            soon = self._free.plus(self._cell[goes], milli, self._mib[goes], hosts.node, hosts.amounts)
+            known = iter(self._nodes.values())
+        for node in known:
             soon.put(node, node.soon)
         return soon
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import PENDING, UNKNOWN, Snapshot
 from scheduler.planning import alike, backfill, fragmentation, horizon, kept, leaving, planner, search, world
-from scheduler.planning.allocator import Found, Node, Request, find_leaving_on, host_fits
+from scheduler.planning.allocator import Found, Node, Request, find_leaving_on
 from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.planner import Memo, Planner, digest, plan
@@ -21,7 +21,7 @@ from scheduler.planning.queue import request_of
 from scheduler.planning.valuation import rank_key
 from scheduler.simulation import worlds as drawn
 from scheduler.simulation.changes import carried_out, changed
-from tests.fakes.worlds import W, snapshot
+from tests.fakes.worlds import BATCH, HOUR_US, INFERENCE, MINING, NOW_US, RUNNING, G, J, N, W, snapshot
 from tests.properties.strategies import contested, fleets, policies
 
 
@@ -40,7 +40,7 @@ def _planned(made: Callable[[], Snapshot], policy: Policy, *patches: tuple[Any, 
 
 
 # So that a few nodes are treated as a fleet is.
-FLEET = ((search, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
+FLEET = ((world, "NODES_ALL_TRIED_MAX", 0), (alike, "NODES_FEW", 0))
 # Nothing is remembered but what a node and its jobs are.
 FORGETFUL = (
     *((module, "Kept", _Forgetful) for module in (fragmentation, horizon, leaving)),
@@ -142,12 +142,23 @@ def test_a_node_goes_before_another_by_code_only_if_it_does_by_turn(
             assert before == is_sooner or (bits < ALL_BITS and not before)
 
 
+def _host_lacking() -> W:
+    """For its CPUs one job takes a dearer victim than others do for the same GPUs; another finds none."""
+    gone = {"state": RUNNING, "node": 0, "started_us": NOW_US - HOUR_US, "cpus": 2}
+    live = (J(1, MINING, on=("A",), value=50_000, **gone), J(2, BATCH, on=("B",), **gone | {"cpus": 20}))
+    wants = tuple(J(number, INFERENCE, cpus=cpus) for number, cpus in ((3, 99), (4, 20)))
+    return W(jobs=(*live, *wants), gpus=(G("A", 0), G("B", 1)), nodes=(N(cpus=22),))
+
+
+@example(_host_lacking(), Policy())
 @given(st.one_of(fleets(), contested()), policies())
 def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_helps(
     few: W, policy: Policy
 ) -> None:
     made = snapshot(few)
-    planner = Planner(made, policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world, "NODES_ALL_TRIED_MAX", 0)
+        planner = Planner(made, policy)
     horizons = horizon.Horizons(planner.world, policy.order)
     pending = sorted(
         (request_of(made.jobs, row) for row in rows_where(made.jobs.state == PENDING).tolist()),
@@ -155,18 +166,19 @@ def test_no_victims_cost_less_than_the_bound_and_where_there_is_none_nothing_hel
             policy.order, request.job_class, request.priority, request.value, request.number
         ),
     )
-    for request in pending:
+    # Each also wants less of the host: what was found out of its GPUs holds, and nothing else does.
+    for request in (each for one in pending for each in (one, one._replace(cpus=0, memory_mib=0))):
+        cheapest = search._Cheapest(request, planner.world, horizons)
         found = horizons.of(request)
         bounds = [world.NEVER] * len(made.nodes) if found is None else found.bounds(request).tolist()
         for node, bound in zip(planner.world.nodes(), bounds, strict=True):
             candidates = planner.candidates(request, node)
             chosen = choose_victims(request, node, candidates) if candidates else None
+            loss = world.NEVER
             if chosen is not None and not node.drains:
                 loss = sum(victim.loss_microusd for victim in chosen[1])
                 assert bound <= loss
-                if host_fits(request, node.soon):
-                    assert found is not None
-                    found.learn(request, node.row, loss, len(candidates))
+            cheapest.learn(node, candidates, loss)
 
 
 def test_a_column_is_computed_where_a_node_changed_and_keeps_what_was_written_elsewhere() -> None:
