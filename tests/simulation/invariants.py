@@ -298,7 +298,7 @@ class Invariants(Watch):
         self.books.acknowledged_are_there()
         controller, now_s = daemon.controller, world.clock.now_s()
         for job in controller.ledger.live_jobs():
-            stays = job.state is JobState.SUSPENDED and self.watts.has_budget(is_emergency=False)
+            stays = job.state is JobState.SUSPENDED and self.watts.has_budget()
             if job.state is not JobState.RUNNING and not stays and job.state_since_s <= now_s - UNDER_WAY_S:
                 self._demand(False, f"{job.id} is {job.state} for ever")
         held = {uuid for job in controller.ledger.live_jobs() for uuid in job.attempts[-1].gpus}

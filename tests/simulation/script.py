@@ -153,23 +153,36 @@ def drawn(seed: int) -> Script:
 
 
 def _with_freezing(chance: random.Random, script: Script) -> Script:
-    """The same with miners that may be frozen, and sheds that limits alone do not reach."""
-    wishes = [
+    """The same with jobs and miners that a shed freezes rather than stop, and sheds that limits don't reach."""
+    sheds = (
         Wish(
             chance.uniform(10.0, FAULTS_S * 0.8),
             chance.choice(("budget", "event", "emergency")),
             script.gpus * chance.choice(_FREEZING_W),
             for_s=chance.choice((20.0, 60.0)),
         )
-        for _ in range(chance.choice((1, 2)))
-    ]
-    wishes = sorted((*script.wishes, *wishes), key=_at)
-    return replace(script, miners=True, miners_freeze=True, wishes=tuple(wishes))
+        for _ in range(chance.choice((2, 3, 4)))
+    )
+    return replace(
+        script,
+        arrivals=tuple(replace(arrival, spec=_freezable(arrival.spec)) for arrival in script.arrivals),
+        # Of so many faults as others have hardly a job would be left to be frozen.
+        faults=tuple(fault for fault in script.faults if chance.random() < _FREEZING_FAULTS),
+        wishes=tuple(sorted((*script.wishes, *sheds), key=_at)),
+        miners=True,
+        miners_freeze=True,
+    )
 
 
-# In how many runs miners may be frozen, and what a shed leaves them by GPU: too little for all at lower limits.
-_FREEZES = 0.25
+def _freezable(spec: JobSpec) -> JobSpec:
+    """The job such that a stop would cost more than a shed lasts."""
+    return replace(spec, on_preempt=OnPreempt.SUSPEND, restart_loss_s=600.0) if spec.preemptible else spec
+
+
+# In how many runs jobs may be frozen, and what a shed leaves them by GPU: too little for all at lower limits.
+_FREEZES = 0.3
 _FREEZING_W = (150, 190, 300)
+_FREEZING_FAULTS = 0.3
 # How often a kind of fault happens in a run: off in many.
 _RATES = (0, 0, 1, 2, 4)
 # By GPU: what none can be run with, what a lowered limit keeps, almost all.

@@ -38,12 +38,18 @@ class Watts(Watch):
         said += [event.budget_w for event in power.events if _is_on(event, now_s)]
         return min(said, default=None)
 
-    def has_budget(self, *, is_emergency: bool) -> bool:
+    def has_budget(self) -> bool:
         """Whether there is anything for which somebody might have to be stopped."""
-        if not is_emergency:
-            return self._world.daemon.controller.power.is_active
-        events = self._world.daemon.controller.ledger.power.events
-        return any(event.emergency and _is_on(event, self._world.clock.now_s()) for event in events)
+        return self._world.daemon.controller.power.is_active
+
+    def had_emergency(self, at_s: float) -> bool:
+        """Whether a grid emergency was in force then, though it may be cancelled by now."""
+        return any(
+            event.emergency
+            and (event.start_s if event.shed_began_s is None else event.shed_began_s) <= at_s < event.end_s
+            and (event.ended_s is None or at_s <= event.ended_s)
+            for event in self._world.daemon.controller.ledger.power.events
+        )
 
     def before_more(self, what: str, uuids: tuple[str, ...] = ()) -> None:
         """Something is about to draw more: a job starts on these GPUs, or a limit has been raised.
