@@ -153,7 +153,7 @@ def drawn(seed: int) -> Script:
 
 
 def _with_freezing(chance: random.Random, script: Script) -> Script:
-    """The same with jobs and miners that a shed freezes rather than stop, and sheds that limits don't reach."""
+    """The same with jobs that a shed freezes rather than stop, and sheds that limits don't reach."""
     sheds = (
         Wish(
             chance.uniform(10.0, FAULTS_S * 0.8),
