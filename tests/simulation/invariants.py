@@ -262,7 +262,7 @@ class Invariants(Watch):
         known = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs()}
         killed = {process.key for process in world.machine.processes.values() if process.killed}
         told = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs() if job.attempts[-1].notice}
-        frozen = {process.key for process in world.machine.processes.values() if process.frozen}
+        frozen = {p.key for p in world.machine.processes.values() if p.frozen and not p.killed}
         suspended = {
             AttemptKey(job.id, job.attempt)
             for job in ledger.live_jobs()
