@@ -54,7 +54,8 @@ class Watts(Watch):
     def before_more(self, what: str, uuids: tuple[str, ...] = ()) -> None:
         """Something is about to draw more: a job starts on these GPUs, or a limit has been raised.
 
-        What is occupied may draw up to its real limit; strangers are not ours to keep down.
+        What is occupied may draw up to its real limit. Strangers are not ours to keep down: they count with what
+        was read of them, and who has come since then is not known yet.
         """
         world = self._world
         if not world.daemon.serves or self._is_deceived() or (budget_w := self.budget_w()) is None:
@@ -69,10 +70,13 @@ class Watts(Watch):
         frozen = held - awake
         known = world.daemon.controller.board.row  # one that was lost before the daemon's start is in no plan
         boards = {uuid: board for uuid, board in world.machine.boards.items() if uuid in known}
+        read, strangers = world.faults.read, set(world.machine.strangers.values())
+        seen_w = {uuid: read[uuid].power_w for uuid in strangers if uuid in read}
         may_w = sum(
             board.power_limit_w
             if (uuid in held and uuid not in frozen) or uuid in uuids
-            else board.target_w  # idle, or what a frozen job's context takes
+            # idle, or what a frozen job's context takes
+            else min(board.target_w, seen_w.get(uuid, board.target_w))
             for uuid, board in boards.items()
         )
         room_w = ROUNDING_W * len(boards)
