@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from scheduler.control.sheds import GRACE_RATIO_MIN
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import FINAL_STATES, SHARE_MILLI_WHOLE, Attempt, Job, JobState, job_number
@@ -174,7 +175,7 @@ class Invariants(Watch):
             for event in daemon.journal.node_state().power.events
             if event.emergency and event.binds and event.shed_began_s is not None
         ]
-        grace_s = daemon.config.power.emergency_grace_s
+        grace_s = GRACE_RATIO_MIN * daemon.config.power.emergency_grace_s
         return any(self._world.clock.now_s() >= begun_s + grace_s for begun_s in began)
 
     def _durable(self, key: AttemptKey) -> Job | None:

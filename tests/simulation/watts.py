@@ -54,8 +54,8 @@ class Watts(Watch):
     def before_more(self, what: str, uuids: tuple[str, ...] = ()) -> None:
         """Something is about to draw more: a job starts on these GPUs, or a limit has been raised.
 
-        What is occupied may draw up to its real limit. Strangers are not ours to keep down: they count with what
-        was read of them, and who has come since then is not known yet.
+        What is occupied may draw up to its real limit. Strangers are not ours to keep down: they count with
+        what was read of them, and who has come since then is not known yet.
         """
         world = self._world
         if not world.daemon.serves or self._is_deceived() or (budget_w := self.budget_w()) is None:

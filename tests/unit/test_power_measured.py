@@ -3,8 +3,9 @@
 import asyncio
 from pathlib import Path
 
-from scheduler.control.inbox import OfferGridEvent, SetPowerBudget
+from scheduler.control.inbox import OfferGridEvent, Requeue, SetPowerBudget
 from scheduler.control.power import LEAD_RATIO
+from scheduler.control.sheds import GRACE_RATIO_MIN
 from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.power import BudgetInterval, GridEvent, ShedState
 from scheduler.model.reasons import Reason
@@ -127,3 +128,49 @@ def test_no_start_makes_an_event_unreachable_that_was_accepted_for_later(tmp_pat
         node.daemon.stop()
 
     run(story())
+
+
+def graces_in_an_emergency(tmp_path: Path, above_floor_w: float) -> list[float]:
+    """Of the jobs on four boards, one of which was told to go before it; all ignore it until they are killed.
+
+    By notice; of the one that was told before, what it was left after the receipt.
+    """
+    found: list[float] = []
+
+    async def story() -> None:
+        node = SimulatedNode(
+            tmp_path, lambda _: Workload(draw_w=600.0, stop_s=None), gpus=4, config=EACH_SECOND
+        )
+        await node.daemon.start()
+        await asyncio.sleep(15.0)  # idle draw is known
+        ids = [await node.submit(job_class=JobClass.TRAINING, draw_w=600.0, grace_s=60.0) for _ in range(4)]
+        await asyncio.sleep(5.0)
+        await node.daemon.ask(Requeue(ids[0]))
+        await asyncio.sleep(5.0)
+        now_s = node.machine.clock.now_s()
+        floor_w, _ = node.daemon.controller.power.reachable(now_s, now_s, emergency=True)
+        event = GridEvent("e", now_s, now_s + 60.0, floor_w + above_floor_w, True, now_s, now_s)
+        await node.daemon.ask(OfferGridEvent(event))
+        told = [notice for job_id in ids[1:] if (notice := node.job(job_id).attempts[0].notice)]
+        found.extend(round(notice.deadline_s - notice.decided_s, 3) for notice in told)
+        await asyncio.sleep(5.0)
+        ended_s = node.job(ids[0]).attempts[0].exited_s
+        assert ended_s is not None
+        found.append(round(ended_s - now_s, 2))
+        node.daemon.stop()
+
+    run(story())
+    return found
+
+
+def test_an_emergency_leaves_its_graces_unless_the_target_is_so_near_the_floor_that_draws_would_settle_late(
+    tmp_path: Path,
+) -> None:
+    grace_s = EACH_SECOND.power.emergency_grace_s
+    roomy = graces_in_an_emergency(tmp_path / "roomy", 400.0)
+    assert set(roomy) == {grace_s}
+    near = graces_in_an_emergency(tmp_path / "near", 80.0)
+    assert len(near) == 4
+    assert all(GRACE_RATIO_MIN * grace_s < given_s < grace_s for given_s in near)
+    at_floor = graces_in_an_emergency(tmp_path / "floor", 0.0)
+    assert set(at_floor) == {GRACE_RATIO_MIN * grace_s}
