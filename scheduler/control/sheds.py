@@ -1,13 +1,15 @@
 """Grid events from their start to their end: met when the measured watts say so, failed when time is up."""
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from scheduler.effects.launcher import AttemptKey
 from scheduler.model.actions import Action, RequeueJob
 from scheduler.model.jobs import Job, JobClass
-from scheduler.model.power import GridEvent, ShedState
+from scheduler.model.power import BudgetInterval, GridEvent, ShedState
 from scheduler.model.power_events import GridEventMoved
+from scheduler.planning.power import shed_grace_us
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 # read once a second.
 PATIENCE_S = 5.0
 REASONS_MAX = 8
-# An emergency's draw is to be at its target so soon after it came. It only nears that: with this time constant
-# (boards were seen to be within 5 % after 0.8 s, which is 0.28 s). Where the target leaves too little room for
-# what boards still draw then, graces are shorter than `emergency_grace_s`, by so much of it at most.
+# Boards settle within 0.3 to 1 s of a change.
+SETTLE_S = 2.0
+# An emergency's draw is to be at its target so soon after it came. It only nears that, with this time
+# constant: boards were seen to be within 5 % after 0.8 s, which is 0.28 s. Where the target leaves too little
+# room for what boards still draw then, graces are shorter than `emergency_grace_s`, by so much of it at most.
 EMERGENCY_S = 1.95
 SETTLING_S = 0.5
 GRACE_RATIO_MIN = 0.5
@@ -42,10 +46,48 @@ class Sheds:
                 continue
             if now_s >= event.end_s:
                 self._end(event, now_s)
-            elif event.state is ShedState.SCHEDULED and now_s >= self._power.shed_begins_s(event, now_s):
+            elif event.state is ShedState.SCHEDULED and now_s >= self._begins_s(event, now_s):
                 baseline = self._power.log.baseline(now_s)
                 control.ledger.apply(GridEventMoved(now_s, event.id, ShedState.SHEDDING, baseline=baseline))
+        for interval in self._power.budget.falls(now_s, now_s + self._ahead_s):
+            if now_s >= self._begins_s(interval, now_s):
+                self._power.budget.begin(interval)
         self._cut_graces(now_s)
+
+    def moments_s(self, now_s: float) -> list[float]:
+        """When sheds begin, and graces end that are cut."""
+        events = self._control.ledger.power.events
+        scheduled = [event for event in events if event.binds and event.state is ShedState.SCHEDULED]
+        found = [moment for _, moment in self.cut_off()]
+        found += [self._begins_s(event, now_s) for event in scheduled]
+        # Those that are farther off are asked about when their time has come.
+        soon_s = now_s + self._ahead_s
+        for interval in self._power.budget.falls(now_s, math.inf):
+            is_soon = interval.start_s <= soon_s
+            found.append(self._begins_s(interval, now_s) if is_soon else interval.start_s - soon_s + now_s)
+        return found
+
+    @property
+    def _ahead_s(self) -> float:
+        """By how much a shed may have to begin before its budget does, at most."""
+        jobs = self._control.ledger.live_jobs()
+        return SETTLE_S + max((job.spec.grace_s for job in jobs if job.attempts[-1].gpus), default=0.0)
+
+    def _begins_s(self, what: GridEvent | BudgetInterval, now_s: float) -> float:
+        """When its shed has to begin: so early that whoever stops has had his grace; an emergency's at once.
+
+        Whom it would stop is asked of the planner, as soon as somebody's grace is as long as what is left.
+        """
+        if isinstance(what, GridEvent) and what.emergency:
+            return what.start_s
+        control, power, ahead_s = self._control, self._power, self._ahead_s
+        if now_s < what.start_s - ahead_s:
+            return what.start_s - ahead_s
+        snapshot = control.board.snapshot(now_s, power.columns)
+        assert snapshot.power is not None
+        boards_w = math.floor(power.boards_w(what.budget_w))
+        then = replace(snapshot, power=replace(snapshot.power, budget_w=boards_w))
+        return what.start_s - SETTLE_S - shed_grace_us(then, control.config.policy) / 1e6
 
     def give_grace_s(self, actions: tuple[Action, ...]) -> float:
         """The longest grace of those whom a plan with these actions stops in an emergency.

@@ -174,3 +174,36 @@ def test_an_emergency_leaves_its_graces_unless_the_target_is_so_near_the_floor_t
     assert all(GRACE_RATIO_MIN * grace_s < given_s < grace_s for given_s in near)
     at_floor = graces_in_an_emergency(tmp_path / "floor", 0.0)
     assert set(at_floor) == {GRACE_RATIO_MIN * grace_s}
+
+
+def test_an_interval_that_somebody_stops_for_is_kept_from_its_first_moment(tmp_path: Path) -> None:
+    """Whom it takes is told so early that his grace and the draw's way down are over when it begins."""
+    grace_s, lead_s = 10.0, 40.0
+
+    async def story() -> None:
+        node = SimulatedNode(
+            tmp_path, lambda _: Workload(draw_w=600.0, stop_s=None), gpus=2, config=EACH_SECOND
+        )
+        await node.daemon.start()
+        await asyncio.sleep(15.0)  # idle draw is known
+        ids = [
+            await node.submit(
+                job_class=JobClass.BATCH, draw_w=600.0, grace_s=grace, value_microusd_per_gpu_hour=value
+            )
+            for grace, value in ((grace_s, 100_000), (60.0, 4_000_000))
+        ]
+        start_s = node.machine.clock.now_s() + lead_s
+        told = (BudgetInterval(start_s, start_s + 60.0, 700.0), BudgetInterval(start_s + 60.0, None, 1400.0))
+        await node.daemon.ask(SetPowerBudget(told))
+        await asyncio.sleep(lead_s - grace_s - 3.0)
+        assert [node.state(job_id) for job_id in ids] == [JobState.RUNNING] * 2, "not before it must be"
+        assert node.daemon.controller.power.budget.in_force_w is None
+        await asyncio.sleep(grace_s + 3.0)
+        now_s = node.machine.clock.now_s()
+        assert sum(board.sample(now_s).power_w or 0.0 for board in node.machine.boards.values()) <= 700.0
+        (notice,) = [notice for job_id in ids for one in node.job(job_id).attempts if (notice := one.notice)]
+        assert notice.reason is Reason.SHED_FOR_POWER
+        assert 0.0 <= start_s - notice.deadline_s <= 2.5
+        node.daemon.stop()
+
+    run(story())
