@@ -162,8 +162,7 @@ class Controller:
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._running = False
-        # By what policy the journal says that this daemon goes; None: it doesn't have its start yet.
-        self._recorded_policy: Policy | None = None
+        self._recorded_policy: Policy | None = None  # as the journal has it; None: nor this daemon's start
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = self._turned_s = 0.0  # when it last looked at processes, and ticked

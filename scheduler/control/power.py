@@ -229,8 +229,6 @@ class PowerControl:
         """Journal the limits that the plan sets; they follow the commit."""
         if actions:
             self._changed_s = now_s
-        if not self.sets_limits:
-            return  # a plan that only keeps a promise for later
         self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
 
     def undo(self) -> None:
@@ -356,8 +354,11 @@ class PowerControl:
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
         """The power columns without a budget: only miners are limited, and starts keep promises for later."""
+        columns = self.columns(jobs)
+        if not self.points.is_active:  # no plan sets limits: what is still lowered is given back
+            columns = replace(columns, limit_w=columns.limit_w_max)
         # So large a margin that each full limit is its board's largest.
-        return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
+        return replace(columns, budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
     def columns(self, jobs: JobWatts) -> PowerColumns:
         """The power columns of a snapshot."""

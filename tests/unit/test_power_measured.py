@@ -6,6 +6,7 @@ from pathlib import Path
 from scheduler.control.inbox import OfferGridEvent, Requeue, SetPowerBudget
 from scheduler.control.power import LEAD_RATIO
 from scheduler.control.sheds import GRACE_RATIO_MIN
+from scheduler.model.actions import StartJob
 from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.power import BudgetInterval, GridEvent, ShedState
 from scheduler.model.reasons import Reason
@@ -204,6 +205,34 @@ def test_an_interval_that_somebody_stops_for_is_kept_from_its_first_moment(tmp_p
         (notice,) = [notice for job_id in ids for one in node.job(job_id).attempts if (notice := one.notice)]
         assert notice.reason is Reason.SHED_FOR_POWER
         assert 0.0 <= start_s - notice.deadline_s <= 2.5
+        node.daemon.stop()
+
+    run(story())
+
+
+def test_a_plan_that_only_keeps_a_promise_sets_no_limit_that_is_being_given_back(tmp_path: Path) -> None:
+    at_once = PowerConfig(return_jitter_s=0.0, return_w_per_s=1e9)
+    config = Config(sampling=SamplingConfig(period_s=60.0), power=at_once)
+
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(draw_w=600.0), gpus=2, config=config)
+        await node.daemon.start()
+        controller, now_s = node.daemon.controller, node.machine.clock.now_s()
+        await node.daemon.ask(
+            OfferGridEvent(GridEvent("later", now_s + 3600.0, now_s + 7200.0, 500.0, False, now_s, now_s))
+        )
+        await node.submit(job_class=JobClass.MINING, draw_w=600.0)
+        await node.daemon.ask(SetPowerBudget((BudgetInterval(0.0, None, 500.0),)))
+        await asyncio.sleep(70.0)
+        assert min(board.power_limit_w for board in node.machine.boards.values()) < 500.0
+        await node.daemon.ask(SetPowerBudget(()))
+        await asyncio.sleep(2.0)
+        assert not controller.power.is_active
+        await node.submit(job_class=JobClass.BATCH, draw_w=600.0)
+        assert controller.last_plan is not None
+        assert [type(action) for action in controller.last_plan.actions] == [StartJob]
+        await asyncio.sleep(120.0)
+        assert {board.power_limit_w for board in node.machine.boards.values()} == {700.0}
         node.daemon.stop()
 
     run(story())
