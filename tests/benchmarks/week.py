@@ -51,7 +51,7 @@ POINT_S, POINT_STEP = 300.0, 0.05
 EVENT_RATIOS, EMERGENCY_ROOM = (0.4, 0.8), (0.1, 0.6)
 EVENT_NOTICES_S = (600.0, 1800.0)
 LENGTHS_S = (900.0, 1800.0, 3600.0, 10_800.0)
-GAP_S = (3600.0, 36_000.0)  # between one event's offer and the next
+GAP_S = (3600.0, 36_000.0)
 # Of GPU time that batch and training ask for, and the length of jobs.
 LOAD, LENGTH_S = 1.5, (1800.0, 14_400.0)
 INFERENCE_MAX = 3
@@ -86,8 +86,10 @@ class Found:
 class Week(PoweredNode):
     """The node, its clients, its operators and who watches its draw."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, gap_s: tuple[float, float] = GAP_S) -> None:
+        """`gap_s`: between one grid event's offer and the next."""
         self.chance = random.Random(seed)
+        self._gap_s = gap_s
         miner = StandingJob(
             "miner",
             ("work", "miner"),
@@ -103,6 +105,7 @@ class Week(PoweredNode):
         self.daemon.config = replace(config, power=replace(power, budget_w=contract_w))
         self.config = self.daemon.config
         self.found = Found()
+        self._since: dict[float, Span] = {}  # above the budget by that ratio, and not over
         self._tasks: list[asyncio.Task[None]] = []
 
     async def live(self, seconds: float, prices: list[float]) -> Found:
@@ -119,6 +122,8 @@ class Week(PoweredNode):
             task.cancel()
         for task in done:
             task.result()
+        for ratio, span in self._since.items():
+            self.found.spans[ratio].append(span)
         self.daemon.stop()
         return self.found
 
@@ -209,7 +214,7 @@ class Week(PoweredNode):
         """Events and emergencies, one after the other or one in the other."""
         number = 0
         while True:
-            await asyncio.sleep(self.chance.uniform(*GAP_S))
+            await asyncio.sleep(self.chance.uniform(*self._gap_s))
             number += 1
             emergency, now_s = self.chance.random() < 0.4, self.now_s
             if emergency:
@@ -252,8 +257,7 @@ class Week(PoweredNode):
 
     async def _watch(self) -> None:
         """Note for how long the draw is above what holds."""
-        since: dict[float, Span] = {}
-        looked_s = self.now_s
+        since, looked_s = self._since, self.now_s
         while True:
             await asyncio.sleep(LOOK_CLOSELY_S if since else LOOK_S)
             draw_w, now_s = self.draw_w, self.now_s
@@ -282,11 +286,11 @@ def prices_of(path: Path, seed: int, days: float) -> list[float]:
     return prices[first : first + count]
 
 
-def played(seed: int, days: float, prices: list[float]) -> Found:
+def played(seed: int, days: float, prices: list[float], gap_s: tuple[float, float] = GAP_S) -> Found:
     """Such a week, or a shorter time."""
 
     async def live() -> Found:
-        return await Week(Path(scratch), seed).live(days * DAY_S, prices)
+        return await Week(Path(scratch), seed, gap_s).live(days * DAY_S, prices)
 
     with tempfile.TemporaryDirectory(prefix="wattshift-bench-") as scratch:
         return run(live())
