@@ -18,6 +18,7 @@ class Budget:
         self.in_force_w: float | None = None  # None: nobody sets a budget
         self.sources: tuple[Source, ...] = ()
         self._begun: set[BudgetInterval] = set()  # whose shed began before they did
+        self._back_s = math.inf  # when all watts that are on their way are back
         state = ledger.power
         if state.returned_from_w is not None:
             self.in_force_w = state.returned_from_w
@@ -27,6 +28,13 @@ class Budget:
         """The source that binds, or would if no watts were coming back."""
         return min(self.sources, key=lambda source: source.budget_w, default=None)
 
+    @property
+    def until_s(self) -> float | None:
+        """Until when the budget in force lasts, or until all watts are back; None: nobody knows."""
+        if self._ledger.power.returned_from_w is not None:
+            return self._back_s
+        return self.tightest.until_s if self.tightest else None
+
     def advance(self, config: PowerConfig, now_s: float, most_w: float) -> None:
         """Go by what holds now; `most_w`: all that the site could draw."""
         self.sources = tuple(self._sources(config, now_s))
@@ -35,14 +43,15 @@ class Budget:
             self.in_force_w = tightest.budget_w if tightest else None
             return
         wanted_w = min(tightest.budget_w, most_w) if tightest else most_w
-        state = self._ledger.power
         if wanted_w <= self.in_force_w:
             self._arrive(tightest.budget_w if tightest else None, now_s)
             return
-        if state.returned_from_w is None:
+        if self._ledger.power.returned_from_w is None:
             jitter = random.Random(f"{self._node} {now_s:.3f}").uniform(0.0, config.return_jitter_s)
             self._ledger.apply(BudgetReturns(now_s, self.in_force_w, now_s + jitter))
-            return
+        state = self._ledger.power
+        assert state.returned_from_w is not None
+        self._back_s = state.return_began_s + (wanted_w - state.returned_from_w) / config.return_w_per_s
         risen_s = max(0.0, now_s - state.return_began_s)
         self.in_force_w = max(self.in_force_w, state.returned_from_w + risen_s * config.return_w_per_s)
         if self.in_force_w >= wanted_w:

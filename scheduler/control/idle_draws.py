@@ -39,6 +39,10 @@ class IdleDraws:
         """Take what is known beforehand, by UUID; what is seen goes on from there."""
         self._idle_w |= idle_w
 
+    def was_seen(self, uuid: str) -> bool:
+        """Whether the board was read since it came free."""
+        return uuid in self._empty_since_s
+
     def occupied(self, uuid: str) -> None:
         """Somebody is on the board."""
         self._empty_since_s.pop(uuid, None)

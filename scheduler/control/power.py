@@ -37,6 +37,7 @@ from scheduler.control.table import JobWatts
 from scheduler.control.telemetry import fresh_s
 from scheduler.errors import IllegalMove, LimitReached, NotFound, Unreachable
 from scheduler.model.actions import Action, SetPowerLimit
+from scheduler.model.gpus import GpuIdentity
 from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.power import (
     BUDGET_INTERVALS_MAX,
@@ -159,6 +160,13 @@ class PowerControl:
         sample = self._control.board.samples.get(uuid)
         age_max_s = fresh_s(self._control.config.sampling.period_s)
         return None if sample is None or abs(now_s - sample.at_s) > age_max_s else sample.power_w
+
+    def _empty_w(self, gpu: GpuIdentity, now_s: float) -> int:
+        """What a board was seen to draw since it came free; what it counts for where it can't be read."""
+        watts = self._fresh_w(gpu.uuid, now_s)
+        if watts is None:
+            return math.ceil(self.idle.of(gpu))
+        return math.ceil(watts) if self.idle.was_seen(gpu.uuid) else UNKNOWN
 
     @property
     def most_w(self) -> float:
@@ -368,8 +376,7 @@ class PowerControl:
         site_w = self.most_w if self.budget.in_force_w is None else self.budget.in_force_w
         ranges = [self.limits.range_w(gpu) for gpu in gpus]
         promised = self._promised(now_s)
-        tightest = self.budget.tightest
-        until_s = tightest.until_s if tightest else None
+        until_s = self.budget.until_s
         left_s = HORIZON_S_MAX if until_s is None else min(HORIZON_S_MAX, max(HORIZON_S_MIN, until_s - now_s))
         return PowerColumns(
             budget_w=math.floor(self.boards_w(site_w)) - _in_steps(self._correction_w, CORRECTION_STEP_W),
@@ -389,10 +396,7 @@ class PowerControl:
             limit_w=_ints(math.ceil(self.limits.in_force_w(gpu)) for gpu in gpus),
             limit_w_min=_ints(math.ceil(low) for low, _ in ranges),
             limit_w_max=_ints(math.ceil(high) for _, high in ranges),
-            measured_w=_ints(
-                UNKNOWN if (watts := self._fresh_w(gpu.uuid, now_s)) is None else math.ceil(watts)
-                for gpu in gpus
-            ),
+            measured_w=_ints(self._empty_w(gpu, now_s) for gpu in gpus),
             natural_w=jobs.natural_w,
             best_w=self._best_w(jobs),
             frozen_w=control.ledger.table.of_suspendable(self.frozen.counted_w),

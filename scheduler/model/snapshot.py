@@ -171,7 +171,7 @@ class PowerColumns:
     limit_w: Any  # in force
     limit_w_min: Any  # as large as the maximum where a limit can't be set
     limit_w_max: Any
-    measured_w: Any  # a fresh reading; UNKNOWN
+    measured_w: Any  # what an empty board was seen to draw; UNKNOWN: not read since it came free, or occupied
     # Shape (jobs,).
     natural_w: Any  # per GPU, declared or learned; UNKNOWN
     # Where a miner earns most, if that is below its full limit; UNKNOWN. Left out it is so for every row.

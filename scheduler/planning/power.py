@@ -44,10 +44,11 @@ from scheduler.planning.shedding import (
     Unit,
     cheapest,
     given_back,
+    least_slack_us,
     most,
     options,
 )
-from scheduler.planning.valuation import lost_work, value_of
+from scheduler.planning.valuation import at_risk, at_stake, lost_work, value_of
 
 # Starts that are refused after a close look, in one plan; the rest wait unseen until the next.
 REFUSALS_MAX = 32
@@ -130,7 +131,12 @@ class PowerStage:
         self._full_w = self._at_best(self._full(self._natural_w))
         self._planned_w = xp.where(self.stays, self._full_w, power.idle_w)
         empty_w = xp.maximum(power.idle_w, power.measured_w)
-        self._in_force_w = xp.where(self.stays | self.leaves, power.limit_w, empty_w)
+        occupied = self.stays | self.leaves
+        self._in_force_w = xp.where(occupied, power.limit_w, empty_w)
+        # Of boards that came free a moment ago nobody has seen yet that their draw falls: a start, whose draw
+        # rises no faster, may rely on it, a limit of who draws already may not.
+        unseen = ~occupied & (power.measured_w == UNKNOWN)
+        self._unseen_w = xp.where(unseen, xp.maximum(0, power.limit_w - power.idle_w), 0)
         self._frozen_w, self._is_frozen = self.freezing.boards(self._gpu, self._job, self._full_w)
         frozen_w = xp.minimum(self._in_force_w, self._frozen_w)
         self._in_force_w = xp.where(self._is_frozen, frozen_w, self._in_force_w)
@@ -210,12 +216,12 @@ class PowerStage:
         lost = lost_work(self._snapshot, self._policy, rows, started_us, milli)
         value = xp.maximum(jobs.value[rows], 0)
         hourly = value * milli // WHOLE_MILLI
+        stake, slack_us = at_stake(self._snapshot, self._policy.order, rows, milli)
         freezing = self.freezing
         flags = (self._may_stop, jobs.preemptible, self._may_lower, freezing.yields, freezing.may)
         columns = (jobs.number, jobs.job_class, *flags)
-        facts = zip(
-            rows.tolist(), *lists(columns, rows), hourly.tolist(), value_of(value, lost).tolist(), strict=True
-        )
+        money = (hourly, value_of(value, lost), stake, slack_us)
+        facts = zip(rows.tolist(), *lists(columns, rows), *(each.tolist() for each in money), strict=True)
         by_job = {row: tuple(rest) for row, *rest in facts}
         gpus_of: dict[int, list[int]] = {}
         holders: dict[int, list[int]] = {}
@@ -227,11 +233,11 @@ class PowerStage:
         return sorted(units, key=lambda unit: unit.jobs)
 
     def _made_unit(self, facts: Sequence[Any], gpus: Sequence[int]) -> Unit:
-        """A unit on these GPUs of jobs: number, class, five flags as in the `Unit`, value, loss."""
+        """A unit on these GPUs of jobs: number, class, five flags as in the `Unit`, then money and slack."""
         uuid = self._snapshot.gpus.uuid
         rows = tuple(sorted(gpus, key=lambda gpu: uuid[gpu]))
         power = self._power
-        numbers, classes, *flags, values, losses = zip(*sorted(facts), strict=True)
+        numbers, classes, *flags, values, losses, stakes, slacks = zip(*sorted(facts), strict=True)
         may_stop, yields, may_lower, freezes, may_freeze = map(all, flags)
         watts = (self._full_w, self._natural_w, power.limit_w_min, power.idle_w, self._frozen_w)
         full, natural, least, idle, frozen = (tuple(int(column[gpu]) for gpu in rows) for column in watts)
@@ -248,6 +254,8 @@ class PowerStage:
             natural_w=tuple(max(1, watts) for watts in natural),
             least_w=tuple(map(min, least, full)),
             idle_w=idle,
+            stake=sum(stakes),
+            slack_us=least_slack_us(zip(stakes, slacks, strict=True)),
             frozen_w=frozen if freezes else (),
             may_freeze=may_freeze,
         )
@@ -367,6 +375,9 @@ class PowerStage:
         least_w, idle_w = power.limit_w_min[rows].tolist(), power.idle_w[rows].tolist()
         gpu_milli = request.share_milli * len(gpus)
         lost_gpu_ms = request.restart_loss_us // _US_PER_MS * gpu_milli // WHOLE_MILLI
+        row_only = xp.asarray([row], dtype=xp.int64)
+        own = [int(each[0]) for each in at_stake(self._snapshot, self._policy.order, row_only, gpu_milli)]
+        due = [(own[0], own[1]), *((unit.stake, unit.slack_us) for unit in beside)]
         made = Unit(
             gpus=gpus,
             jobs=tuple(sorted([request.number, *(number for unit in beside for number in unit.jobs)])),
@@ -380,6 +391,8 @@ class PowerStage:
             natural_w=tuple(max(1, watts) for watts in each_w),
             least_w=tuple(map(min, least_w, full_w)),
             idle_w=tuple(idle_w),
+            stake=sum(stake for stake, _ in due),
+            slack_us=least_slack_us(due),
         )
         return replace(made, frozen_w=self.freezing.of_start(row, made, beside))
 
@@ -540,7 +553,8 @@ class PowerStage:
             if power.lead_milli:
                 continue  # what may be drawn fits, but draws are still on their way there
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
-            room_w = power.budget_w - int(self._in_force_w.sum())
+            unseen_w = int(self._unseen_w[~self._begun].sum())
+            room_w = power.budget_w - int(self._in_force_w.sum()) - unseen_w
             if more_w > room_w:
                 if room_w < RISE_W_MIN:
                     continue
@@ -583,4 +597,5 @@ class PowerStage:
 def _victim(unit: Unit) -> Option:
     """A stop for somebody else's sake: least loss first, then the fewest GPUs."""
     saved_w = max(0, sum(unit.full_w) - sum(unit.idle_w))
-    return Option(saved_w, min(unit.loss, LOSS_MAX) * _GPUS_MAX + min(len(unit.gpus), _GPUS_MAX), None)
+    loss = min(LOSS_MAX, unit.loss + at_risk(unit.stake, unit.slack_us))
+    return Option(saved_w, loss * _GPUS_MAX + min(len(unit.gpus), _GPUS_MAX), None)

@@ -5,12 +5,13 @@ from now), and ranks strictly lower by the hysteresis: under order "class" a lat
 same class a lower priority; at equal priority a value so much smaller that the challenger's reaches the
 incumbent's bar (`valuation.value_bar`). Under "value" the bar alone.
 
-The set of victims is the one of least total loss; of those the one with fewest GPUs, then fewest jobs, then
-the youngest, then the smallest number. That is a covering problem: the set must free what the request
-lacks of GPUs (or of one GPU's thousandths and memory), CPUs, host memory and slots. On a node each GPU is
-held either by one whole job or by shares, so the items are disjoint and dynamic programming over "how
-much of each lack is covered" is exact. No victim of such a set is needless (R5): without it the set
-would be cheaper and still fit.
+The set of victims is the one of least total loss; of those the one with fewest GPUs, then fewest jobs,
+then the youngest, then the smallest number. A stop loses the work since the last checkpoint and the
+restart loss, at the job's value, and what is at risk of its deadline (`valuation.at_risk`). That is a
+covering problem: the set must free what the request lacks of GPUs (or of one GPU's thousandths and
+memory), CPUs, host memory and slots. On a node each GPU is held either by one whole job or by shares, so
+the items are disjoint and dynamic programming over "how much of each lack is covered" is exact. No victim
+of such a set is needless (R5): without it the set would be cheaper and still fit.
 """
 
 from itertools import combinations

@@ -13,7 +13,7 @@ board's minimum, is an option only of who may not be stopped, and reckoned as al
 of a V100 cost 82 % of the work for 70 % of the watts (arXiv 2605.26384, shipped): a stop was better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,9 @@ class Unit:
     natural_w: tuple[int, ...]
     least_w: tuple[int, ...]  # the boards' minimum limits
     idle_w: tuple[int, ...]
+    # What is lost, micro-USD, if its deadlines are missed; and by how much it may be delayed before they are.
+    stake: int = 0
+    slack_us: int = 0
     frozen_w: tuple[int, ...] = ()  # what the boards draw while all its jobs are frozen; empty: never
     may_freeze: bool = False  # now: who is only starting may be later
 
@@ -89,16 +92,20 @@ def options(unit: Unit, curve: Curve, horizon_us: int) -> list[Option]:
             if sum(limits) < sum(found[-1].limits_w or ()):
                 found.append(_lowered(unit, curve, limits, horizon_us))
         if not unit.may_stop and sum(unit.least_w) < sum(found[-1].limits_w or ()):
-            cost = _cost(unit.value, horizon_us, 0, _LOWERED_FAR[JobClass(unit.job_class)])
+            cost = _cost(_delayed(unit, horizon_us, MILLI), _LOWERED_FAR, unit)
             found.append(Option(sum(unit.full_w) - sum(unit.least_w), cost, unit.least_w))
     if unit.may_freeze:
-        cost = _cost(unit.value, horizon_us, 0, _FROZEN[JobClass(unit.job_class)])
-        found.append(_frozen(unit, cost))
+        found.append(_frozen(unit, _cost(_delayed(unit, horizon_us, MILLI), _FROZEN, unit)))
     if unit.may_stop:
         gain_w = sum(unit.full_w) - sum(unit.idle_w)
-        cost = _cost(unit.value, horizon_us, unit.loss, _STOPPED[JobClass(unit.job_class)])
+        cost = _cost(_delayed(unit, horizon_us, MILLI) + unit.loss, _STOPPED, unit)
         found.append(Option(max(0, gain_w), cost, None))
     return found
+
+
+def least_slack_us(due: Iterable[tuple[int, int]]) -> int:
+    """By how much all of these may be delayed, of pairs of what is at stake and by how much each may be."""
+    return min((slack_us for stake, slack_us in due if stake), default=0)
 
 
 def most(unit: Unit) -> Option:
@@ -175,9 +182,7 @@ def _lowered(unit: Unit, curve: Curve, limits: tuple[int, ...], horizon_us: int)
     full_work = _work(unit, curve, unit.full_w)
     work = min(_work(unit, curve, limits), MILLI - MARGIN_WORK_MILLI)
     rungs = _LOWERED_GENTLY if work >= _GENTLE_WORK_MILLI else _LOWERED_FAR
-    cost = _cost(
-        unit.value * max(0, full_work - work) // MILLI, horizon_us, 0, rungs[JobClass(unit.job_class)]
-    )
+    cost = _cost(_delayed(unit, horizon_us, max(0, full_work - work)), rungs, unit)
     return Option(sum(unit.full_w) - sum(limits), cost, limits)
 
 
@@ -191,8 +196,17 @@ def _work(unit: Unit, curve: Curve, limits: tuple[int, ...]) -> int:
     return min(curve.work_milli(limit * MILLI // natural) for limit, natural in pairs)
 
 
-def _cost(value_per_hour: int, horizon_us: int, loss: int, rung: int) -> int:
-    return min(LOSS_MAX, max(0, value_per_hour) * horizon_us // _US_PER_HOUR + loss) * _RUNGS + rung
+def _delayed(unit: Unit, horizon_us: int, undone_milli: int) -> int:
+    """Micro-USD lost where so much of the horizon's work is left undone: at least all that comes too late."""
+    lost = max(0, unit.value) * undone_milli // MILLI * horizon_us // _US_PER_HOUR
+    if undone_milli <= MARGIN_WORK_MILLI:
+        return lost
+    is_late = horizon_us * undone_milli // MILLI > unit.slack_us
+    return max(lost, unit.stake) if is_late else lost
+
+
+def _cost(loss: int, rungs: dict[JobClass, int], unit: Unit) -> int:
+    return min(LOSS_MAX, loss) * _RUNGS + rungs[JobClass(unit.job_class)]
 
 
 def _slope(best: Any, cells: int, quantum: int) -> float:

@@ -19,6 +19,8 @@ _FEW_ROWS = 64
 _MICRO = 1_000_000
 _US_PER_MS = 1000
 _MS_PER_HOUR = 3_600_000
+_US_PER_MINUTE = 60_000_000
+_MINUTES_PER_HOUR = 60
 # What of a value (10,000 USD per GPU-hour) and of a restart loss (ten days) counts towards a bar, at most:
 # their product stays inside int64, so that columns and single jobs give the same bar.
 _BAR_VALUE_MAX = 10_000_000_000
@@ -138,3 +140,32 @@ def value_of(value_microusd_per_hour: Any, gpu_ms: Any) -> Any:
     """What so many GPU-milliseconds are worth, rounded down; hours and the rest apart, to stay in int64."""
     hours, rest_ms = gpu_ms // _MS_PER_HOUR, gpu_ms % _MS_PER_HOUR
     return value_microusd_per_hour * hours + value_microusd_per_hour * rest_ms // _MS_PER_HOUR
+
+
+def at_stake(snapshot: Snapshot, order: Order, rows: Any, milli_gpus: Any) -> tuple[Any, Any]:
+    """What each row's job loses if it misses its deadline, micro-USD, and by how much it may be delayed, us.
+
+    Nothing is at stake where nobody knows when it will be done, or where it is too late already. Where value
+    decides, a job's value is that of what is left.
+    """
+    jobs, now_us = snapshot.jobs, snapshot.now_us
+    expected_us, deadline_us, started_us = (
+        jobs.expected_us[rows],
+        jobs.deadline_us[rows],
+        jobs.started_us[rows],
+    )
+    left_us = xp.maximum(0, expected_us - xp.where(started_us == UNKNOWN, 0, now_us - started_us))
+    slack_us = deadline_us - now_us - left_us
+    dated = (expected_us != UNKNOWN) & (deadline_us != UNKNOWN) & (slack_us >= 0)
+    paid_us = left_us if order is Order.VALUE else expected_us
+    hourly = xp.maximum(jobs.value[rows], 0) * milli_gpus // WHOLE_MILLI
+    stake = value_of(hourly, xp.minimum(paid_us, _UNSAVED_US_MAX) // _US_PER_MS)
+    return xp.where(dated, stake, 0), xp.where(dated, slack_us, 0)
+
+
+def at_risk(stake: Any, slack_us: Any) -> Any:
+    """What of a stake, micro-USD, a stop of unknown length is reckoned to lose.
+
+    All of it where nothing may be delayed, half of it where an hour may be, a third with two.
+    """
+    return stake * _MINUTES_PER_HOUR // (_MINUTES_PER_HOUR + slack_us // _US_PER_MINUTE)

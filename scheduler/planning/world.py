@@ -31,7 +31,7 @@ from scheduler.planning.layout import Layout
 from scheduler.planning.leaving import Leavers, Turns, by_node
 from scheduler.planning.mix import as_parts, mix_of
 from scheduler.planning.pool import Pool, summed
-from scheduler.planning.valuation import lost_work, outranked, value_bars, value_of
+from scheduler.planning.valuation import at_risk, at_stake, lost_work, outranked, value_bars, value_of
 
 # Later than any moment that a snapshot can name.
 NEVER = 1 << 62
@@ -337,7 +337,9 @@ class World:
         yields_us = xp.where(preemptible, started_us + jobs.min_runtime_us[rows], NEVER)
         hosts = self._hosts.of(self._stays)
         expected_us = jobs.expected_us[rows]
-        lost_gpu_ms = lost_work(snapshot, policy, rows, started_us, summed(holder, milli, len(rows)))
+        gpu_milli = summed(holder, milli, len(rows))
+        lost_gpu_ms = lost_work(snapshot, policy, rows, started_us, gpu_milli)
+        lost_microusd = value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms)
         return Incumbents(
             row=rows,
             number=jobs.number[rows],
@@ -350,7 +352,7 @@ class World:
             started_us=started_us,
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
-            loss_microusd=value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms),
+            loss_microusd=lost_microusd + at_risk(*at_stake(snapshot, policy.order, rows, gpu_milli)),
             hosts=hosts._replace(job=rows.searchsorted(hosts.job)),
             holder=holder,
             cell=self._cell[held],

@@ -16,7 +16,7 @@ CURVE = Curve(((1000, 1000), (900, 970), (700, 850)))
 
 @dataclass(frozen=True, repr=False)
 class B(Short):
-    """A board, in watts; `measured_w` UNKNOWN = no fresh reading."""
+    """A board, in watts; `measured_w` UNKNOWN = not read since it came free."""
 
     idle_w: int = 70
     limit_w: int = 700

@@ -203,7 +203,20 @@ class Oracle:
         return (since_us + job.restart_loss_us) * len(job.on) * job.share_milli // 1_000_000
 
     def loss(self, job: J) -> int:
-        return max(0, job.value) * self.lost_gpu_ms(job) // 3_600_000
+        return max(0, job.value) * self.lost_gpu_ms(job) // 3_600_000 + self.at_risk(job)
+
+    def at_risk(self, job: J) -> int:
+        """What a job earns that would miss its deadline; half if it has an hour, a third if it has two."""
+        if UNKNOWN in (job.deadline_us, job.expected_us):
+            return 0
+        ran_us = 0 if job.started_us == UNKNOWN else self.now_us - job.started_us
+        left_us = max(0, job.expected_us - ran_us)
+        slack_us = job.deadline_us - self.now_us - left_us
+        if slack_us < 0:
+            return 0
+        earned_us = left_us if self.policy.order is Order.VALUE else job.expected_us
+        hourly = max(0, job.value) * len(job.on) * job.share_milli // 1000
+        return hourly * (earned_us // 1000) // 3_600_000 * 60 // (60 + slack_us // 60_000_000)
 
     # Where it fits -------------------------------------------------------------------------------
 

@@ -303,8 +303,8 @@ def test_plans_come_to_rest(power: P, policy: Policy) -> None:
 
 
 def still(power: P) -> P:
-    """The world without readings: no empty board draws more than it should."""
-    boards = {uuid: replace(board, measured_w=UNKNOWN) for uuid, board in power.boards.items()}
+    """The world where every empty board was seen to draw what it should."""
+    boards = {uuid: replace(board, measured_w=board.idle_w) for uuid, board in power.boards.items()}
     return replace(power, boards=boards)
 
 
@@ -397,6 +397,24 @@ def lost(power: P, policy: Policy, job: J) -> int:
     return max(0, job.value) * gpu_ms // 3_600_000
 
 
+def delayed(power: P, policy: Policy, jobs: tuple[J, ...], hourly: int, undone: int) -> int:
+    """What is lost with so many thousandths of the hour's work, deadlines that are missed for it included."""
+    now, stake, slack = power.world.now_us, 0, []
+    for job in jobs:
+        if UNKNOWN in (job.expected_us, job.deadline_us):
+            continue
+        left = max(0, job.expected_us - (0 if job.started_us == UNKNOWN else now - job.started_us))
+        spare = job.deadline_us - now - left
+        earns = left if policy.order is Order.VALUE else job.expected_us
+        earned = max(0, job.value) * job.share_milli * len(job.on) // 1000 * (earns // 1000) // 3_600_000
+        if spare >= 0 and earned:
+            stake += earned
+            slack.append(spare)
+    delay = HOUR_US * undone // 1000
+    is_late = undone > 5 and delay > min(slack, default=0)
+    return max(hourly * undone // 1000, stake if is_late else 0)
+
+
 def shed_options(
     power: P, policy: Policy, jobs: tuple[J, ...], gpus: tuple[str, ...]
 ) -> list[tuple[int, int, int]]:
@@ -410,6 +428,7 @@ def shed_options(
         each = [board.limit_w_max if watts == UNKNOWN else min(watts, board.limit_w_max) for watts in own]
         natural.append(max(1, sum(each)))
     hourly = sum(max(0, job.value) * job.share_milli * len(job.on) // 1000 for job in jobs)
+    all_of_it = delayed(power, policy, jobs, hourly, 1000)
     klass = min(job.job_class for job in jobs)
     gentle, far, freeze, stop = RUNGS[klass]
     whole = min(work(power, w, n) for w, n in zip(full, natural, strict=True))
@@ -422,17 +441,17 @@ def shed_options(
             ]
             if sum(limit) < sum(full):
                 done = min(995, *(work(power, w, n) for w, n in zip(limit, natural, strict=True)))
-                loss = hourly * max(0, whole - done) // 1000
+                loss = delayed(power, policy, jobs, hourly, max(0, whole - done))
                 found.append((sum(full) - sum(limit), loss, gentle if done >= 950 else far))
         if not all(may_stop(power, job) for job in jobs):
             least = [min(board.limit_w_min, f) for board, f in zip(boards, full, strict=True)]
-            found.append((sum(full) - sum(least), hourly, far))
+            found.append((sum(full) - sum(least), all_of_it, far))
     if all(may_freeze(power, job) for job in jobs):
         frozen = [sums.frozen_w(uuid, list(jobs)) for uuid in gpus]
-        found.append((sum(full) - sum(frozen), hourly, freeze))
+        found.append((sum(full) - sum(frozen), all_of_it, freeze))
     if all(may_stop(power, job) for job in jobs):
         saved = max(0, sum(full) - sum(board.idle_w for board in boards))
-        found.append((saved, hourly + sum(lost(power, policy, job) for job in jobs), stop))
+        found.append((saved, all_of_it + sum(lost(power, policy, job) for job in jobs), stop))
     return found
 
 
@@ -443,7 +462,9 @@ def plan_of_nothing() -> Plan:
 @given(powered(pending=False, gpus_max=3, jobs_max=6), policies())
 def test_a_shed_loses_as_little_value_as_any_that_saves_as_much(power: P, policy: Policy) -> None:
     jobs = tuple(
-        replace(job, deadline_us=UNKNOWN, time_limit_us=UNKNOWN)
+        replace(job, deadline_us=max(job.deadline_us, power.world.now_us), time_limit_us=UNKNOWN)
+        if job.deadline_us != UNKNOWN
+        else replace(job, time_limit_us=UNKNOWN)
         for job in power.world.jobs
         if job.state not in (PREEMPTING, STOPPING)
     )
@@ -486,25 +507,26 @@ def test_a_shed_loses_as_little_value_as_any_that_saves_as_much(power: P, policy
                 option[1] for option in hourly if option[2] == RUNGS[min(j.job_class for j in jobs)][2]
             )
         elif rest.world == power.world:  # else limits wait for whoever goes
-            loss += slowed(rest, jobs, gpus)
+            loss += slowed(rest, policy, jobs, gpus)
     assert loss <= best[0]
     assert made.power is not None
     assert made.power.planned_w <= power.budget_w
 
 
-def slowed(power: P, jobs: tuple[J, ...], gpus: tuple[str, ...]) -> int:
+def slowed(power: P, policy: Policy, jobs: tuple[J, ...], gpus: tuple[str, ...]) -> int:
     """What the unit loses over the horizon under the limits that are in force."""
     sums = Sums(power, plan_of_nothing())
     if all(power.board(uuid).limit_w >= sums.full_w(uuid, list(jobs)) for uuid in gpus):
         return 0
-    done = 995
+    done, whole = 995, 1000
     for uuid in gpus:
         board = power.board(uuid)
         own = [power.natural_w.get(job.number, UNKNOWN) for job in jobs]
         natural = max(1, sum(board.limit_w_max if w == UNKNOWN else min(w, board.limit_w_max) for w in own))
         done = min(done, work(power, board.limit_w, natural))
+        whole = min(whole, work(power, sums.full_w(uuid, list(jobs)), natural))
     hourly = sum(max(0, job.value) * job.share_milli * len(job.on) // 1000 for job in jobs)
-    return hourly * (1000 - done) // 1000
+    return delayed(power, policy, jobs, hourly, max(0, whole - done))
 
 
 @given(powered(pending=False), policies(), st.integers(1, 400))

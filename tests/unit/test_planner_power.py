@@ -225,6 +225,20 @@ def test_an_empty_board_that_still_draws_counts_with_what_it_draws() -> None:
     assert planned(replace(power, boards=boards)).waits == {1: Reason.WAITING_FOR_POWER}
 
 
+def test_a_start_relies_on_a_board_that_came_free_a_moment_ago_but_no_rising_limit_does() -> None:
+    """Nobody has read GPU-2 since; once somebody has, it counts with what it draws."""
+    jobs = (running(1, "GPU-0", **MINER), J(2, job_class=TRAINING))
+    power = P(W(jobs=jobs, gpus=gpus(3)), budget_w=800, natural_w={1: 300, 2: 300})
+    power = power.with_limits({"GPU-0": 200, "GPU-1": 330, "GPU-2": 330})
+    made = plan(snapshot(power), Policy())
+    assert [job for job, _ in started(outcome(made))] == [2]
+    assert limits(made) == {}
+    boards = {**power.boards, "GPU-2": replace(power.boards["GPU-2"], measured_w=70)}
+    assert limits(plan(snapshot(replace(power, boards=boards)), Policy())) == {"GPU-0": 330}
+    boards = {**power.boards, "GPU-2": replace(power.boards["GPU-2"], measured_w=200)}
+    assert limits(plan(snapshot(replace(power, boards=boards)), Policy())) == {"GPU-0": 270}
+
+
 def test_the_shadow_price_is_what_the_last_watt_costs() -> None:
     power = P(W(jobs=miners(1), gpus=gpus(1)), budget_w=250, natural_w={1: 300})
     made = plan(snapshot(power), Policy())

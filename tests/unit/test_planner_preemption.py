@@ -1,5 +1,7 @@
 """Who gives way to whom, which victims are chosen, and who gets what they leave."""
 
+from dataclasses import replace
+
 import pytest
 
 from scheduler.model.actions import PreemptJob, StartJob
@@ -105,6 +107,26 @@ def test_who_gives_way_under_order_class(incumbent: dict, challenger: dict, give
 def test_under_order_value_only_the_value_counts(incumbent: dict, challenger: dict, gives_way: bool) -> None:
     world = W(jobs=(running(1, "GPU-0", **incumbent), J(2, **challenger)), gpus=gpus(1))
     assert victims(planned(world, Policy(order=Order.VALUE))) == ([1] if gives_way else [])
+
+
+@pytest.mark.parametrize("order", list(Order))
+def test_who_would_miss_its_deadline_loses_all_it_works_for(order: Order) -> None:
+    """Job 1 has nothing unsaved; by its deadline, which leaves it a minute, it earns an hour's value."""
+    due = {"started_us": NOW_US - HOUR_US // 2, "expected_us": HOUR_US, "checkpoint_us": NOW_US}
+    soon = miner(1, "GPU-0", deadline_us=NOW_US + HOUR_US // 2 + 60 * SECOND_US, **due)
+    other = miner(2, "GPU-1", restart_loss_us=HOUR_US // 10)
+    challenger = J(3, INFERENCE, value=4_000_000)
+    world = W(jobs=(soon, other, challenger), gpus=gpus(2))
+    policy = Policy(order=order)
+    assert victims(planned(world, policy)) == [2]
+    unhurried = replace(soon, deadline_us=NOW_US + 1000 * HOUR_US)
+    (preempt,) = planned(replace(world, jobs=(unhurried, other, challenger)), policy).actions
+    assert isinstance(preempt, PreemptJob)
+    assert preempt.job == 1
+    earned_us = HOUR_US if order is Order.CLASS else HOUR_US // 2
+    assert preempt.loss_microusd == MINER_VALUE * earned_us // HOUR_US * 60 // (60 + 999 * 60 + 30)
+    late = replace(soon, deadline_us=NOW_US + 60 * SECOND_US)
+    assert victims(planned(replace(world, jobs=(late, other, challenger)), policy)) == [1]
 
 
 def test_the_hysteresis_of_the_policy_counts() -> None:

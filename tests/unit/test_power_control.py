@@ -154,6 +154,15 @@ def test_watts_come_back_after_a_moment_of_the_nodes_own_and_at_the_rate_that_is
     assert budget.in_force_w == 300, "down is at once"
 
 
+def test_a_budget_that_comes_back_lasts_until_all_of_it_is_there() -> None:
+    config = PowerConfig(budget_w=1000.0, return_w_per_s=10.0)
+    state = PowerState(events=(event(500.0),))
+    assert budget_at(config, state, 150.0).until_s == 200
+    assert budget_at(config, PowerState(), 150.0).until_s is None
+    returning = PowerState(returned_from_w=500.0, return_began_s=205.0)
+    assert budget_at(config, returning, 210.0).until_s == 255
+
+
 def test_a_return_goes_on_after_a_restart() -> None:
     config = PowerConfig(budget_w=1000.0, return_w_per_s=10.0)
     state = PowerState(returned_from_w=500.0, return_began_s=100.0)

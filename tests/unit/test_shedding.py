@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from scheduler.model.jobs import JobClass
 from scheduler.model.policy import BURSTY, COMPUTE_BOUND, MEMORY_BOUND
 from scheduler.model.power import Curve, curve_of, draw_w
-from scheduler.planning.shedding import CELLS_MAX, Option, Unit, cheapest, given_back, options
+from scheduler.planning.shedding import (
+    CELLS_MAX,
+    Option,
+    Unit,
+    cheapest,
+    given_back,
+    least_slack_us,
+    options,
+)
 
 HOUR_US = 3_600_000_000
 V100 = Path(__file__).resolve().parents[3] / "shared/data/energy/v100_power_cap_clock_throughput_36cells.csv"
@@ -54,6 +62,26 @@ def test_of_a_miner_at_its_best_point_only_what_is_given_up_from_there_counts() 
     found = options(unit(full_w=(270,)), CURVE, HOUR_US)  # 900 thousandths of its draw, 970 of its work
     assert [option.limits_w for option in found] == [(270,), (255,), (240,), (225,), (210,), None]
     assert found[-2].cost // 16 == 6_000  # from 97 to 85 % of the work of 0.05 USD an hour
+
+
+def test_who_would_be_too_late_loses_all_that_its_deadline_pays() -> None:
+    due = unit(stake=400_000, slack_us=1000 * 1_000_000)
+    costs = {option.limits_w: option.cost // 16 for option in options(due, CURVE, HOUR_US)}
+    plain = {option.limits_w: option.cost // 16 for option in options(unit(), CURVE, HOUR_US)}
+    # At 210 W it does 850 thousandths of the hour's work: 540 s behind, which it can be. A stop is an hour.
+    in_time = [watts for watts, cost in costs.items() if cost == plain[watts]]
+    assert in_time == [(330,), (300,), (285,), (270,), (255,), (240,), (225,), (210,)]
+    assert costs[None] == 400_000
+    tight = {o.limits_w: o.cost // 16 for o in options(unit(stake=400_000, slack_us=0), CURVE, HOUR_US)}
+    assert tight[(330,)] == 0
+    assert tight[(300,)] == plain[(300,)], "the margin is no delay"
+    assert {cost for limits, cost in tight.items() if limits not in ((330,), (300,))} == {400_000}
+    assert options(unit(value=900_000, stake=400_000), CURVE, HOUR_US)[-1].cost // 16 == 900_000
+
+
+def test_a_unit_is_due_when_the_first_of_its_jobs_is() -> None:
+    assert least_slack_us([(0, 0), (5, 700), (5, 900)]) == 700
+    assert least_slack_us([(0, 0)]) == 0
 
 
 def test_nothing_is_offered_below_what_a_curve_knows_or_a_board_takes() -> None:
