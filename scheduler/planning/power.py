@@ -512,11 +512,10 @@ class PowerStage:
 
     def _begins(self, unit: Unit) -> bool:
         """Whether what may be drawn now leaves room for it; then it is counted."""
-        power = self._power
         # While draws are on their way to a lower budget no limit rises for it either.
-        wanted_w = power.limit_w if power.lead_milli else self._planned_w
-        in_force_w = [max(int(power.limit_w[gpu]), int(wanted_w[gpu])) for gpu in unit.gpus]
-        if self._with(self._in_force_w, unit, in_force_w, ()) > power.budget_w:
+        wanted_w = self._power.limit_w if self._power.lead_milli else self._planned_w
+        in_force_w = [max(int(self._power.limit_w[gpu]), int(wanted_w[gpu])) for gpu in unit.gpus]
+        if self._with(self._in_force_w, unit, in_force_w, ()) > self._power.budget_w:
             return False
         for gpu, watts in zip(unit.gpus, in_force_w, strict=True):
             self._in_force_w[gpu], self.stays[gpu], self._begun[gpu] = watts, not bool(self.leaves[gpu]), True
