@@ -44,7 +44,7 @@ _WAITS = {
     Reason.BACKING_OFF: "It backs off",
     Reason.NODE_DRAINING: "The node drains: nothing starts",
     Reason.WAITING_FOR_PRICE: "Its energy would cost more than it is worth: it waits for a lower price",
-    Reason.NO_SUITABLE_GPU: "No GPU that is open now could ever serve it",
+    Reason.NO_SUITABLE_GPU: "The GPUs that are open now could never serve it",
     Reason.WAITING_FOR_GPUS: "It waits for GPUs",
     Reason.WAITING_FOR_GPU_MEMORY: "It waits for GPU memory",
     Reason.WAITING_FOR_CPUS: "It waits for CPUs",
@@ -75,7 +75,7 @@ def preview(control: Controller, spec: JobSpec) -> job_service_pb2.PreviewJobRes
         reason=convert.reason(found.reason) if found.reason else None,
         start_within_s=start_within_s,
         expected_start=_moment(found.expected_start_us),
-        summary=_preview_summary(found, victims, start_within_s) + _slow_remark(control, slow),
+        summary=_preview_summary(control, found, victims, start_within_s) + _slow_remark(control, slow),
     )
 
 
@@ -126,7 +126,9 @@ def _slow_remark(control: Controller, slow: list[int]) -> str:
     )
 
 
-def _preview_summary(found: Preview, victims: list[job_service_pb2.Victim], start_within_s: float) -> str:
+def _preview_summary(
+    control: Controller, found: Preview, victims: list[job_service_pb2.Victim], start_within_s: float
+) -> str:
     where = f" on {_count(len(found.gpus), 'GPU')}" if found.gpus else ""
     if found.starts_now:
         return f"It would start at once{where}; nobody would stop."
@@ -139,6 +141,8 @@ def _preview_summary(found: Preview, victims: list[job_service_pb2.Victim], star
         )
     if found.reason is Reason.WAITING_FOR_HANDOVER:
         return f"{_WAITS[found.reason]}, within about {_seconds(start_within_s)}."
+    if found.closed:
+        return f"{_WAITS[Reason.NO_SUITABLE_GPU]}: {_closed(control, frozenset(found.closed))}."
     return f"{_WAITS.get(found.reason, 'It would wait')}." if found.reason else f"It would start{where}."
 
 

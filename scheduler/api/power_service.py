@@ -1,5 +1,6 @@
 """PowerService: the budget and grid events over gRPC."""
 
+import asyncio
 import math
 import re
 from typing import Any
@@ -18,6 +19,8 @@ from scheduler.model.settings import MICROUSD_PER_USD
 from scheduler.v1 import power_pb2, power_service_pb2, power_service_pb2_grpc
 
 SITE_W_MAX = 1e9
+# Reports that are made at a time, beside the loop; others wait. Each reads up to five weeks of the journal.
+REPORTS_MAX = 1
 EVENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # A moment that lies further ahead is a mistake of units: ten years.
 AHEAD_S_MAX = DURATION_S_MAX
@@ -36,6 +39,7 @@ class PowerService(power_service_pb2_grpc.PowerServiceServicer):
     def __init__(self, controller: Controller) -> None:
         self._control = controller
         self.meters = controller.meters
+        self._reports = asyncio.Semaphore(REPORTS_MAX)
 
     @unary
     async def GetPower(
@@ -90,10 +94,16 @@ class PowerService(power_service_pb2_grpc.PowerServiceServicer):
         self, request: power_service_pb2.GetGridEventReportRequest, context: Context
     ) -> power_service_pb2.GetGridEventReportResponse:
         control = self._control
-        now_s = control.effects.clock.now_s()
-        unwritten = control.power.log.unwritten(now_s)
-        report = event_report(control.effects.journal, request.event_id, now_s, unwritten)
-        return power_service_pb2.GetGridEventReportResponse(report=report_message(report))
+        async with self._reports:
+            now_s = control.effects.clock.now_s()
+            unwritten = control.power.log.unwritten(now_s)
+
+            def made() -> power_service_pb2.GetGridEventReportResponse:
+                with control.effects.journal.history() as history:
+                    report = event_report(history, request.event_id, now_s, unwritten)
+                return power_service_pb2.GetGridEventReportResponse(report=report_message(report))
+
+            return await asyncio.to_thread(made)
 
     @unary
     async def SetPrices(

@@ -4,7 +4,7 @@ import math
 import random
 
 from scheduler.control.ledger import Ledger
-from scheduler.model.power import BudgetKind, GridEvent, Source
+from scheduler.model.power import BudgetInterval, BudgetKind, GridEvent, Source
 from scheduler.model.power_events import BudgetReturns
 from scheduler.model.settings import PowerConfig
 
@@ -17,6 +17,7 @@ class Budget:
         self._node = node
         self.in_force_w: float | None = None  # None: nobody sets a budget
         self.sources: tuple[Source, ...] = ()
+        self._begun: set[BudgetInterval] = set()  # whose shed began before they did
         self._back_s = math.inf  # when all watts that are on their way are back
         state = ledger.power
         if state.returned_from_w is not None:
@@ -56,6 +57,26 @@ class Budget:
         if self.in_force_w >= wanted_w:
             self._arrive(tightest.budget_w if tightest else None, now_s)
 
+    def falls(self, now_s: float, until_s: float) -> list[BudgetInterval]:
+        """The intervals that are to begin by then, and with less than is in force now."""
+        state = self._ledger.power
+        if self._begun:
+            self._begun.intersection_update(state.budget)
+        valid_s = math.inf if state.budget_valid_until_s is None else state.budget_valid_until_s
+        most_w = math.inf if self.in_force_w is None else self.in_force_w
+        return [
+            one
+            for one in state.budget
+            if now_s < one.start_s <= until_s
+            and one.start_s < valid_s
+            and one.budget_w < most_w
+            and one not in self._begun
+        ]
+
+    def begin(self, interval: BudgetInterval) -> None:
+        """Go by an interval from now on that is still to come."""
+        self._begun.add(interval)
+
     def edges_s(self) -> list[float]:
         """The moments at which a source begins or ends."""
         state = self._ledger.power
@@ -86,7 +107,7 @@ class Budget:
             found += [
                 Source(BudgetKind.REQUESTED, one.budget_w, one.end_s if valid_s is None else valid_s)
                 for one in state.budget
-                if one.start_s <= now_s and (one.end_s is None or now_s < one.end_s)
+                if (one.start_s <= now_s or one in self._begun) and (one.end_s is None or now_s < one.end_s)
             ]
         for event in state.events:
             if is_in_force(event, now_s):

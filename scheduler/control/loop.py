@@ -64,6 +64,7 @@ from scheduler.errors import GpuReadError, JournalError, LauncherError, RequestE
 from scheduler.model.actions import WAIT_REASONS, Plan
 from scheduler.model.events import DaemonStarted, JobSubmitted, PolicyChanged, submitted
 from scheduler.model.jobs import FINAL_STATES, Job, JobSpec, JobState
+from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.settings import Config
 from scheduler.planning.explain import Explanation, Preview, explain, preview
@@ -161,7 +162,7 @@ class Controller:
         self._scheduled: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
         self._running = False
-        self._is_recorded = False  # whether the journal has this daemon's start: of this boot, by this policy
+        self._recorded_policy: Policy | None = None  # as the journal has it; None: nor this daemon's start
         self._gone: set[int] = set()  # jobs whose ends are in the inbox
         self._looks: set[asyncio.Task[None]] = set()
         self._looked_s = self._turned_s = 0.0  # when it last looked at processes, and ticked
@@ -259,8 +260,6 @@ class Controller:
     def reload(self, config: Config) -> None:
         """Go by another configuration from now on."""
         self.commands.pending_max = config.jobs.pending_max
-        if config.policy != self.config.policy:
-            self.ledger.apply(PolicyChanged(self.effects.clock.now_s(), config.policy))
         self.config = config
         self.ledger.set_policy(config.policy)
         self.board.sizes = tuple(
@@ -374,8 +373,9 @@ class Controller:
         self._turned_s = now_s
         self._rebooted_before = self.rebooted
         self.accounts.settle()
-        if not self._is_recorded:
+        if self._recorded_policy is None:
             self.ledger.apply(DaemonStarted(now_s, self.site.version, self.site.boot_id, self.site.pid))
+        if self._recorded_policy != self.config.policy:
             self.ledger.apply(PolicyChanged(now_s, self.config.policy))
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
@@ -503,7 +503,7 @@ class Controller:
             return
         begun = time.perf_counter()
         committed = self.ledger.commit()
-        self._is_recorded = True
+        self._recorded_policy = self.config.policy
         took_s = time.perf_counter() - begun
         for before, after in committed.changes:
             self.orders.follow(before, after)

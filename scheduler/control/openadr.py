@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from scheduler.control.inbox import CancelGridEvent, OfferGridEvent, SetPrices
-from scheduler.control.power import SETTLE_S
+from scheduler.control.sheds import SETTLE_S
 from scheduler.effects.openadr import HttpVtn, Vtn, VtnObjects
 from scheduler.effects.webhook import Webhook
 from scheduler.errors import FeedError, RequestError

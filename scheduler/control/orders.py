@@ -115,7 +115,9 @@ class Orders:
             "deadline_s": deadline_s,
             "preempted_by": notice.preempted_by,
         }
-        self._stops.append(StopOrder(AttemptKey(job.id, attempt.number), deadline_s, words))
+        key = AttemptKey(job.id, attempt.number)
+        self._freezes.pop(key, None)  # said again after a crash, say: the notice has the last word
+        self._stops.append(StopOrder(key, deadline_s, words))
 
     def freeze(self, job: Job, attempt: Attempt) -> None:
         """Freeze an attempt, or let it run again, as was decided last."""

@@ -31,7 +31,7 @@ from scheduler.control.inbox import (
 from scheduler.control.limits import RETRY_S, Limits
 from scheduler.control.operating import OperatingPoints
 from scheduler.control.power_view import GpuPowerView, PowerView, limit_cause
-from scheduler.control.sheds import Sheds
+from scheduler.control.sheds import SETTLE_S, Sheds
 from scheduler.control.slowed import Slowed
 from scheduler.control.table import JobWatts
 from scheduler.control.telemetry import fresh_s
@@ -56,13 +56,10 @@ from scheduler.model.power_events import (
 )
 from scheduler.model.snapshot import UNKNOWN, PowerColumns
 from scheduler.planning.floor import floor_w
-from scheduler.planning.power import shed_grace_us
 
 if TYPE_CHECKING:
     from scheduler.control.loop import Controller
 
-# Boards settle within 0.3 to 1 s of a change.
-SETTLE_S = 2.0
 # A draw only nears a limit: until it is inside a budget that fell, at most so long, what binds lies lower.
 LEAD_S = 4.0
 LEAD_RATIO = 0.03
@@ -228,43 +225,18 @@ class PowerControl:
     def wake_s(self, now_s: float) -> float | None:
         """The next moment at which time alone changes the budget, or ends a grace."""
         moments = self.budget.edges_s()
-        moments += [moment for _, moment in self.sheds.cut_off()]
+        moments += self.sheds.moments_s(now_s)
         moments.append(self._fell_s + LEAD_S)
         moments += [moment for moment in [self.points.wake_s(now_s)] if moment is not None]
-        moments += [
-            self.shed_begins_s(event, now_s)
-            for event in self._control.ledger.power.events
-            if event.binds and event.state is ShedState.SCHEDULED
-        ]
         state = self._control.ledger.power
         if state.returned_from_w is not None:
             moments.append(max(state.return_began_s, now_s + RETURN_STEP_S))
         return min((moment for moment in moments if moment > now_s), default=None)
 
-    def shed_begins_s(self, event: GridEvent, now_s: float) -> float:
-        """When an event's shed has to begin: a voluntary one so early that whoever stops has had his grace.
-
-        Whom it would stop is asked of the planner, as soon as somebody's grace is as long as what is left.
-        """
-        if event.emergency:
-            return event.start_s
-        control = self._control
-        graces = [job.spec.grace_s for job in control.ledger.live_jobs() if job.attempts[-1].gpus]
-        latest_s = event.start_s - SETTLE_S
-        if now_s < latest_s - max(graces, default=0.0):
-            return latest_s - max(graces, default=0.0)
-        snapshot = control.board.snapshot(now_s, self.columns)
-        assert snapshot.power is not None
-        boards_w = math.floor(self.boards_w(event.budget_w))
-        then = replace(snapshot, power=replace(snapshot.power, budget_w=boards_w))
-        return latest_s - shed_grace_us(then, control.config.policy) / 1e6
-
     def perform(self, actions: tuple[Action, ...], now_s: float) -> None:
         """Journal the limits that the plan sets; they follow the commit."""
         if actions:
             self._changed_s = now_s
-        if not self.sets_limits:
-            return  # a plan that only keeps a promise for later
         self.limits.order([action for action in actions if isinstance(action, SetPowerLimit)], now_s)
 
     def undo(self) -> None:
@@ -390,8 +362,11 @@ class PowerControl:
 
     def _unbudgeted(self, jobs: JobWatts) -> PowerColumns:
         """The power columns without a budget: only miners are limited, and starts keep promises for later."""
+        columns = self.columns(jobs)
+        if not self.points.is_active:  # no plan sets limits: what is still lowered is given back
+            columns = replace(columns, limit_w=columns.limit_w_max)
         # So large a margin that each full limit is its board's largest.
-        return replace(self.columns(jobs), budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
+        return replace(columns, budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
     def columns(self, jobs: JobWatts) -> PowerColumns:
         """The power columns of a snapshot."""

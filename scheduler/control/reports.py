@@ -259,7 +259,7 @@ class ReportHandler:
                 case StopJob():
                     self._control.commands.stop(job, JobState.STOPPING, action.reason, now_s)
                 case RequeueJob(reason=Reason.SHED_IN_EMERGENCY):
-                    grace_s_max = self._control.config.power.emergency_grace_s
+                    grace_s_max = self._control.power.sheds.give_grace_s(actions)
                     self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s, grace_s_max)
                 case RequeueJob():
                     self._control.commands.stop(job, JobState.PREEMPTING, action.reason, now_s)

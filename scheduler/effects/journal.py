@@ -7,6 +7,7 @@ they are kept apart, outside the chain, and go with their job.
 
 from array import array
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -117,8 +118,14 @@ class History(Protocol):
         """
 
 
-class Journal(History, Protocol):
+class Journal(Protocol):
     """Durable events and the rows derived from them."""
+
+    def node_state(self) -> NodeState:
+        """What events say of the node itself, up to now."""
+
+    def job(self, number: int) -> Job | None:
+        """One job by number, final ones too; None where it has aged out."""
 
     @property
     def head(self) -> int:
@@ -127,6 +134,13 @@ class Journal(History, Protocol):
     @property
     def watch_floor(self) -> int:
         """Revision before which a watch can't be resumed: something that changed since then is gone."""
+
+    def history(self) -> AbstractContextManager[History]:
+        """The past by a connection of its own, for a thread of its own; what is committed by then.
+
+        Raises:
+            JournalError: The file can't be read.
+        """
 
     def free_mib(self) -> int:
         """Space left on the journal's disk."""

@@ -4,10 +4,11 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from scheduler.effects.journal import Derived, DrawPiece, Expired, JobFilter, NodeState, UsageRow
+from scheduler.effects.journal import Derived, Expired, History, JobFilter, NodeState, UsageRow
 from scheduler.effects.journal_file import (
     DATABASE_NAME,
     LocalStorage,
@@ -24,7 +25,7 @@ from scheduler.effects.journal_file import (
     open_database,
     translated,
 )
-from scheduler.effects.journal_history import DRAWS_KEPT_S, JournalHistory, draw_row
+from scheduler.effects.journal_history import DRAWS_KEPT_S, JournalHistory, draw_row, open_history
 from scheduler.model.events import Event, JobSubmitted
 from scheduler.model.gpus import GpuBooked
 from scheduler.model.jobs import FINAL_STATES, Job, job_id
@@ -106,6 +107,9 @@ class SqliteJournal:
     def watch_floor(self) -> int:
         return max(self._watch_floor, self._head - self._watch_kept)
 
+    def history(self) -> AbstractContextManager[History]:
+        return open_history(self._directory)
+
     def free_mib(self) -> int:
         return self._storage.free_mib(self._directory)
 
@@ -118,12 +122,6 @@ class SqliteJournal:
         if self._booked is None:
             self._booked = state.booked
         return state
-
-    def draws(self, since_s: float, until_s: float) -> list[DrawPiece]:
-        return self._history.draws(since_s, until_s)
-
-    def events(self, since_s: float, until_s: float, kinds: tuple[type[Event], ...]) -> list[Event]:
-        return self._history.events(since_s, until_s, kinds)
 
     def stage(self, event: Event) -> int:
         kind = type(event).__name__

@@ -103,6 +103,9 @@ class Preview:
     reason: Reason | None  # why it would wait or fail
     start_within_us: int | None  # graces that have to run first, at most; None where it isn't served
     expected_start_us: int | None
+    closed: tuple[
+        str, ...
+    ] = ()  # the GPUs in its way because they are closed, where no open one could serve it
 
 
 def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:
@@ -141,6 +144,7 @@ def preview(snapshot: Snapshot, policy: Policy, number: int) -> Preview:
             victims.append(
                 PreviewVictim(action.job, uuids, grace_us, action.lost_gpu_ms, action.loss_microusd)
             )
+    obstacles = _obstacles(case) if case.reason is Reason.NO_SUITABLE_GPU else []
     return Preview(
         number=number,
         starts_now=claim is not None and claim.is_free,
@@ -149,6 +153,7 @@ def preview(snapshot: Snapshot, policy: Policy, number: int) -> Preview:
         reason=case.reason,
         start_within_us=None if claim is None else max(0, claim.ready_us - snapshot.now_us),
         expected_start_us=case.expected_start_us,
+        closed=next((one.gpus for one in obstacles if one.rule is Rule.CLOSED), ()),
     )
 
 

@@ -512,7 +512,9 @@ class PowerStage:
 
     def _begins(self, unit: Unit) -> bool:
         """Whether what may be drawn now leaves room for it; then it is counted."""
-        in_force_w = [max(int(self._power.limit_w[gpu]), int(self._planned_w[gpu])) for gpu in unit.gpus]
+        # While draws are on their way to a lower budget no limit rises for it either.
+        wanted_w = self._power.limit_w if self._power.lead_milli else self._planned_w
+        in_force_w = [max(int(self._power.limit_w[gpu]), int(wanted_w[gpu])) for gpu in unit.gpus]
         if self._with(self._in_force_w, unit, in_force_w, ()) > self._power.budget_w:
             return False
         for gpu, watts in zip(unit.gpus, in_force_w, strict=True):

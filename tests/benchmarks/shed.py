@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.control.inbox import Cancel, OfferGridEvent, SetPowerBudget
-from scheduler.model.gpus import GpuLimit
 from scheduler.model.jobs import JobClass
 from scheduler.model.power import BudgetInterval, GridEvent, ShedState
 from scheduler.model.settings import Config, PowerConfig
 from scheduler.simulation.machine import Workload
 from scheduler.simulation.outputs import percentile
 from scheduler.simulation.virtual_time import run
-from tests.harness.simulated import SimulatedNode
+from tests.benchmarks.powered import PoweredNode
 
 GPUS = 8
 EMERGENCIES = 100
-LIMIT_CALL_S = 0.005
 LOOK_S = 0.01
 LEARNED_S = 40.0  # jobs have come, and their draw is known
 SHED_S = 10.0
@@ -67,40 +65,12 @@ class Tracked:
     longest_s: dict[float, float]  # above the budget by more than that part of it
 
 
-class Bench(SimulatedNode):
+class Bench(PoweredNode):
     """A node of busy boards."""
 
     def __init__(self, directory: Path, seed: int) -> None:
+        super().__init__(directory, Config(power=POWER), GPUS)
         self.chance = random.Random(seed)
-        self.loads: dict[str, Workload] = {}
-        config = Config(power=POWER)
-        super().__init__(directory, lambda job: self.loads.get(job, Workload()), gpus=GPUS, config=config)
-        self.set_s: list[float] = []
-        gpus = self.daemon._gpus
-        set_limit = gpus.set_power_limit
-
-        async def slowly(uuid: str, watts: float) -> GpuLimit:
-            await asyncio.sleep(LIMIT_CALL_S)
-            self.set_s.append(self.now_s)
-            return await set_limit(uuid, watts)
-
-        gpus.set_power_limit = slowly  # type: ignore[method-assign]
-
-    @property
-    def now_s(self) -> float:
-        return self.machine.clock.now_s()
-
-    @property
-    def draw_w(self) -> float:
-        """What the site truly draws."""
-        boards_w = sum((b.sample(self.now_s).power_w or 0.0) for b in self.machine.boards.values())
-        return (boards_w + POWER.base_w) * POWER.pue
-
-    @property
-    def demand_w(self) -> float:
-        """What it would draw without limits."""
-        boards_w = sum(board.natural_w for board in self.machine.boards.values())
-        return (boards_w + POWER.base_w) * POWER.pue
 
     async def fill(self, *, is_steady: bool = False) -> list[str]:
         """A gang and single jobs on every board, and time to know them."""

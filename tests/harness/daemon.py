@@ -429,6 +429,15 @@ class Daemon:
         # Not by glob: others' cgroups come and go while we look.
         return [Path(path) for path, _, _ in os.walk(CGROUPS) if name in Path(path).parts]
 
+    def reboot(self) -> None:
+        """End the daemon, its launcher and every job; the next start is under another boot."""
+        self.kill()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until("nothing runs any more", lambda: not self.processes())
+        self.change_boot_id()
+
     def change_boot_id(self) -> None:
         """Let the last start have been under another boot; while no daemon runs."""
         with contextlib.closing(sqlite3.connect(self.state / "journal.sqlite")) as db, db:

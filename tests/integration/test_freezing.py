@@ -2,44 +2,19 @@
 
 import os
 import signal
-from pathlib import Path
 
 from scheduler.planning.freezing import FROZEN_US_MIN
-from scheduler.v1 import job_pb2, power_pb2, reason_pb2
+from scheduler.v1 import reason_pb2
 from tests.harness.daemon import PENDING, RUNNING, WAIT_S, Daemon, reason_of, until
-from tests.harness.miners import MINERS, mined
-
-SUSPENDED = job_pb2.JOB_STATE_SUSPENDED
-MET = power_pb2.SHED_STATE_MET
-# A stop would cost more than a minute of mining: it is frozen instead.
-FREEZABLE = f'{MINERS}on_preempt = "suspend"\nrestart_loss_s = 600\ndraw_w = 560\n'
-# Two boards of 560 W, of which a limit takes 190 each at most: one more has to give.
-TIGHT_W = 640.0
-WIDE_W = 1400.0  # room for both
-
-
-def frozen(daemon: Daemon) -> list[job_pb2.Job]:
-    return [job for job in daemon.all_jobs(name="miner") if job.state == SUSPENDED]
-
-
-def a_frozen_miner(daemon: Daemon) -> job_pb2.Job:
-    """One of two miners, frozen by a grid event that is met."""
-    until("all mine", lambda: mined(daemon) == 2)
-    until("they draw", lambda: daemon.get_power().draw_w > 1000)
-    daemon.offer_event("e1", TIGHT_W, until_s=600)
-    (job,) = until("one is frozen", lambda: frozen(daemon))
-    until("the event is met", lambda: daemon.grid_event("e1").state == MET)
-    return job
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process stands still: by a signal, or with its cgroup."""
-    if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt":
-        return True
-    groups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    (path,) = [line.removeprefix("0::/") for line in groups if line.startswith("0::/")]
-    events = [Path(mount, path, "cgroup.events") for mount in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")]
-    return any("frozen 1" in file.read_text() for file in events if file.exists())
+from tests.harness.freezing import (
+    FREEZABLE,
+    SUSPENDED,
+    TIGHT_W,
+    WIDE_W,
+    a_frozen_miner,
+    ended,
+    is_stopped,
+)
 
 
 def test_a_grid_event_freezes_a_miner_and_its_end_brings_the_same_process_back() -> None:
@@ -103,9 +78,3 @@ def test_a_frozen_job_that_somebody_kills_is_told_so_and_comes_back() -> None:
         assert first.exit_code == 128 + signal.SIGKILL
         daemon.cancel_event("e1")
         assert daemon.wait_attempt(job.id, 2).state == RUNNING
-
-
-def ended(daemon: Daemon, job_id: str) -> job_pb2.Attempt | None:
-    """The job's first attempt, once it has an exit code."""
-    first = daemon.get(job_id).attempts[0]
-    return first if first.HasField("exit_code") else None

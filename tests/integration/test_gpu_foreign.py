@@ -88,6 +88,7 @@ def test_a_stranger_protects_its_gpu_and_is_named_wherever_one_looks(
         waits = daemon.submit("true", gpus=1)
         assert daemon.get(waits.id).state == PENDING
         assert f"GPU 0 is foreign ({named})" in daemon.cli("explain", waits.id).stdout
+        assert f"GPU 0 is foreign ({named})" in daemon.cli("preview", "-c", "batch", "true").stdout
         assert foreign_processes(daemon) == "1.0"
     hold(fake)
     daemon.wait(waits.id)

@@ -4,8 +4,6 @@ Whatever happens to the index: jobs, marks, baselines and CUDA_VISIBLE_DEVICES g
 """
 
 import getpass
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,15 +64,6 @@ def all_free(daemon: Daemon, count: int) -> None:
     until(f"{count} GPUs are free", lambda: list(states(daemon).values()) == [FREE] * count)
 
 
-def reboot(daemon: Daemon) -> None:
-    """End the daemon, its launcher and with it every job; the next start is under another boot."""
-    daemon.kill()
-    for pid in daemon.launchers():
-        os.kill(pid, signal.SIGKILL)
-    until("nothing runs any more", lambda: not daemon.processes())
-    daemon.change_boot_id()
-
-
 # How many --------------------------------------------------------------------------------------
 
 
@@ -130,7 +119,7 @@ def test_after_a_reboot_with_another_order_every_verdict_is_on_its_own_gpu(
     until("one is quarantined", lambda: states(daemon)[broken] == QUARANTINED)
     job = daemon.run_ready(SHOWS, gpus=2, restart=job_pb2.RESTART_RULE_ALWAYS)
     assert set(job.attempts[0].gpus) == {full, roomy}
-    reboot(daemon)
+    daemon.reboot()
     fake.reorder(3, 2, 1, 0)
     fake.load_driver()
     daemon.start()

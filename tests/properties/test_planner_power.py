@@ -79,6 +79,8 @@ def powered(draw: st.DrawFn, *, pending: bool = True, gpus_max: int = 4, jobs_ma
         natural_w={job.number: draw(st.sampled_from(NATURALS)) for job in world.jobs},
         is_emergency=draw(st.booleans()) and draw(st.booleans()),
         limits_inference=draw(st.booleans()),
+        # While it leads, limits lie lower than the optimum has them.
+        lead_milli=0 if tight else draw(st.sampled_from((0, 0, 30))),
     )
 
 
@@ -109,6 +111,7 @@ def starting(draw: st.DrawFn) -> P:
         boards=boards,
         natural_w={job.number: draw(st.sampled_from((UNKNOWN, 250, 300, 520))) for job in jobs},
         frozen_w={job.number: 130 for job in jobs if draw(st.booleans())},
+        lead_milli=draw(st.sampled_from((0, 0, 30))),
     )
 
 

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from scheduler.control.sheds import GRACE_RATIO_MIN
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import FINAL_STATES, SHARE_MILLI_WHOLE, Attempt, Job, JobState, job_number
@@ -174,7 +175,7 @@ class Invariants(Watch):
             for event in daemon.journal.node_state().power.events
             if event.emergency and event.binds and event.shed_began_s is not None
         ]
-        grace_s = daemon.config.power.emergency_grace_s
+        grace_s = GRACE_RATIO_MIN * daemon.config.power.emergency_grace_s
         return any(self._world.clock.now_s() >= begun_s + grace_s for begun_s in began)
 
     def _durable(self, key: AttemptKey) -> Job | None:
@@ -262,7 +263,7 @@ class Invariants(Watch):
         known = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs()}
         killed = {process.key for process in world.machine.processes.values() if process.killed}
         told = {AttemptKey(job.id, job.attempt) for job in ledger.live_jobs() if job.attempts[-1].notice}
-        frozen = {process.key for process in world.machine.processes.values() if process.frozen}
+        frozen = {p.key for p in world.machine.processes.values() if p.frozen and not p.killed}
         suspended = {
             AttemptKey(job.id, job.attempt)
             for job in ledger.live_jobs()
@@ -298,7 +299,7 @@ class Invariants(Watch):
         self.books.acknowledged_are_there()
         controller, now_s = daemon.controller, world.clock.now_s()
         for job in controller.ledger.live_jobs():
-            stays = job.state is JobState.SUSPENDED and self.watts.has_budget(is_emergency=False)
+            stays = job.state is JobState.SUSPENDED and self.watts.has_budget()
             if job.state is not JobState.RUNNING and not stays and job.state_since_s <= now_s - UNDER_WAY_S:
                 self._demand(False, f"{job.id} is {job.state} for ever")
         held = {uuid for job in controller.ledger.live_jobs() for uuid in job.attempts[-1].gpus}

@@ -126,9 +126,15 @@ class Plans(Watch):
                 waits = preemptor.state is JobState.PENDING and preemptor.state_since_s < over_s
                 reason = self._world.daemon.controller.reason(preemptor)
                 self._demand(
-                    not (waits and reason is Reason.WAITING_FOR_HANDOVER),
+                    not (waits and reason is Reason.WAITING_FOR_HANDOVER) or self._anybody_left(now_s),
                     f"{job.id} gave way to {preemptor.id}, which waits for it for ever",
                 )
+
+    def _anybody_left(self, now_s: float) -> bool:
+        """Whether somebody has ended lately: whoever waits for a hand-over may wait for that one."""
+        jobs = self._world.daemon.controller.ledger.jobs.values()
+        ends_s = (attempt.exited_s for job in jobs for attempt in job.attempts)
+        return any(over_s is not None and now_s - over_s <= UNDER_WAY_S for over_s in ends_s)
 
     # Who goes before whom --------------------------------------------------------------------------
 

@@ -104,6 +104,7 @@ class Script:
     wishes: tuple[Wish, ...] = ()
     faults: tuple[Fault, ...] = ()
     miners: bool = False  # a standing job fills what is idle
+    miners_freeze: bool = False  # a shed freezes them rather than stop them
     gives_verdicts: bool = True  # the driver tells recovery actions
     sampling_s: float = 1.0
     start_s: float = START_S  # from the order to the program's first line
@@ -116,7 +117,8 @@ class Script:
     def __str__(self) -> str:
         """The place, in words."""
         said = [f"{self.gpus} GPUs, read each {self.sampling_s:g} s, starts take {self.start_s:g} s"]
-        said += ["miners on idle GPUs"] if self.miners else []
+        freeze = " that may be frozen" if self.miners_freeze else ""
+        said += [f"miners{freeze} on idle GPUs"] if self.miners else []
         said += [] if self.budget_w is None else [f"a budget of {self.budget_w:g} W"]
         said += [f"{self.pids} PIDs"] if self.pids else []
         return ", ".join(said)
@@ -146,9 +148,41 @@ def drawn(seed: int) -> Script:
         budget_w=chance.choice((*(None,) * 6, *(float(gpus * watts) for watts in _NODE_BUDGETS_W))),
     )
     faults += [_fault(chance, kind, gpus) for kind in LATER_KINDS for _ in range(chance.choice(_RATES))]
-    return replace(script, faults=tuple(sorted(faults, key=lambda fault: (fault.at_s, fault.kind))))
+    script = replace(script, faults=tuple(sorted(faults, key=lambda fault: (fault.at_s, fault.kind))))
+    return _with_freezing(chance, script) if chance.random() < _FREEZES else script
 
 
+def _with_freezing(chance: random.Random, script: Script) -> Script:
+    """The same with jobs that a shed freezes rather than stop, and sheds that limits don't reach."""
+    sheds = (
+        Wish(
+            chance.uniform(10.0, FAULTS_S * 0.8),
+            chance.choice(("budget", "event", "emergency")),
+            script.gpus * chance.choice(_FREEZING_W),
+            for_s=chance.choice((20.0, 60.0)),
+        )
+        for _ in range(chance.choice((2, 3, 4)))
+    )
+    return replace(
+        script,
+        arrivals=tuple(replace(arrival, spec=_freezable(arrival.spec)) for arrival in script.arrivals),
+        # Of so many faults as others have hardly a job would be left to be frozen.
+        faults=tuple(fault for fault in script.faults if chance.random() < _FREEZING_FAULTS),
+        wishes=tuple(sorted((*script.wishes, *sheds), key=_at)),
+        miners=True,
+        miners_freeze=True,
+    )
+
+
+def _freezable(spec: JobSpec) -> JobSpec:
+    """The job such that a stop would cost more than a shed lasts."""
+    return replace(spec, on_preempt=OnPreempt.SUSPEND, restart_loss_s=600.0) if spec.preemptible else spec
+
+
+# In how many runs jobs may be frozen, and what a shed leaves them by GPU: too little for all at lower limits.
+_FREEZES = 0.3
+_FREEZING_W = (150, 190, 300)
+_FREEZING_FAULTS = 0.3
 # How often a kind of fault happens in a run: off in many.
 _RATES = (0, 0, 1, 2, 4)
 # By GPU: what none can be run with, what a lowered limit keeps, almost all.

@@ -62,9 +62,10 @@ class Stops(Watch):
                 holds = bool(power.prices)
             case Reason.GPU_FAILED:
                 holds = not self._hurt.isdisjoint(attempt.gpus)
-            case Reason.SHED_FOR_POWER | Reason.SHED_IN_EMERGENCY:
-                is_emergency = notice.reason is Reason.SHED_IN_EMERGENCY
-                holds = self._world.invariants.watts.has_budget(is_emergency=is_emergency)
+            case Reason.SHED_FOR_POWER:
+                holds = self._world.invariants.watts.has_budget()
+            case Reason.SHED_IN_EMERGENCY:
+                holds = self._world.invariants.watts.had_emergency(notice.decided_s)
             case Reason.STANDING_JOB_REMOVED:
                 holds = bool(job.standing)
             case _:

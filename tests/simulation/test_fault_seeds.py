@@ -29,3 +29,10 @@ def test_seeds_draw_every_kind_of_fault_and_each_is_off_in_many() -> None:
     scripts = [drawn(seed) for seed in range(200)]
     with_kind = {kind: sum(any(f.kind == kind for f in s.faults) for s in scripts) for kind in KINDS}
     assert {kind: count for kind, count in with_kind.items() if not 80 < count < 160} == {}
+
+
+def test_most_seeds_that_are_to_freeze_jobs_do() -> None:
+    seeds = [seed for seed in range(60) if drawn(seed).miners_freeze]
+    assert len(seeds) > 60 // 6
+    froze = [any(" SUSPENDED " in line for line in played(drawn(seed))[0]) for seed in seeds[:5]]
+    assert sum(froze) >= 3

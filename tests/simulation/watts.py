@@ -38,17 +38,24 @@ class Watts(Watch):
         said += [event.budget_w for event in power.events if _is_on(event, now_s)]
         return min(said, default=None)
 
-    def has_budget(self, *, is_emergency: bool) -> bool:
+    def has_budget(self) -> bool:
         """Whether there is anything for which somebody might have to be stopped."""
-        if not is_emergency:
-            return self._world.daemon.controller.power.is_active
-        events = self._world.daemon.controller.ledger.power.events
-        return any(event.emergency and _is_on(event, self._world.clock.now_s()) for event in events)
+        return self._world.daemon.controller.power.is_active
+
+    def had_emergency(self, at_s: float) -> bool:
+        """Whether a grid emergency was in force then, though it may be cancelled by now."""
+        return any(
+            event.emergency
+            and (event.start_s if event.shed_began_s is None else event.shed_began_s) <= at_s < event.end_s
+            and (event.ended_s is None or at_s <= event.ended_s)
+            for event in self._world.daemon.controller.ledger.power.events
+        )
 
     def before_more(self, what: str, uuids: tuple[str, ...] = ()) -> None:
         """Something is about to draw more: a job starts on these GPUs, or a limit has been raised.
 
-        What is occupied may draw up to its real limit; strangers are not ours to keep down.
+        What is occupied may draw up to its real limit. Strangers are not ours to keep down: they count with
+        what was read of them, and who has come since then is not known yet.
         """
         world = self._world
         if not world.daemon.serves or self._is_deceived() or (budget_w := self.budget_w()) is None:
@@ -63,10 +70,13 @@ class Watts(Watch):
         frozen = held - awake
         known = world.daemon.controller.board.row  # one that was lost before the daemon's start is in no plan
         boards = {uuid: board for uuid, board in world.machine.boards.items() if uuid in known}
+        read, strangers = world.faults.read, set(world.machine.strangers.values())
+        seen_w = {uuid: read[uuid].power_w for uuid in strangers if uuid in read}
         may_w = sum(
             board.power_limit_w
             if (uuid in held and uuid not in frozen) or uuid in uuids
-            else board.target_w  # idle, or what a frozen job's context takes
+            # idle, or what a frozen job's context takes
+            else min(board.target_w, seen_w.get(uuid, board.target_w))
             for uuid, board in boards.items()
         )
         room_w = ROUNDING_W * len(boards)

@@ -29,7 +29,7 @@ from scheduler.control.loop import Effects
 from scheduler.effects.launcher import AttemptKey, StartOrder, StopOrder
 from scheduler.errors import NodeError, RequestError, Unavailable
 from scheduler.model.events import Event, PlanDecided
-from scheduler.model.jobs import Job
+from scheduler.model.jobs import Job, OnPreempt
 from scheduler.model.power import BudgetInterval, GridEvent
 from scheduler.model.prices import PricePoint
 from scheduler.model.reasons import Reason
@@ -51,6 +51,8 @@ COMMAND_CHARACTERS_MAX = 120
 RETRY_S = 0.5  # of a client that was not answered
 REFUSED_START_S = 2.0  # until systemd starts a daemon again that would not
 _MINER = StandingJob("miner", ("work", "miner"))
+# A stop would cost more than the shed lasts: it is frozen instead.
+_FREEZABLE = replace(_MINER, on_preempt=OnPreempt.SUSPEND, restart_loss_s=600.0)
 _PIDS_FIRST = 1000
 LATE_S = 1e6  # no run lasts that long
 
@@ -110,13 +112,14 @@ class World:
             )
         self.faults = Faults(verdicts={} if script.gives_verdicts else None)
         self.faults.on_order = self._ordered
+        miner = _FREEZABLE if script.miners_freeze else _MINER
         self.daemon = SimulatedDaemon(
             self.machine,
             directory,
             Config(
                 sampling=SamplingConfig(period_s=script.sampling_s),
                 power=PowerConfig(budget_w=script.budget_w),
-                standing_jobs=(_MINER,) if script.miners else (),
+                standing_jobs=(miner,) if script.miners else (),
             ),
             (NodeSize(script.node["cpus"], script.node["memory_mib"], 100),),
             self._wrapped,

@@ -46,6 +46,12 @@ class World:
     def stop(self, order: StopOrder) -> None:
         self.said.append(("stop", order.key, order.deadline_s))
 
+    def freeze(self, key: AttemptKey) -> None:
+        self.said.append(("freeze", key))
+
+    def thaw(self, key: AttemptKey) -> None:
+        self.said.append(("thaw", key))
+
     def end_grace(self, key: AttemptKey) -> None:
         self.said.append(("kill", key))
 
@@ -92,6 +98,24 @@ def test_a_notice_is_a_stop_with_the_notices_deadline() -> None:
     assert orders_of(job(JobState.RUNNING, RUNS), job(JobState.PREEMPTING, noticed)) == [
         ("stop", FIRST_KEY, 13.0)
     ]
+
+
+def test_a_shed_freezes_and_its_end_thaws() -> None:
+    runs, frozen = job(JobState.RUNNING, RUNS), job(JobState.RUNNING, replace(RUNS, suspend_s=3.0))
+    assert orders_of(runs, frozen) == [("freeze", FIRST_KEY)]
+    assert orders_of(frozen, runs) == [("thaw", FIRST_KEY)]
+
+
+def test_whose_freeze_is_said_again_after_a_restart_and_who_is_to_go_is_only_told_that() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
+    frozen = replace(RUNS, suspend_s=3.0, suspended_s=3.1)
+    suspended = job(JobState.SUSPENDED, frozen)
+    orders.freeze(suspended, frozen)
+    going = replace(RUNS, suspended_s=3.1, notice=NOTICE)
+    orders.follow(suspended, job(JobState.PREEMPTING, going))
+    orders.send()
+    assert world.said == [("stop", FIRST_KEY, 13.0)]
 
 
 def test_whose_start_is_said_again_after_a_restart_is_told_to_go_after_it() -> None:

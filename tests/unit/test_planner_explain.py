@@ -260,3 +260,13 @@ def test_no_shorter_duration_helps_where_the_promised_moment_is_now() -> None:
     world = W(jobs=(overrun, J(2, gpus=2), J(9, BATCH, preemptible=False)), gpus=gpus(2))
     kinds = [remedy.kind for remedy in explained(world, 9).remedies]
     assert kinds == [RemedyKind.BE_PREEMPTIBLE, RemedyKind.HIGHER_CLASS]
+
+
+def test_a_preview_that_no_open_gpu_could_ever_serve_names_those_that_are_closed() -> None:
+    there = (*gpus(3), G("GPU-3", is_open=False))
+    all_of_them = preview(snapshot(W(jobs=(J(9, gpus=4),), gpus=there)), POLICY, 9)
+    assert (all_of_them.reason, all_of_them.closed) == (Reason.NO_SUITABLE_GPU, ("GPU-3",))
+    another_model = preview(snapshot(W(jobs=(J(9, gpus=5),), gpus=there)), POLICY, 9)
+    assert another_model.closed == ("GPU-3",)
+    open_ones = preview(snapshot(W(jobs=(J(9, gpus=3), stays(1, "GPU-0")), gpus=there)), POLICY, 9)
+    assert (open_ones.reason, open_ones.closed) == (Reason.WAITING_FOR_GPUS, ())

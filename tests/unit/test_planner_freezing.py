@@ -5,6 +5,7 @@ from dataclasses import replace
 from scheduler.model.actions import Action, PreemptJob, RequeueJob, ResumeJob, SetPowerLimit, SuspendJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
+from scheduler.planning.floor import floor_w
 from scheduler.planning.planner import plan
 from tests.fakes.power import B, P, applied, snapshot
 from tests.fakes.worlds import (
@@ -175,3 +176,13 @@ def test_nobody_is_frozen_for_a_start() -> None:
 def test_who_is_on_his_way_back_is_not_told_again() -> None:
     power = replace(site(miner(1), frozen=(1,)), suspend_us={})
     assert not [one for one in actions(power) if isinstance(one, SuspendJob | ResumeJob)]
+
+
+def test_a_floor_counts_a_stop_that_is_in_time_and_no_freeze() -> None:
+    def floor(power: P, lead_s: int) -> int:
+        return floor_w(snapshot(power), NOW_US + lead_s * SECOND_US, emergency=False)
+
+    young = miner(1, ran_s=1, min_runtime_us=60 * SECOND_US, grace_us=2 * SECOND_US)
+    for power in (site(young), site(young, frozen=(1,))):
+        assert floor(power, 61) == 70, "it can have stopped by then"
+        assert floor(power, 30) == 200, "it may be woken, and draw that"

@@ -79,6 +79,18 @@ def test_while_draws_fall_limits_that_bind_lie_lower_and_none_rises() -> None:
     assert limits(plan(snapshot(replace(low, lead_milli=0)), Policy())) == planned_w
 
 
+def test_a_start_counts_with_the_limit_that_it_gets_while_none_rises() -> None:
+    cooling = B(limit_w=500, measured_w=500)  # closed, and somebody has just left it
+    boards = {"GPU-0": cooling, "GPU-1": B(limit_w=600), "GPU-2": B(limit_w=600)}
+    there = (replace(gpus(1)[0], is_open=False), *gpus(3)[1:])
+    jobs = tuple(J(number, job_class=MINING, preemptible=True) for number in (1, 2))
+    power = P(W(jobs=jobs, gpus=there), budget_w=1700, boards=boards, lead_milli=30)
+    made = plan(snapshot(power), Policy())
+    assert [action.job for action in made.actions if isinstance(action, StartJob)] == [1, 2]
+    assert limits(made) == {}
+    assert plan(snapshot(applied(power, made)), Policy()).actions == ()
+
+
 def test_mining_stops_before_training_is_slowed_by_much() -> None:
     jobs = (running(1, "GPU-0", job_class=TRAINING), running(2, "GPU-1", **MINER))
     power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=400, natural_w={1: 300, 2: 300})

@@ -3,8 +3,10 @@
 import asyncio
 from pathlib import Path
 
-from scheduler.control.inbox import OfferGridEvent, SetPowerBudget
+from scheduler.control.inbox import OfferGridEvent, Requeue, SetPowerBudget
 from scheduler.control.power import LEAD_RATIO
+from scheduler.control.sheds import GRACE_RATIO_MIN
+from scheduler.model.actions import StartJob
 from scheduler.model.jobs import JobClass, JobState
 from scheduler.model.power import BudgetInterval, GridEvent, ShedState
 from scheduler.model.reasons import Reason
@@ -124,6 +126,113 @@ def test_no_start_makes_an_event_unreachable_that_was_accepted_for_later(tmp_pat
         assert {board.power_limit_w for board in node.machine.boards.values()} == {700.0}
         floor_w, _ = controller.power.reachable(now_s, event.start_s, emergency=False)
         assert floor_w <= event.budget_w
+        node.daemon.stop()
+
+    run(story())
+
+
+def graces_in_an_emergency(tmp_path: Path, above_floor_w: float) -> list[float]:
+    """Of the jobs on four boards, one of which was told to go before it; all ignore it until they are killed.
+
+    By notice; of the one that was told before, what it was left after the receipt.
+    """
+    found: list[float] = []
+
+    async def story() -> None:
+        node = SimulatedNode(
+            tmp_path, lambda _: Workload(draw_w=600.0, stop_s=None), gpus=4, config=EACH_SECOND
+        )
+        await node.daemon.start()
+        await asyncio.sleep(15.0)  # idle draw is known
+        ids = [await node.submit(job_class=JobClass.TRAINING, draw_w=600.0, grace_s=60.0) for _ in range(4)]
+        await asyncio.sleep(5.0)
+        await node.daemon.ask(Requeue(ids[0]))
+        await asyncio.sleep(5.0)
+        now_s = node.machine.clock.now_s()
+        floor_w, _ = node.daemon.controller.power.reachable(now_s, now_s, emergency=True)
+        event = GridEvent("e", now_s, now_s + 60.0, floor_w + above_floor_w, True, now_s, now_s)
+        await node.daemon.ask(OfferGridEvent(event))
+        told = [notice for job_id in ids[1:] if (notice := node.job(job_id).attempts[0].notice)]
+        found.extend(round(notice.deadline_s - notice.decided_s, 3) for notice in told)
+        await asyncio.sleep(5.0)
+        ended_s = node.job(ids[0]).attempts[0].exited_s
+        assert ended_s is not None
+        found.append(round(ended_s - now_s, 2))
+        node.daemon.stop()
+
+    run(story())
+    return found
+
+
+def test_an_emergency_leaves_its_graces_unless_the_target_is_so_near_the_floor_that_draws_would_settle_late(
+    tmp_path: Path,
+) -> None:
+    grace_s = EACH_SECOND.power.emergency_grace_s
+    roomy = graces_in_an_emergency(tmp_path / "roomy", 400.0)
+    assert set(roomy) == {grace_s}
+    near = graces_in_an_emergency(tmp_path / "near", 80.0)
+    assert len(near) == 4
+    assert all(GRACE_RATIO_MIN * grace_s < given_s < grace_s for given_s in near)
+    at_floor = graces_in_an_emergency(tmp_path / "floor", 0.0)
+    assert set(at_floor) == {GRACE_RATIO_MIN * grace_s}
+
+
+def test_an_interval_that_somebody_stops_for_is_kept_from_its_first_moment(tmp_path: Path) -> None:
+    """Whom it takes is told so early that his grace and the draw's way down are over when it begins."""
+    grace_s, lead_s = 10.0, 40.0
+
+    async def story() -> None:
+        node = SimulatedNode(
+            tmp_path, lambda _: Workload(draw_w=600.0, stop_s=None), gpus=2, config=EACH_SECOND
+        )
+        await node.daemon.start()
+        await asyncio.sleep(15.0)  # idle draw is known
+        ids = [
+            await node.submit(
+                job_class=JobClass.BATCH, draw_w=600.0, grace_s=grace, value_microusd_per_gpu_hour=value
+            )
+            for grace, value in ((grace_s, 100_000), (60.0, 4_000_000))
+        ]
+        start_s = node.machine.clock.now_s() + lead_s
+        told = (BudgetInterval(start_s, start_s + 60.0, 700.0), BudgetInterval(start_s + 60.0, None, 1400.0))
+        await node.daemon.ask(SetPowerBudget(told))
+        await asyncio.sleep(lead_s - grace_s - 3.0)
+        assert [node.state(job_id) for job_id in ids] == [JobState.RUNNING] * 2, "not before it must be"
+        assert node.daemon.controller.power.budget.in_force_w is None
+        await asyncio.sleep(grace_s + 3.0)
+        now_s = node.machine.clock.now_s()
+        assert sum(board.sample(now_s).power_w or 0.0 for board in node.machine.boards.values()) <= 700.0
+        (notice,) = [notice for job_id in ids for one in node.job(job_id).attempts if (notice := one.notice)]
+        assert notice.reason is Reason.SHED_FOR_POWER
+        assert 0.0 <= start_s - notice.deadline_s <= 2.5
+        node.daemon.stop()
+
+    run(story())
+
+
+def test_a_plan_that_only_keeps_a_promise_sets_no_limit_that_is_being_given_back(tmp_path: Path) -> None:
+    at_once = PowerConfig(return_jitter_s=0.0, return_w_per_s=1e9)
+    config = Config(sampling=SamplingConfig(period_s=60.0), power=at_once)
+
+    async def story() -> None:
+        node = SimulatedNode(tmp_path, lambda _: Workload(draw_w=600.0), gpus=2, config=config)
+        await node.daemon.start()
+        controller, now_s = node.daemon.controller, node.machine.clock.now_s()
+        await node.daemon.ask(
+            OfferGridEvent(GridEvent("later", now_s + 3600.0, now_s + 7200.0, 500.0, False, now_s, now_s))
+        )
+        await node.submit(job_class=JobClass.MINING, draw_w=600.0)
+        await node.daemon.ask(SetPowerBudget((BudgetInterval(0.0, None, 500.0),)))
+        await asyncio.sleep(70.0)
+        assert min(board.power_limit_w for board in node.machine.boards.values()) < 500.0
+        await node.daemon.ask(SetPowerBudget(()))
+        await asyncio.sleep(2.0)
+        assert not controller.power.is_active
+        await node.submit(job_class=JobClass.BATCH, draw_w=600.0)
+        assert controller.last_plan is not None
+        assert [type(action) for action in controller.last_plan.actions] == [StartJob]
+        await asyncio.sleep(120.0)
+        assert {board.power_limit_w for board in node.machine.boards.values()} == {700.0}
         node.daemon.stop()
 
     run(story())

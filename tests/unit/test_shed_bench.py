@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from scheduler.simulation.virtual_time import run
-from tests.benchmarks.shed import LIMIT_CALL_S, SHED_S, emergencies
+from tests.benchmarks.powered import LIMIT_CALL_S
+from tests.benchmarks.shed import SHED_S, emergencies
 
 
 def test_an_emergencys_limits_go_out_at_once_and_watts_fall_with_them(tmp_path: Path) -> None:

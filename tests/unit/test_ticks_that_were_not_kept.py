@@ -1,6 +1,7 @@
 """A tick that the journal could not keep leaves nothing behind: what was taken back is done again later."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from scheduler.control.inbox import Drain, Elapsed, Inbox, LauncherBack
 from scheduler.control.loop import Effects
 from scheduler.effects.launcher import AttemptKey, Exited, LauncherGone, LauncherHello
 from scheduler.errors import Unavailable
+from scheduler.model.events import PolicyChanged
 from scheduler.model.gpus import GpuState
 from scheduler.model.jobs import JobState
+from scheduler.model.policy import Policy
 from scheduler.model.settings import Config, StandingJob
 from scheduler.simulation.boards import PROFILES, boards
 from scheduler.simulation.daemon import SimulatedDaemon
@@ -92,6 +95,31 @@ def test_a_launcher_that_dies_meanwhile_is_connected_to_once(tmp_path: Path) -> 
         daemon.stop()
 
     run(story())
+
+
+def test_a_policy_that_was_reloaded_is_in_the_journal_once_that_can_be_written(tmp_path: Path) -> None:
+    async def story() -> None:
+        daemon = a_daemon(tmp_path, Config())
+        await daemon.start()
+        daemon.disk.failure = ""
+        await asyncio.sleep(5.0)
+        daemon.disk.failure = "write"
+        policy = replace(daemon.config.policy, hysteresis_ratio=0.7)
+        daemon.controller.reload(replace(daemon.config, policy=policy))
+        await asyncio.sleep(0.5)
+        assert policies(daemon) == [Config().policy], "no tick was kept"
+        daemon.disk.failure = ""
+        await asyncio.sleep(5.0)
+        assert policies(daemon) == [Config().policy, policy], "once"
+        daemon.stop()
+
+    run(story())
+
+
+def policies(daemon: SimulatedDaemon) -> list[Policy]:
+    with daemon.journal.history() as history:
+        events = history.events(0.0, 2 * EPOCH_S, (PolicyChanged,))
+    return [event.policy for event in events if isinstance(event, PolicyChanged)]
 
 
 def test_of_what_is_put_back_a_launchers_end_and_the_greetings_before_it_are_left_out() -> None:
