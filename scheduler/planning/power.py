@@ -37,24 +37,24 @@ from scheduler.planning.allocator import Request
 from scheduler.planning.arrays import lists, rows_where, xp
 from scheduler.planning.freezing import Freezing
 from scheduler.planning.shedding import (
-    LOSS_MAX,
     MILLI,
     Chosen,
     Option,
     Unit,
+    as_victim,
     cheapest,
     given_back,
+    is_worth,
     least_slack_us,
     most,
     options,
 )
-from scheduler.planning.valuation import at_risk, at_stake, lost_work, value_of
+from scheduler.planning.valuation import at_stake, lost_work, value_of
 
 # Starts that are refused after a close look, in one plan; the rest wait unseen until the next.
 REFUSALS_MAX = 32
 # A limit that can't rise as far as it should does so by this at least: not every watt is worth a call.
 RISE_W_MIN = 10
-_GPUS_MAX = 16  # that tell victims of equal loss apart
 _US_PER_MS = 1000
 _US_PER_HOUR = 3_600_000_000
 
@@ -323,8 +323,11 @@ class PowerStage:
         need_w = self._need_w(unit, leaving)
         if need_w <= 0:
             return self._take(request.number, unit, [*others, unit], None, leaving, [])
+        by_value = self._policy.order is Order.VALUE
         if self._refusals < REFUSALS_MAX:
             for stopped in self._ways(unit, request, others, need_w, may_displace):
+                if by_value and not is_worth(unit, stopped, self._power.horizon_us):
+                    continue  # a shed must not undo it
                 rest = [*(each for each in others if each not in stopped), unit]
                 chosen = self._optimum(rest, self._need_w(unit, [*leaving, *stopped]), lasts=True)
                 if chosen is not None and self._harms_nobody(request, rest, chosen.options):
@@ -414,7 +417,7 @@ class PowerStage:
             choices = []
             for each, stops in zip(others, stoppable, strict=True):
                 may_lower = lowers and self._may_slow(request, each)
-                choices.append([*self._kept(each, may_lower), *([_victim(each)] if stops else ())])
+                choices.append([*self._kept(each, may_lower), *([as_victim(each)] if stops else ())])
             chosen = cheapest([*choices, self._kept(unit, lowers)], need_w)
             if chosen is not None:
                 pairs = zip(others, chosen.options[:-1], strict=True)
@@ -591,10 +594,3 @@ class PowerStage:
             floor_w=int(self._floor_w.sum()),
             shadow_microusd_per_wh=self._shadow_microusd_per_wh,
         )
-
-
-def _victim(unit: Unit) -> Option:
-    """A stop for somebody else's sake: least loss first, then the fewest GPUs."""
-    saved_w = max(0, sum(unit.full_w) - sum(unit.idle_w))
-    loss = min(LOSS_MAX, unit.loss + at_risk(unit.stake, unit.slack_us))
-    return Option(saved_w, loss * _GPUS_MAX + min(len(unit.gpus), _GPUS_MAX), None)

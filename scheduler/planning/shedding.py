@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from scheduler.model.jobs import JobClass
 from scheduler.model.power import Curve
 from scheduler.planning.arrays import xp
+from scheduler.planning.valuation import at_risk
 
 # Steps along a curve, thousandths of the natural draw.
 STEP_MILLI = 50
@@ -32,6 +33,7 @@ _US_PER_HOUR = 3_600_000_000
 # A unit's loss counts up to a million dollars: so the costs of 500,000 units fit an int64.
 LOSS_MAX = 1 << 40
 _RUNGS = 16
+_GPUS_MAX = 16  # that tell victims of equal loss apart
 _UNREACHABLE = 1 << 61
 
 # Of equal losses the gentler rung. By class: lowered while work is nearly whole, lowered further, frozen,
@@ -116,6 +118,19 @@ def most(unit: Unit) -> Option:
     lowered = Option(sum(unit.full_w) - sum(limits), 0, limits)
     frozen = _frozen(unit, 0) if unit.may_freeze else lowered
     return frozen if frozen.gain_w > lowered.gain_w else lowered
+
+
+def as_victim(unit: Unit) -> Option:
+    """A stop for somebody else's sake: least loss first, then the fewest GPUs."""
+    saved_w = max(0, sum(unit.full_w) - sum(unit.idle_w))
+    loss = min(LOSS_MAX, unit.loss + at_risk(unit.stake, unit.slack_us))
+    return Option(saved_w, loss * _GPUS_MAX + min(len(unit.gpus), _GPUS_MAX), None)
+
+
+def is_worth(unit: Unit, stopped: Iterable[Unit], horizon_us: int) -> bool:
+    """Whether a start gains more over the horizon than the stops lose that it takes; of none always."""
+    lost = [_delayed(each, horizon_us, MILLI) + each.loss for each in stopped]
+    return not lost or _delayed(unit, horizon_us, MILLI) > sum(lost)
 
 
 def cheapest(choices: Sequence[Sequence[Option]], need_w: int) -> Chosen | None:

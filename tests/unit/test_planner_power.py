@@ -239,6 +239,25 @@ def test_a_start_relies_on_a_board_that_came_free_a_moment_ago_but_no_rising_lim
     assert limits(plan(snapshot(replace(power, boards=boards)), Policy())) == {"GPU-0": 270}
 
 
+def test_where_value_decides_nobody_is_stopped_for_watts_that_are_worth_more_where_they_are() -> None:
+    """Job 2 outranks the gang, which would lose ten hours of its work with its deadline."""
+    due = {"started_us": NOW_US, "checkpoint_us": NOW_US, "expected_us": 10 * HOUR_US}
+    gang = running(1, "GPU-0", "GPU-1", job_class=TRAINING, value=1_000_000, **due)
+    tight = replace(gang, deadline_us=NOW_US + 10 * HOUR_US)
+    challenger = J(2, job_class=BATCH, value=3_000_000)
+    power = P(W(jobs=(gang, challenger), gpus=gpus(3)), budget_w=500, natural_w={1: 300, 2: 300})
+    power = power.with_limits({"GPU-0": 200, "GPU-1": 200, "GPU-2": 330})
+    by_value = Policy(order=Order.VALUE)
+    assert stopped(plan(snapshot(power), by_value)) == [1]
+    power = replace(power, world=replace(power.world, jobs=(tight, challenger)))
+    assert stopped(plan(snapshot(power), by_value)) == []
+    assert outcome(plan(snapshot(power), by_value)).waits == {2: Reason.WAITING_FOR_POWER}
+
+
+def stopped(made: Plan) -> list[int]:
+    return [action.job for action in made.actions if isinstance(action, PreemptJob)]
+
+
 def test_the_shadow_price_is_what_the_last_watt_costs() -> None:
     power = P(W(jobs=miners(1), gpus=gpus(1)), budget_w=250, natural_w={1: 300})
     made = plan(snapshot(power), Policy())
