@@ -48,9 +48,11 @@ class Draws:
         readings = self._readings.setdefault(job.id, deque(maxlen=READINGS_KEPT))
         if sample.power_w >= CAPPED_RATIO * limit_w:
             thought_w = self.natural_w(job)
-            if thought_w is None or limit_w < thought_w:
+            if thought_w is None or limit_w <= thought_w:
                 return False
-            readings.append(limit_w * (1.0 + GROWTH_RATIO))
+            # A limit without its whole margin lies that near to what the job is known to want.
+            wants_more = sample.power_w > (thought_w + limit_w) / 2.0
+            readings.append(limit_w * (1.0 + GROWTH_RATIO) if wants_more else sample.power_w)
         else:
             readings.append(sample.power_w)
         return len(readings) >= READINGS_MIN

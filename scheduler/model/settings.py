@@ -130,7 +130,7 @@ class PowerConfig:
     safe_budget_w: float | None = None  # while the signal of a source is lost; None = the configured one
     base_w: float = 0.0  # what the node draws beside its GPU boards
     pue: float = 1.0  # the site's draw over its computers'
-    margin_ratio: float = 0.05  # by how much a limit lies above a job's natural draw
+    margin_ratio: float = 0.02  # by how much a limit lies above a job's natural draw
     limit_inference: bool = False  # whether a shed may lower the limits of inference
     emergency_grace_s: float = 1.0  # the longest grace in an emergency
     return_w_per_s: float = 200.0  # how fast watts come back after a shed

@@ -247,7 +247,7 @@ def test_a_released_node_has_the_limits_back_that_were_found() -> None:
     with Daemon(gpus="1xH100", config=config).start() as daemon:
         daemon.set_budget(400)
         job = daemon.run("/bin/sleep", "1000", draw_w=300.0)
-        until("its limit is set", lambda: daemon.get_power().gpus[0].limit_w == 315)
+        until("its limit is set", lambda: daemon.get_power().gpus[0].limit_w == 306)
         assert daemon.get_power().gpus[0].limit_w_found == LIMIT_W
         daemon.cancel(job.id)
         daemon.wait(job.id, CANCELLED)

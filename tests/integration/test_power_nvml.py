@@ -48,7 +48,7 @@ def limits_w(fake: FakeNvml) -> list[int]:
 
 def run_under_a_limit(daemon: Daemon, fake: FakeNvml) -> str:
     job = daemon.run("/bin/sleep", "1000", job_class="batch", draw_w=300.0)
-    until("its limit is set", lambda: 315 in limits_w(fake))
+    until("its limit is set", lambda: 306 in limits_w(fake))
     return job.id
 
 
@@ -64,7 +64,7 @@ def test_limits_stay_over_a_kill_while_a_job_runs_and_go_back_at_a_stop_without_
 
     daemon.restart()
 
-    assert 315 in limits_w(fake)
+    assert 306 in limits_w(fake)
     until("it is known again", lambda: any(gpu.limit_w_found == 700 for gpu in daemon.get_power().gpus))
     daemon.cancel(job_id)
     daemon.wait(job_id, CANCELLED)
@@ -75,7 +75,7 @@ def test_limits_stay_over_a_kill_while_a_job_runs_and_go_back_at_a_stop_without_
 def test_a_stop_with_a_job_leaves_its_limits(fake: FakeNvml, daemon: Daemon) -> None:
     run_under_a_limit(daemon, fake)
     daemon.terminate()
-    assert 315 in limits_w(fake)
+    assert 306 in limits_w(fake)
 
 
 def test_without_a_daemon_limits_are_given_back_unless_a_job_may_still_run(
@@ -87,14 +87,14 @@ def test_without_a_daemon_limits_are_given_back_unless_a_job_may_still_run(
     assert "another wattshift daemon uses the state directory" in busy.stderr
     daemon.kill()
     refused = release_offline(daemon, fake)
-    assert (refused.returncode, 315 in limits_w(fake)) == (4, True)
+    assert (refused.returncode, 306 in limits_w(fake)) == (4, True)
     assert f"jobs {job_id} may still run under the limits" in refused.stderr
 
     daemon.start()
     daemon.cancel(job_id)
     daemon.wait(job_id, CANCELLED)
     daemon.kill()
-    assert 315 in limits_w(fake)
+    assert 306 in limits_w(fake)
     done = release_offline(daemon, fake)
     assert done.returncode == 0, done.stderr
     assert limits_w(fake) == [700] * GPUS
@@ -104,13 +104,13 @@ def test_without_a_daemon_limits_are_given_back_unless_a_job_may_still_run(
 
 def test_a_limit_that_somebody_else_changes_is_reported_and_respected(fake: FakeNvml, daemon: Daemon) -> None:
     run_under_a_limit(daemon, fake)
-    held = limits_w(fake).index(315)
+    held = limits_w(fake).index(306)
     fake.gpus[held].limit_mw = 250 * W
     problems = until(
         "it is reported",
         lambda: [text for text in daemon.get_node().problems if "somebody else changed it" in text],
     )
-    assert "is 250 W; it was set to 315 W" in problems[0]
+    assert "is 250 W; it was set to 306 W" in problems[0]
     assert limits_w(fake)[held] == 250
     assert daemon.get_power().gpus[held].limit_w_max == 250
 

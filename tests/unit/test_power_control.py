@@ -4,6 +4,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from scheduler.control.budget import Budget
 from scheduler.control.draws import READINGS_MIN, Draws
 from scheduler.control.inbox import LimitSet
@@ -72,6 +74,15 @@ def test_a_job_at_a_limit_that_was_to_be_enough_is_thought_to_want_more() -> Non
 def test_a_job_whose_limit_was_lowered_on_purpose_teaches_nothing() -> None:
     draws = Draws(PowerState(draws_w={"j1": 300.0}))
     assert fed(draws, JOB, 210.0, limit_w=210.0) == 300.0
+    assert fed(draws, JOB, 300.0, limit_w=300.0) == 300.0, "its margin alone was taken"
+
+
+@pytest.mark.parametrize(("watts", "wanted_w"), [(300.0, 300.0), (302.0, 300.0), (305.5, 306.0 * 1.1)])
+def test_a_limit_with_little_margin_tells_who_draws_as_ever_from_who_is_held_back(
+    watts: float, wanted_w: float
+) -> None:
+    draws = Draws(PowerState(draws_w={"j1": 300.0}))
+    assert fed(draws, JOB, watts, limit_w=306.0, times=200) == wanted_w
 
 
 def test_a_flicker_is_no_news() -> None:
