@@ -557,7 +557,7 @@ class PowerStage:
             more_w = max(0, int(wanted_w[gpu] - self._in_force_w[gpu]))
             unseen_w = int(self._unseen_w[~self._begun].sum())
             room_w = power.budget_w - int(self._in_force_w.sum()) - unseen_w
-            if more_w > room_w:
+            if more_w > max(0, room_w):  # of who begins it is counted
                 if room_w < RISE_W_MIN:
                     continue
                 more_w = room_w

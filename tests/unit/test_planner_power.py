@@ -239,6 +239,13 @@ def test_a_start_relies_on_a_board_that_came_free_a_moment_ago_but_no_rising_lim
     assert limits(plan(snapshot(replace(power, boards=boards)), Policy())) == {"GPU-0": 270}
 
 
+def test_who_begins_gets_the_limit_with_which_it_was_counted_whatever_was_not_seen_yet() -> None:
+    power = P(W(jobs=(J(1, job_class=TRAINING),), gpus=gpus(2)), budget_w=450, natural_w={1: 300})
+    made = plan(snapshot(power.with_limits({"GPU-0": 329, "GPU-1": 700})), Policy())
+    assert [job for job, _ in started(outcome(made))] == [1]
+    assert limits(made) == {"GPU-0": 330}
+
+
 def test_where_value_decides_nobody_is_stopped_for_watts_that_are_worth_more_where_they_are() -> None:
     """Job 2 outranks the gang, which would lose ten hours of its work with its deadline."""
     due = {"started_us": NOW_US, "checkpoint_us": NOW_US, "expected_us": 10 * HOUR_US}
