@@ -103,9 +103,8 @@ class Preview:
     reason: Reason | None  # why it would wait or fail
     start_within_us: int | None  # graces that have to run first, at most; None where it isn't served
     expected_start_us: int | None
-    closed: tuple[
-        str, ...
-    ] = ()  # the GPUs in its way because they are closed, where no open one could serve it
+    # The GPUs in its way because they are closed, where no open one could serve it.
+    closed: tuple[str, ...] = ()
 
 
 def explain(snapshot: Snapshot, policy: Policy, number: int) -> Explanation:

@@ -214,7 +214,7 @@ def _work(unit: Unit, curve: Curve, limits: tuple[int, ...]) -> int:
 def _delayed(unit: Unit, horizon_us: int, undone_milli: int) -> int:
     """Micro-USD lost where so much of the horizon's work is left undone: at least all that comes too late."""
     lost = max(0, unit.value) * undone_milli // MILLI * horizon_us // _US_PER_HOUR
-    if undone_milli <= MARGIN_WORK_MILLI:
+    if undone_milli <= MARGIN_WORK_MILLI:  # within what a declared duration is good for
         return lost
     is_late = horizon_us * undone_milli // MILLI > unit.slack_us
     return max(lost, unit.stake) if is_late else lost

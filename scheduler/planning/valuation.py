@@ -10,7 +10,7 @@ from scheduler.model.jobs import JobClass
 from scheduler.model.policy import Order, Policy
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, JobColumns, Snapshot
 from scheduler.planning.allocator import Request
-from scheduler.planning.arrays import lists, xp
+from scheduler.planning.arrays import lists, some, xp
 
 # Bits of a packed key: int64 without its sign.
 _KEY_BITS = 63
@@ -157,11 +157,11 @@ def at_stake(snapshot: Snapshot, order: Order, rows: Any, milli_gpus: Any) -> tu
     decides, a job's value is that of what is left.
     """
     jobs, now_us = snapshot.jobs, snapshot.now_us
-    expected_us, deadline_us, started_us = (
-        jobs.expected_us[rows],
-        jobs.deadline_us[rows],
-        jobs.started_us[rows],
-    )
+    deadline_us = jobs.deadline_us[rows]
+    if not some(deadline_us != UNKNOWN):  # few jobs have one
+        nothing = xp.zeros_like(deadline_us)
+        return nothing, nothing
+    expected_us, started_us = jobs.expected_us[rows], jobs.started_us[rows]
     left_us = xp.maximum(0, expected_us - xp.where(started_us == UNKNOWN, 0, now_us - started_us))
     slack_us = deadline_us - now_us - left_us
     dated = (expected_us != UNKNOWN) & (deadline_us != UNKNOWN) & (slack_us >= 0)

@@ -348,9 +348,7 @@ class World:
         expected_us = jobs.expected_us[rows]
         gpu_milli = summed(holder, milli, len(rows))
         lost_gpu_ms = lost_work(snapshot, policy, rows, started_us, gpu_milli)
-        loss_microusd = value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms)
-        if some(jobs.deadline_us[rows] != UNKNOWN):  # few jobs have one
-            loss_microusd += at_risk(*at_stake(snapshot, policy.order, rows, gpu_milli))
+        lost_microusd = value_of(xp.maximum(jobs.value[rows], 0), lost_gpu_ms)
         return Incumbents(
             row=rows,
             number=jobs.number[rows],
@@ -363,7 +361,7 @@ class World:
             started_us=started_us,
             ready_us=now_us + jobs.grace_us[rows],  # were it told to stop now
             lost_gpu_ms=lost_gpu_ms,
-            loss_microusd=loss_microusd,
+            loss_microusd=lost_microusd + at_risk(*at_stake(snapshot, policy.order, rows, gpu_milli)),
             hosts=hosts._replace(job=rows.searchsorted(hosts.job)),
             holder=holder,
             cell=self._cell[held],
