@@ -21,10 +21,11 @@ PATIENCE_S = 5.0
 REASONS_MAX = 8
 # Boards settle within 0.3 to 1 s of a change.
 SETTLE_S = 2.0
-# An emergency's draw is to be at its target so soon after it came: in 2 s, less a turn of the loop. It only
-# nears that, with this time constant: boards were seen to be within 5 % after 0.8 s, which is 0.28 s, and half
-# a second allows for slower ones. Where the target leaves too little room for what boards still draw then,
-# graces are shorter than `emergency_grace_s`, down to this part of it: who saves quickly still can.
+# An emergency's draw is to be at its target so soon after it came: in 2 s, less a turn of the loop. It
+# only nears that, with this time constant: boards were seen to be within 5 % after 0.8 s, which is 0.28
+# s, and half a second allows for slower ones. Where the target leaves too little room for what boards
+# still draw then, graces are shorter than `emergency_grace_s`, down to this part of it: who saves quickly
+# still can.
 EMERGENCY_S = 1.95
 SETTLING_S = 0.5
 GRACE_RATIO_MIN = 0.5
