@@ -77,8 +77,7 @@ JOURNAL_RETRY_S = 1.0
 # A moment nearer than this has come: clocks are no finer, and a tick must not call itself.
 WAKE_S_MIN = 0.001
 # A launcher that can't be reached is tried again: at once, then ever later.
-RECONNECT_S = 0.1
-RECONNECT_S_MAX = 5.0
+RECONNECT_S, RECONNECT_S_MAX = 0.1, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +202,7 @@ class Controller:
             job = self.ledger.by_key(report.key.job_id, report.key.attempt)
             if job is not None:
                 self._gone.add(job.number)
+                self.reports.is_about_to_end(job, self._gone)
                 for uuid in job.attempts[-1].gpus:
                     self.verifier.watch(uuid)
         self.inbox.put(report)

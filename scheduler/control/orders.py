@@ -1,7 +1,7 @@
 """Orders that follow from what a tick made durable, sent in the order of safety.
 
 One thing is asked for earlier: the launcher prepares starts while the journal syncs, and those of preemptors
-while their victims end. It shows nowhere, and is taken back if nothing comes of it.
+from their last victim's end on. It shows nowhere, and is taken back if nothing comes of it.
 
 The orders are derived from each job's change, so that none can be forgotten: a new notice is a stop, a new
 attempt is a start, an end is a hand-over to watch and an attempt that the launcher may forget.

@@ -137,6 +137,20 @@ class ReportHandler:
                 if preemptor is not None and preemptor.state in (JobState.PENDING, JobState.STARTING):
                     self._victims.setdefault(preemptor.number, []).append((job.id, last.number))
 
+    def is_about_to_end(self, job: Job, gone: set[int]) -> None:
+        """The processes of the job are gone, and those of all jobs in `gone`; the next tick will know it.
+
+        If nobody else stops for the same preemptor, that one's start is prepared while the tick is made, when
+        the launcher has nothing else to do. Earlier it would be in the way of the stops.
+        """
+        ledger = self._control.ledger
+        preemptor = ledger.by_id(job.attempts[-1].preempted_by)
+        if preemptor is None or preemptor.state is not JobState.PENDING:
+            return
+        victims = [ledger.by_key(*victim) for victim in self._victims.get(preemptor.number, ())]
+        if all(victim is None or victim.number in gone for victim in victims):
+            self._control.orders.prepare_ahead(preemptor)
+
     def forget(self, number: int) -> None:
         """The job is final: nobody stops for it any more."""
         self._victims.pop(number, None)
@@ -253,7 +267,6 @@ class ReportHandler:
                     )
                     self._victims.setdefault(action.preemptor, []).append((job.id, job.attempt))
                     preemptor = self._control.ledger.jobs[action.preemptor]
-                    self._control.orders.prepare_ahead(preemptor)
                     labels = (job.spec.job_class.name, preemptor.spec.job_class.name, action.reason.value)
                     self._control.meters.preemption_lost_gpu_s[labels] += action.lost_gpu_ms / 1000.0
                 case StopJob():

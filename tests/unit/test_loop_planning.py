@@ -9,7 +9,7 @@ import pytest
 from scheduler.control import loop
 from scheduler.effects.journal_sqlite import SqliteJournal
 from scheduler.errors import JournalFull, Unavailable
-from scheduler.model.jobs import JobState
+from scheduler.model.jobs import Job, JobClass, JobState
 from scheduler.model.settings import Config, SamplingConfig
 from scheduler.simulation.machine import Workload
 from scheduler.simulation.virtual_time import run
@@ -64,6 +64,33 @@ def test_ends_that_come_together_and_the_looks_at_their_gpus_are_one_tick(
         assert {world.state(job) for job in first} == {JobState.SUCCEEDED}
         assert {world.state(job) for job in second} == {JobState.RUNNING}
         assert world.plans == before + 1
+        world.daemon.stop()
+
+    run(story())
+
+
+def test_a_preemptors_start_is_prepared_when_the_last_of_its_victims_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops_s = {"j1": 1.0, "j2": 3.0}
+    world = SimulatedNode(tmp_path, lambda job_id: Workload(stop_s=stops_s.get(job_id)), gpus=2)
+    said: list[tuple[str, JobState]] = []
+
+    def prepare_ahead(job: Job) -> None:
+        said.append((job.id, world.state("j1")))
+
+    async def story() -> None:
+        await world.daemon.start()
+        monkeypatch.setattr(world.daemon.controller.orders, "prepare_ahead", prepare_ahead)
+        victims = [await world.submit(job_class=JobClass.BATCH, grace_s=9.0) for _ in range(2)]
+        await asyncio.sleep(1.0)
+        gang = await world.submit(job_class=JobClass.TRAINING, gpus=2)
+        await asyncio.sleep(2.5)
+        assert [world.state(victim) for victim in victims] == [JobState.PENDING, JobState.PREEMPTING]
+        assert said == [], "the stops come first"
+        await asyncio.sleep(1.0)
+        assert said == [(gang, JobState.PENDING)], "once"
+        assert world.state(gang) is JobState.RUNNING
         world.daemon.stop()
 
     run(story())
