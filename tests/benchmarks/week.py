@@ -20,6 +20,7 @@ its start on, an emergency from its receipt.
 import argparse
 import asyncio
 import json
+import math
 import random
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from scheduler.model.power import BudgetInterval, GridEvent
 from scheduler.model.prices import PricePoint
 from scheduler.model.settings import Config, PowerConfig, StandingJob
 from scheduler.simulation.machine import Workload
-from scheduler.simulation.virtual_time import run
+from scheduler.simulation.virtual_time import EPOCH_S, run
 from tests.benchmarks.mining_gate import INTERVAL_S, PRICES, read
 from tests.benchmarks.powered import PoweredNode
 
@@ -235,21 +236,18 @@ class Week(PoweredNode):
 
     # Who watches --------------------------------------------------------------------------------
 
-    def _budget_w(self) -> tuple[float, str]:
-        """The tightest of what holds now, as operators and the grid have said it; and who said it."""
+    def _budget_w(self) -> tuple[float, float, str]:
+        """The tightest of what holds now, as operators and the grid have said it; since when; who said it."""
         now_s, power, config = self.now_s, self.daemon.controller.ledger.power, self.config.power
         assert config.budget_w is not None
-        said = [(config.budget_w, "contract")]
+        said = [(config.budget_w, -math.inf, "contract")]
         said += [
-            (one.budget_w, f"interval since {one.start_s - now_s:+.2f} s")
+            (one.budget_w, one.start_s, "interval")
             for one in power.budget
             if one.start_s <= now_s and (one.end_s is None or now_s < one.end_s)
         ]
         said += [
-            (
-                event.budget_w,
-                f"{'emergency' if event.emergency else 'event'} since {event.start_s - now_s:+.2f} s",
-            )
+            (event.budget_w, event.start_s, _kind(event))
             for event in power.events
             if event.binds and event.start_s <= now_s < event.end_s
         ]
@@ -261,14 +259,14 @@ class Week(PoweredNode):
         while True:
             await asyncio.sleep(LOOK_CLOSELY_S if since else LOOK_S)
             draw_w, now_s = self.draw_w, self.now_s
-            budget_w, cause = self._budget_w()
+            budget_w, since_s, cause = self._budget_w()
             for ratio in ABOVE_RATIOS:
                 if draw_w <= budget_w * (1.0 + ratio) + ROUNDING_W:
                     if (span := since.pop(ratio, None)) is not None:
                         self.found.spans[ratio].append(span)
                     continue
-                # It began when nobody looked.
-                span = since.setdefault(ratio, Span(looked_s, 0.0, 0.0, 0.0, cause))
+                # It began when nobody looked, but not before it was to be kept.
+                span = since.setdefault(ratio, Span(max(looked_s, since_s), 0.0, 0.0, 0.0, cause))
                 span.for_s = now_s - span.at_s
                 span.above_w = max(span.above_w, draw_w - budget_w)
                 span.above_ratio = max(span.above_ratio, draw_w / budget_w - 1.0)
@@ -307,7 +305,7 @@ def figures(found: Found) -> dict[str, Any]:
         }
     worst = sorted(found.spans[0.0], key=lambda span: -span.for_s)[:10]
     told["worst"] = [
-        f"at {span.at_s % DAY_S:.2f} s for {span.for_s:.2f} s by at most {span.above_w:.1f} W "
+        f"at {span.at_s - EPOCH_S:.2f} s for {span.for_s:.2f} s by at most {span.above_w:.1f} W "
         f"({span.above_ratio:.2%}): {span.cause}"
         for span in worst
     ]

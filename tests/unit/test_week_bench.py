@@ -21,7 +21,7 @@ def test_in_an_hour_full_of_events_the_draw_is_never_above_the_budget_for_long()
 
 
 def test_a_budget_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Week, "_budget_w", lambda self: (1000.0, "nobody"))
+    monkeypatch.setattr(Week, "_budget_w", lambda self: (1000.0, 0.0, "nobody"))
     found = played(2, 120.0 / DAY_S, PRICES)
     (span,) = found.spans[0.0]
     assert span.for_s > 100.0, "it is not over yet, and counts"
