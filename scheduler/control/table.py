@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from scheduler.control.holdings import Holdings
+from scheduler.control.worth import value_of_not_waiting
 from scheduler.model import snapshot as columns
 from scheduler.model.frames import SaidColumns
 from scheduler.model.gpus import GpuIdentity, model_matches
@@ -46,9 +47,6 @@ _BOOL_COLUMNS = frozenset({"preemptible"})
 _ROWS_AT_FIRST = 256
 _MICROUSD_PER_USD = 1_000_000
 _W_PER_KW = 1000.0
-# A job is never taken for nearer its end than this, nor for worth more than this: 1,000,000 USD per GPU-hour.
-_LEFT_US_MIN = 60_000_000
-_GROWN_VALUE_MAX = 1_000_000_000_000
 
 # What an ended attempt still occupies: row of the GPU, share in thousandths, memory in MiB, then the number
 # of the job that it gave way to and when it was told, microseconds; UNKNOWN where nobody was.
@@ -227,7 +225,8 @@ class JobTable:
         natural_w, suspend_us, whole_us, *_ = own[_OWN:]
         jobs, gross, best_w = JobColumns(*own[:_OWN]), None, None
         if self._policy.order is Order.VALUE:
-            jobs = replace(jobs, value=value_of_what_is_left(jobs, whole_us, microseconds(now_s)))
+            value = value_of_not_waiting(jobs, whole_us, microseconds(now_s), gpus)
+            jobs = replace(jobs, value=value)
         if self.energy is not None:
             gross = jobs.value
             net, best_w = self.energy.best(jobs, natural_w)
@@ -328,17 +327,3 @@ class JobTable:
     @staticmethod
     def _allocate(rows: int) -> list[Any]:
         return [np.zeros(rows, dtype=bool if name in _BOOL_COLUMNS else np.int64) for name in _COLUMNS]
-
-
-def value_of_what_is_left(jobs: JobColumns, whole_us: Any, now_us: int) -> Any:
-    """Micro-USD per GPU-hour of the work that is left: who pays at the end is worth more, the less is left.
-
-    Who will be done too late for his deadline earns nothing. Jobs whose duration nobody declared, and those
-    that pay as they go, are worth what they say.
-    """
-    ran_us = np.where(jobs.started_us == UNKNOWN, 0, now_us - jobs.started_us)
-    left_us = jobs.expected_us - np.maximum(ran_us, 0)
-    grown = np.rint(jobs.value * (whole_us / np.maximum(left_us, _LEFT_US_MIN)))
-    grown = grown.clip(-_GROWN_VALUE_MAX, _GROWN_VALUE_MAX).astype(np.int64)
-    is_late = (jobs.deadline_us != UNKNOWN) & (now_us + left_us > jobs.deadline_us)
-    return np.where(whole_us == UNKNOWN, jobs.value, np.where(is_late, 0, grown))

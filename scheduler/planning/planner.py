@@ -33,7 +33,7 @@ from scheduler.model.actions import (
     SuspendJob,
     Wait,
 )
-from scheduler.model.policy import Policy
+from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP, RUNNING, STARTING, SUSPENDED, UNKNOWN, Snapshot
 from scheduler.planning.allocator import Claim, Found, Live, Node, Request, claim
@@ -57,6 +57,7 @@ from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
 from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving, placed
+from scheduler.planning.valuation import WAIT_US
 from scheduler.planning.world import NEVER, World
 
 
@@ -411,12 +412,15 @@ class Planner:
             live = (jobs.state[timed] == RUNNING) | (jobs.state[timed] == SUSPENDED)
             limited = timed[live & (jobs.time_limit_us[timed] != UNKNOWN)]
             dated = jobs.deadline_us[timed] != UNKNOWN
-            late = timed[dated & (codes[timed] >= 0)]
+            waiting = timed[dated & (codes[timed] >= 0)]
+            late_us = jobs.deadline_us[waiting] + 1 - unknown_as_zero(jobs.expected_us[waiting])
             moments += [
                 jobs.started_us[limited] + jobs.time_limit_us[limited],
                 jobs.deadline_us[timed[dated & live]] + 1,
-                jobs.deadline_us[late] + 1 - unknown_as_zero(jobs.expected_us[late]),
+                late_us,
             ]
+            if self._policy.order is Order.VALUE:  # who can't wait any more is worth more
+                moments.append(late_us - WAIT_US)
         if some(codes >= 0):
             moments.append(self.world.incumbents.yields_us)
         moment_us = xp.concatenate(moments)

@@ -15,7 +15,7 @@ from typing import Any, assert_never
 import msgspec
 import numpy as np
 
-from scheduler.control.table import value_of_what_is_left
+from scheduler.control.worth import value_of_not_waiting
 from scheduler.effects.journal_file import DATABASE_NAME, DECODERS, anchor, head
 from scheduler.effects.journal_read import chain, opened
 from scheduler.errors import FrameError, JournalCorrupt
@@ -199,7 +199,8 @@ def under(inputs: PlanInputs, then: Policy, other: Policy) -> Snapshot:
         priority[row] = aged_priority(job_class, int(priority[row]), count, other)
     value = said.value
     if other.order is Order.VALUE:
-        value = value_of_what_is_left(replace(jobs, value=value), said.whole_us, snapshot.now_us)
+        said_jobs = replace(jobs, value=value)
+        value = value_of_not_waiting(said_jobs, said.whole_us, snapshot.now_us, snapshot.gpus)
     cost: Any = 0
     if gross is not None:
         gross, cost = value, gross - jobs.value

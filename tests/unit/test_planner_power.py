@@ -247,10 +247,10 @@ def test_who_begins_gets_the_limit_with_which_it_was_counted_whatever_was_not_se
 
 
 def test_where_value_decides_nobody_is_stopped_for_watts_that_are_worth_more_where_they_are() -> None:
-    """Job 2 outranks the gang, which would lose ten hours of its work with its deadline."""
+    """Job 2 outranks the gang, which may wait a little, and would lose ten hours' work with its deadline."""
     due = {"started_us": NOW_US, "checkpoint_us": NOW_US, "expected_us": 10 * HOUR_US}
     gang = running(1, "GPU-0", "GPU-1", job_class=TRAINING, value=1_000_000, **due)
-    tight = replace(gang, deadline_us=NOW_US + 10 * HOUR_US)
+    tight = replace(gang, deadline_us=NOW_US + 10 * HOUR_US + HOUR_US // 2)
     challenger = J(2, job_class=BATCH, value=3_000_000)
     power = P(W(jobs=(gang, challenger), gpus=gpus(3)), budget_w=500, natural_w={1: 300, 2: 300})
     power = power.with_limits({"GPU-0": 200, "GPU-1": 200, "GPU-2": 330})

@@ -3,11 +3,12 @@
 import pytest
 
 from scheduler.model.actions import FailJob, PreemptJob, Promise, RequeueJob, StartJob, StopJob
-from scheduler.model.policy import Policy
+from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP
 from scheduler.planning.explain import preview
 from scheduler.planning.planner import Memo, digest, plan
+from scheduler.planning.valuation import WAIT_US
 from tests.fakes.worlds import (
     BATCH,
     INFERENCE,
@@ -67,6 +68,12 @@ def test_a_job_that_cannot_meet_its_deadline_any_more_fails_and_others_wake_the_
         waits={3: Reason.NO_SUITABLE_GPU, 4: Reason.NO_SUITABLE_GPU},
         wake_us=NOW_US + 6 * S + 1,
     )
+
+
+def test_by_value_the_planner_wakes_when_who_waits_can_wait_no_more() -> None:
+    world = W(jobs=(J(1, deadline_us=NOW_US + 5000 * S, expected_us=1000 * S),))
+    assert planned(world).wake_us == NOW_US + 4000 * S + 1
+    assert planned(world, Policy(order=Order.VALUE)).wake_us == NOW_US + 4000 * S + 1 - WAIT_US
 
 
 @pytest.mark.parametrize(

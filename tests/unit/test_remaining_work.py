@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scheduler.control.table import value_of_what_is_left
+from scheduler.control.worth import value_of_what_is_left
 from scheduler.model.events import fold, submitted
 from scheduler.model.jobs import Job, JobClass, JobState, RestartRule
 from scheduler.model.policy import Order, Policy
