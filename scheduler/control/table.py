@@ -225,7 +225,8 @@ class JobTable:
         natural_w, suspend_us, whole_us, *_ = own[_OWN:]
         jobs, gross, best_w = JobColumns(*own[:_OWN]), None, None
         if self._policy.order is Order.VALUE:
-            value = value_of_not_waiting(jobs, whole_us, microseconds(now_s), gpus)
+            ratio = self._policy.hysteresis_ratio
+            value = value_of_not_waiting(jobs, whole_us, microseconds(now_s), gpus, ratio)
             jobs = replace(jobs, value=value)
         if self.energy is not None:
             gross = jobs.value

@@ -12,7 +12,7 @@ import numpy as np
 
 from scheduler.model.jobs import JobClass
 from scheduler.model.snapshot import OPEN, UNKNOWN, WHOLE_MILLI, GpuColumns, JobColumns
-from scheduler.planning.valuation import AHEAD_US, WAIT_US
+from scheduler.planning.valuation import AHEAD_US, can_wait
 
 # A job is never taken for nearer its end than this, nor for worth more than this: 1,000,000 USD per GPU-hour.
 _LEFT_US_MIN = 60_000_000
@@ -20,6 +20,8 @@ _GROWN_VALUE_MAX = 1_000_000_000_000
 # Later a GPU goes for this part of what it goes for now: of those who wait many have no time to wait so long.
 # On made worlds like those of `tests/benchmarks/worlds32.py` all from 0.65 to 0.85 earn the same.
 _LATER_PRICE_RATIO = 0.75
+_HOUR_US = 3_600_000_000
+_ROUNDING = 2  # micro-USD: a bar is rounded up, and so is its part of an hour
 
 
 def value_of_what_is_left(jobs: JobColumns, whole_us: Any, now_us: int) -> Any:
@@ -34,24 +36,34 @@ def value_of_what_is_left(jobs: JobColumns, whole_us: Any, now_us: int) -> Any:
     return np.where(whole_us == UNKNOWN, jobs.value, np.where(is_late, 0, grown))
 
 
-def value_of_not_waiting(jobs: JobColumns, whole_us: Any, now_us: int, gpus: GpuColumns) -> Any:
+def value_of_not_waiting(
+    jobs: JobColumns, whole_us: Any, now_us: int, gpus: GpuColumns, hysteresis_ratio: float
+) -> Any:
     """Micro-USD per GPU-hour of the next half hour: what is left, and more of who would be late by waiting.
 
     So who can't wait goes before who can, if his work is worth more than GPUs go for later; but never before
-    who is worth more than all that it pays to finish him.
+    who is worth more than all that it pays to finish him, and never so that inference waits for him.
     """
     value = value_of_what_is_left(jobs, whole_us, now_us)
     left_us = _left_us(jobs, now_us)
-    # A stop of who runs costs him his restart, too.
-    loss_us = np.where(jobs.started_us == UNKNOWN, 0, jobs.restart_loss_us)
-    slack_us = jobs.deadline_us - now_us - left_us - loss_us
-    can_wait = (whole_us == UNKNOWN) | (jobs.deadline_us == UNKNOWN) | (slack_us >= WAIT_US)
-    urgent = ~can_wait & (value > 0) & (left_us > AHEAD_US)
+    waits = can_wait(jobs.deadline_us - now_us - left_us, jobs.restart_loss_us)
+    is_due = (whole_us != UNKNOWN) & (jobs.deadline_us != UNKNOWN) & ~waits
+    urgent = is_due & (value > 0) & (left_us > AHEAD_US)
     if not urgent.any():
         return value
     later = _going_price(jobs, value, int((gpus.state == OPEN).sum())) * _LATER_PRICE_RATIO
-    more = (value - later) * (left_us / AHEAD_US - 1.0)
-    return np.where(urgent & (value > later), _clipped(value + more), value)
+    told = value + (value - later) * (left_us / AHEAD_US - 1.0)
+    told = np.minimum(told, _below_inference(jobs, value, hysteresis_ratio))
+    return np.where(urgent & (told > value), _clipped(told), value)
+
+
+def _below_inference(jobs: JobColumns, value: Any, hysteresis_ratio: float) -> Any:
+    """The most that each job may count for, so that all inference which outranks it by `value` still does."""
+    # What hysteresis and restart ask for (`value_bar`).
+    lead = 1.0 + np.maximum(hysteresis_ratio, jobs.restart_loss_us / _HOUR_US)
+    serving = np.sort(value[jobs.job_class == int(JobClass.INFERENCE)])
+    nearest = np.searchsorted(serving, value * lead + _ROUNDING)
+    return np.append(serving, np.inf)[nearest] / lead - _ROUNDING
 
 
 def _going_price(jobs: JobColumns, value: Any, gpus: int) -> int:

@@ -420,7 +420,7 @@ class Planner:
                 late_us,
             ]
             if self._policy.order is Order.VALUE:  # who can't wait any more is worth more
-                moments.append(late_us - WAIT_US)
+                moments.append(late_us - jobs.restart_loss_us[waiting] - WAIT_US)
         if some(codes >= 0):
             moments.append(self.world.incumbents.yields_us)
         moment_us = xp.concatenate(moments)

@@ -154,6 +154,15 @@ def value_of(value_microusd_per_hour: Any, gpu_ms: Any) -> Any:
     return value_microusd_per_hour * hours + value_microusd_per_hour * rest_ms // _MS_PER_HOUR
 
 
+def can_wait(slack_us: Any, restart_loss_us: Any) -> Any:
+    """Whether each row's job would still be in time if it waited for WAIT_US.
+
+    Of who waits as of who runs a restart is reckoned in: who is let in must be worth the same once he runs,
+    or the next plan would stop him again, and so on without end.
+    """
+    return slack_us - restart_loss_us >= WAIT_US
+
+
 def at_stake(snapshot: Snapshot, order: Order, rows: Any, milli_gpus: Any) -> tuple[Any, Any]:
     """What each row's job loses if it misses its deadline, micro-USD, and by how much it may be delayed, us.
 
@@ -171,8 +180,7 @@ def at_stake(snapshot: Snapshot, order: Order, rows: Any, milli_gpus: Any) -> tu
     dated = (expected_us != UNKNOWN) & (deadline_us != UNKNOWN) & (slack_us >= 0)
     paid_us = expected_us
     if order is Order.VALUE:  # the value of who can't wait holds all that he would lose by it
-        loss_us = xp.where(started_us == UNKNOWN, 0, jobs.restart_loss_us[rows])
-        waits = slack_us - loss_us >= WAIT_US
+        waits = can_wait(slack_us, jobs.restart_loss_us[rows])
         paid_us = xp.where(waits, left_us, xp.minimum(left_us, AHEAD_US))
     hourly = xp.maximum(jobs.value[rows], 0) * milli_gpus // WHOLE_MILLI
     stake = value_of(hourly, xp.minimum(paid_us, _UNSAVED_US_MAX) // _US_PER_MS)

@@ -200,7 +200,8 @@ def under(inputs: PlanInputs, then: Policy, other: Policy) -> Snapshot:
     value = said.value
     if other.order is Order.VALUE:
         said_jobs = replace(jobs, value=value)
-        value = value_of_not_waiting(said_jobs, said.whole_us, snapshot.now_us, snapshot.gpus)
+        ratio = other.hysteresis_ratio
+        value = value_of_not_waiting(said_jobs, said.whole_us, snapshot.now_us, snapshot.gpus, ratio)
     cost: Any = 0
     if gross is not None:
         gross, cost = value, gross - jobs.value

@@ -23,7 +23,7 @@ MINUTE = 60 * SECOND_US
 
 def worth(world: W, *whole_us: int) -> list[int]:
     seen = snapshot(world)
-    return list(value_of_not_waiting(seen.jobs, np.array(whole_us), NOW_US, seen.gpus).tolist())
+    return list(value_of_not_waiting(seen.jobs, np.array(whole_us), NOW_US, seen.gpus, 0.3).tolist())
 
 
 def due(slack_us: int, hours: int = 4) -> dict[str, int]:
@@ -66,13 +66,29 @@ def test_miners_and_those_too_late_make_no_gpu_dear() -> None:
     assert worth(world, UNKNOWN, 4 * HOUR, 4 * HOUR) == [9_000_000, 0, 8_000_000]
 
 
-def test_to_who_runs_a_stop_costs_his_restart_too() -> None:
-    def of(restart_loss_us: int) -> W:
-        said = {"value": 1_000_000, "restart_loss_us": restart_loss_us, **due(20 * MINUTE)}
-        return W(jobs=(running(1, "GPU-0", ran_s=0, **said),), gpus=gpus(1))
+def test_nobody_is_worth_or_stakes_anything_else_once_he_starts() -> None:
+    """Else who is let in would be stopped by the next plan, and so on without end."""
+    for minutes in range(0, 40, 2):
+        said = {"value": 1_000_000, "restart_loss_us": 6 * MINUTE, **due(minutes * MINUTE)}
+        found = []
+        for first in (J(1, **said), running(1, "GPU-0", ran_s=0, **said)):
+            world = W(jobs=(first, J(2, **said)), gpus=gpus(1))
+            stakes = at_stake(snapshot(world), Order.VALUE, np.arange(2), np.full(2, 1000))
+            found.append((worth(world, 4 * HOUR, 4 * HOUR), *(each.tolist() for each in stakes)))
+        assert found[0] == found[1]
+        is_due = minutes < 15 + 6
+        assert found[0][0][0] == (1_000_000 + 7 * 250_000 if is_due else 1_000_000)
 
-    assert worth(of(5 * MINUTE), 4 * HOUR) == [1_000_000]
-    assert worth(of(5 * MINUTE + 1), 4 * HOUR) == [8_000_000]
+
+def test_inference_never_waits_for_who_is_only_in_a_hurry() -> None:
+    def worths(**others: int) -> list[int]:
+        serving = [J(n, job_class=JobClass.INFERENCE, value=v) for n, v in ((1, 3_900_000), (2, 0))]
+        world = W(jobs=(*serving, J(3, **{"value": 2_000_000, **due(0), **others})), gpus=gpus(4))
+        return worth(world, UNKNOWN, UNKNOWN, 4 * HOUR)
+
+    assert worths() == [3_900_000, 0, 2_999_998], "30 % more than that is less than inference is worth"
+    assert worths(restart_loss_us=30 * MINUTE) == [3_900_000, 0, 2_599_998], "a half more"
+    assert worths(value=5_000_000) == [3_900_000, 0, 8 * 5_000_000], "it is before both by what it pays"
 
 
 def test_what_is_at_stake_is_not_counted_twice() -> None:
