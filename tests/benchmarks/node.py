@@ -177,9 +177,11 @@ class Node:
         """The daemon, its launcher and the supervisors; not the jobs."""
         assert self.daemon is not None
         launchers = [pid for pid in naming(self.state_dir, ("cmdline",)) if pid != self.daemon.pid]
+        parents = {pid: parent(pid) for pid in sorted(launchers)}
         return [Process("daemon", self.daemon.pid)] + [
-            Process("supervisor" if parent(pid) in launchers else "launcher", pid)
-            for pid in sorted(launchers)
+            Process("supervisor" if above in launchers else "launcher", pid)
+            for pid, above in parents.items()
+            if above  # else it was about to become a job, and has ended
         ]
 
     def spent(self) -> Spent:
