@@ -28,15 +28,15 @@ from scheduler.effects.job_files import (
     CHECKPOINT_MARK,
     AttemptFiles,
     JobLog,
-    JobUser,
     attempt_environment,
     remove_unused_attempt,
 )
 from scheduler.effects.job_spawn import Program
-from scheduler.effects.job_tree import Containment, Listener, Tree
-from scheduler.effects.launcher_loop import Loop, Timer, log
+from scheduler.effects.job_tree import Listener, Tree
+from scheduler.effects.job_workshop import Workshop
+from scheduler.effects.launcher_loop import Timer, log
 from scheduler.effects.launcher_wire import Message
-from scheduler.effects.linux import IN_ATTRIB, IN_CLOSE_WRITE, IN_CREATE, IN_MOVED_TO, Inotify
+from scheduler.effects.linux import IN_ATTRIB, IN_CLOSE_WRITE, IN_CREATE, IN_MOVED_TO
 
 Key = tuple[str, int]
 
@@ -47,49 +47,16 @@ CHECKPOINT_REPORTS_S = 0.1  # a job that marks checkpoints in a loop is heard th
 # comes out.
 FREEZE_AGAIN_S, FREEZE_AGAIN_S_MAX = 0.002, 0.5
 
+# So long after its start what a notice needs is made ready: jobs of milliseconds never get one, and the fork
+# for the next start is done.
+NOTICE_AHEAD_S = 0.01
+
 _FROZEN_OR_THAWED = ("frozen", "thawed")
 _PIECE_BYTES = 65536  # what a pipe holds; one turn of the loop moves one piece of a job's output
 _DRAIN_PIECES_MAX = 16  # the largest pipe an unprivileged process can make (1 MiB), in pieces
 
 _CHECKPOINT_EVENTS = IN_CREATE | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_TO
 _ACK_EVENTS = IN_CREATE | IN_MOVED_TO
-
-
-class Workshop:
-    """What all attempts share."""
-
-    __slots__ = (
-        "containment",
-        "inotify",
-        "jobs_dir",
-        "jobs_fd",
-        "log_bytes_max",
-        "log_files_max",
-        "loop",
-        "user",
-        "watches",
-    )
-
-    def __init__(
-        self,
-        loop: Loop,
-        containment: Containment,
-        inotify: Inotify,
-        user: JobUser,
-        jobs_dir: str,
-        jobs_fd: int,
-        log_bytes_max: int,
-        log_files_max: int,
-    ) -> None:
-        self.loop = loop
-        self.containment = containment
-        self.inotify = inotify
-        self.user = user
-        self.jobs_dir = jobs_dir
-        self.jobs_fd = jobs_fd
-        self.log_bytes_max = log_bytes_max
-        self.log_files_max = log_files_max
-        self.watches: dict[int, Callable[[bytes], None]] = {}  # by inotify's number; takes the file's name
 
 
 class StopTree(Listener):
@@ -147,6 +114,7 @@ class Attempt(Listener):
         "_killed",
         "_log",
         "_notice",
+        "_notice_timer",
         "_output_fd",
         "_output_write_fd",
         "_over",
@@ -197,6 +165,7 @@ class Attempt(Listener):
         self._deadline_s: float | None = None
         self._deadline_timer: Timer | None = None
         self._notice: dict[str, object] = {}
+        self._notice_timer: Timer | None = None
         self._signalled = False
         self._killed: list[Tree] = []
         self._kill_timer: Timer | None = None
@@ -327,6 +296,8 @@ class Attempt(Listener):
         self._say("started", pid=pid, pid_start_ticks=start_ticks)
         if self._deadline_s is not None and self._tree is not None:
             self._give_notice(self._tree)
+        else:
+            self._notice_timer = self._shop.loop.call_after(NOTICE_AHEAD_S, self._prepare_notice)
 
     def has_failed_to_start(self, what: str, number: int, message: str) -> None:
         """There is no process, or there will be none in a moment: then it is said."""
@@ -374,13 +345,25 @@ class Attempt(Listener):
 
     # Stopping ----------------------------------------------------------------------------------
 
+    def _prepare_notice(self) -> None:
+        """Do ahead what can be done of a notice: a job of higher rank will wait for it."""
+        self._notice_timer = None
+        files = self._files
+        if files is not None and not self._tree_is_gone and not self._signalled:
+            files.prepare_notice()
+            try:
+                self._watch_acknowledgement(files)
+            except OSError:
+                pass  # the notice tries again, and says so
+
     def _give_notice(self, tree: Tree) -> None:
         files = self._files
         assert files is not None
         try:
             if not self._signalled:
                 # Watched before an older one is removed, so that none slips through between.
-                self._ack_watch = self._watch(files.attempt_fd, _ACK_EVENTS, self._attempt_directory_changed)
+                if self._ack_watch < 0:
+                    self._watch_acknowledgement(files)
                 files.remove_acknowledgement()
             files.write_notice(self._notice)
         except OSError as error:
@@ -409,11 +392,17 @@ class Attempt(Listener):
 
     def look_for_acknowledgement(self) -> None:
         """Events were lost: look whether one of them was the acknowledgement."""
-        if self._ack_watch >= 0 and self._files is not None and self._files.has_acknowledgement():
+        if self._ack_watch >= 0:
             self._attempt_directory_changed(b"ack")
 
+    def _watch_acknowledgement(self, files: AttemptFiles) -> None:
+        self._ack_watch = self._shop.watch(files.attempt_fd, _ACK_EVENTS, self._attempt_directory_changed)
+
     def _attempt_directory_changed(self, name: bytes) -> None:
-        if name == b"ack" and not self._tree_is_gone and self._tree is not None:
+        if name != b"ack" or not self._signalled or self._tree is None or self._tree_is_gone:
+            return
+        # One of before the notice was removed; that it came may be read only now.
+        if self._files is not None and self._files.has_acknowledgement():
             self._unwatch_ack()
             self._say("acknowledged")
             self._kill(self._tree)
@@ -482,7 +471,7 @@ class Attempt(Listener):
 
     def _watch_checkpoints(self, files: AttemptFiles) -> None:
         try:
-            self._checkpoint_watch = self._watch(
+            self._checkpoint_watch = self._shop.watch(
                 files.checkpoint_fd, _CHECKPOINT_EVENTS, self._checkpoint_directory_changed
             )
         except OSError as error:
@@ -513,19 +502,8 @@ class Attempt(Listener):
     def _program(self, command: list[str]) -> Program:
         return Program(command, self._environment, self._working_directory, self.key[0])
 
-    def _watch(self, directory_fd: int, events: int, callback: Callable[[bytes], None]) -> int:
-        watch = self._shop.inotify.add(directory_fd, events)
-        self._shop.watches[watch] = callback
-        return watch
-
-    def _unwatch(self, watch: int, callback: Callable[[bytes], None]) -> None:
-        # A later attempt of the job watches the same checkpoint directory under the same number.
-        if watch >= 0 and self._shop.watches.get(watch) == callback:
-            del self._shop.watches[watch]
-            self._shop.inotify.remove(watch)
-
     def _unwatch_ack(self) -> None:
-        self._unwatch(self._ack_watch, self._attempt_directory_changed)
+        self._shop.unwatch(self._ack_watch, self._attempt_directory_changed)
         self._ack_watch = -1
 
     def _say_last(self, kind: str, of: tuple[str, ...]) -> None:
@@ -558,7 +536,13 @@ class Attempt(Listener):
                 shop.loop.unwatch(self._output_fd)
             os.close(self._output_fd)
             self._output_fd = -1
-        for timer in (self._deadline_timer, self._kill_timer, self._checkpoint_timer, self._freeze_timer):
+        for timer in (
+            self._deadline_timer,
+            self._kill_timer,
+            self._checkpoint_timer,
+            self._freeze_timer,
+            self._notice_timer,
+        ):
             if timer is not None:
                 timer.cancel()
         if self._checkpoint_waits:
@@ -566,7 +550,7 @@ class Attempt(Listener):
             if self._checkpoint_timer is not None:
                 self._checkpoint_timer.cancel()
         self._unwatch_ack()
-        self._unwatch(self._checkpoint_watch, self._checkpoint_directory_changed)
+        shop.unwatch(self._checkpoint_watch, self._checkpoint_directory_changed)
         if self._log is not None:
             self._log.close()
             if self._log.dropped_bytes:

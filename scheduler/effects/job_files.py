@@ -28,6 +28,7 @@ LOG_FILES_MAX = 100
 _NOTICE_NEW_NAME = ".notice.json.new"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: to open a FIFO that the job put there must not wait for its other end.
+_OPEN_NAMELESS = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
 _OPEN_FOR_WRITING = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -78,7 +79,7 @@ def attempt_environment(jobs_dir: str, job_id: str, attempt: int) -> dict[str, s
 class AttemptFiles:
     """The open directories of one attempt."""
 
-    __slots__ = ("_user", "attempt_fd", "checkpoint_fd")
+    __slots__ = ("_notice_fd", "_user", "attempt_fd", "checkpoint_fd")
 
     def __init__(self, jobs_fd: int, job_id: str, attempt: int, user: JobUser) -> None:
         """Make what is missing and open it.
@@ -87,7 +88,7 @@ class AttemptFiles:
             OSError: A directory can't be made, is not one, or is not the job's user's.
         """
         self._user = user
-        self.checkpoint_fd = self.attempt_fd = -1
+        self.checkpoint_fd = self.attempt_fd = self._notice_fd = -1
         # Only we can write here, so only here a directory changes hands after it is made.
         job_fd = _open_directory(jobs_fd, job_id, user, hand_over=True)
         try:
@@ -100,26 +101,49 @@ class AttemptFiles:
         finally:
             os.close(job_fd)
 
+    def prepare_notice(self) -> None:
+        """Have a file without a name ready for the notice: to make one takes most of the time of a notice."""
+        with self._user:
+            try:
+                self._notice_fd = os.open(".", _OPEN_NAMELESS, 0o600, dir_fd=self.attempt_fd)
+            except OSError:
+                pass  # not every file system has them, and it can be made later
+
     def write_notice(self, notice: dict[str, object]) -> None:
         """Put the notice file in place, whole or not at all.
 
         Raises:
             OSError: The job took its own notice file's place, or the disk is full.
         """
+        text = json.dumps(notice).encode() + b"\n"
         with self._user:
-            flags = _OPEN_FOR_WRITING | os.O_CREAT | os.O_EXCL
-            try:
-                fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
-            except FileExistsError:  # ours, from a full disk, or the job's
-                _unlink(_NOTICE_NEW_NAME, self.attempt_fd)
-                fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
-            try:
-                text = json.dumps(notice).encode() + b"\n"
-                if os.write(fd, text) < len(text):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(fd)
-            os.rename(_NOTICE_NEW_NAME, NOTICE_NAME, src_dir_fd=self.attempt_fd, dst_dir_fd=self.attempt_fd)
+            if self._notice_fd < 0 or not self._name_notice(text):
+                self._replace_notice(text)
+
+    def _name_notice(self, text: bytes) -> bool:
+        """Give the prepared file its name; False if something has it, or it can't be done."""
+        fd, self._notice_fd = self._notice_fd, -1
+        try:
+            _write_whole(fd, text)
+            os.link(f"/proc/self/fd/{fd}", NOTICE_NAME, dst_dir_fd=self.attempt_fd)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _replace_notice(self, text: bytes) -> None:
+        flags = _OPEN_FOR_WRITING | os.O_CREAT | os.O_EXCL
+        try:
+            fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
+        except FileExistsError:  # ours, from a full disk, or the job's
+            _unlink(_NOTICE_NEW_NAME, self.attempt_fd)
+            fd = os.open(_NOTICE_NEW_NAME, flags, 0o600, dir_fd=self.attempt_fd)
+        try:
+            _write_whole(fd, text)
+        finally:
+            os.close(fd)
+        os.rename(_NOTICE_NEW_NAME, NOTICE_NAME, src_dir_fd=self.attempt_fd, dst_dir_fd=self.attempt_fd)
 
     def remove_acknowledgement(self) -> None:
         """Remove an `ack` from before the notice: it can't be the answer to it."""
@@ -141,8 +165,11 @@ class AttemptFiles:
             self.checkpoint_fd = -1
 
     def close(self) -> None:
-        """Let go of all directories."""
+        """Let go of all that is open."""
         self.close_checkpoints()
+        if self._notice_fd >= 0:
+            os.close(self._notice_fd)
+            self._notice_fd = -1
         if self.attempt_fd >= 0:
             os.close(self.attempt_fd)
             self.attempt_fd = -1
@@ -354,6 +381,11 @@ def _empty(top_fd: int) -> None:
             finally:
                 os.close(fd)
             os.rmdir(name, dir_fd=top_fd)
+
+
+def _write_whole(fd: int, text: bytes) -> None:
+    if os.write(fd, text) < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _unlink_file(name: str, directory_fd: int) -> bool:

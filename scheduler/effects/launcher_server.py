@@ -8,7 +8,8 @@ import socket
 import struct
 import time
 
-from scheduler.effects.job_attempt import Attempt, Key, Workshop
+from scheduler.effects.job_attempt import Attempt, Key
+from scheduler.effects.job_workshop import Workshop
 from scheduler.effects.launcher_loop import Loop, Timer, guarded, log
 from scheduler.effects.launcher_wire import LineSplitter, Message, WireError, agreed_version, decode, encode
 from scheduler.effects.linux import IN_Q_OVERFLOW

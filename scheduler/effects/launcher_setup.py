@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 
-from scheduler.effects.job_attempt import Workshop
 from scheduler.effects.job_cgroup import CgroupContainment, CgroupsUnusable
 from scheduler.effects.job_files import (
     LOG_BYTES_DEFAULT,
@@ -21,6 +20,7 @@ from scheduler.effects.job_files import (
 from scheduler.effects.job_spawn import Spawner, close_descriptors
 from scheduler.effects.job_supervisor import SupervisorContainment
 from scheduler.effects.job_tree import Containment
+from scheduler.effects.job_workshop import Workshop
 from scheduler.effects.launcher_loop import log
 from scheduler.effects.launcher_server import Server
 from scheduler.effects.linux import IN_DELETE, IN_MOVED_FROM, Inotify, set_child_subreaper
@@ -161,7 +161,7 @@ def _watch_socket(path: str, server: Server, workshop: Workshop) -> None:
             server.socket_is_gone()
 
     directory_fd = open_directory(os.path.dirname(path))
-    workshop.watches[workshop.inotify.add(directory_fd, IN_DELETE | IN_MOVED_FROM)] = removed
+    workshop.watch(directory_fd, IN_DELETE | IN_MOVED_FROM, removed)
     os.close(directory_fd)
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from scheduler.effects.job_attempt import NOTICE_AHEAD_S
 from scheduler.effects.job_cgroup import CgroupContainment, CgroupsUnusable, own_cgroup
 from scheduler.effects.job_files import JobUser
 from scheduler.effects.job_spawn import Spawner
@@ -26,6 +27,8 @@ from scheduler.effects.launcher import (
 from scheduler.effects.launcher_client import LauncherClient
 
 PATIENCE_S = 20.0  # for what takes milliseconds on a quiet machine
+# How long a job ran before it is stopped: what its notice needs is made ready a moment after the start.
+RAN_S = (0.0, 5 * NOTICE_AHEAD_S)
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 R = TypeVar("R")

@@ -21,6 +21,7 @@ from scheduler.effects.launcher import (
 )
 from tests.integration.launching import (
     ENVIRONMENT,
+    RAN_S,
     Bench,
     eventually,
     is_alive,
@@ -276,8 +277,10 @@ async def test_end_grace_kills_the_whole_tree_now(bench: Bench) -> None:
 # Stopping ----------------------------------------------------------------------------------------
 
 
-async def test_a_stop_gives_notice_before_it_signals(bench: Bench) -> None:
-    program = 'trap "cat $WATTSHIFT_NOTICE_FILE; exit 5" TERM; echo up; while :; do sleep 0.01; done'
+@pytest.mark.parametrize("ran_s", RAN_S)
+async def test_a_stop_gives_notice_before_it_signals(bench: Bench, ran_s: float) -> None:
+    trap = 'trap "cat $WATTSHIFT_NOTICE_FILE; exit 5" TERM'
+    program = f"{trap}; sleep {ran_s}; echo up; while :; do sleep 0.01; done"
     key = bench.start("sh", "-c", program)
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=30.0, reason="PREEMPTED", deadline_s=123.5, by="job-2")
@@ -323,8 +326,9 @@ async def test_what_a_handler_forks_to_save_the_work_gets_no_sigterm(bench: Benc
     assert "saved" in bench.output(key).split()
 
 
-async def test_the_acknowledgement_file_ends_the_grace(bench: Bench) -> None:
-    program = 'trap "touch $WATTSHIFT_ACK_FILE" TERM; echo up; while :; do sleep 0.01; done'
+@pytest.mark.parametrize("ran_s", RAN_S)
+async def test_the_acknowledgement_file_ends_the_grace(bench: Bench, ran_s: float) -> None:
+    program = f'trap "touch $WATTSHIFT_ACK_FILE" TERM; sleep {ran_s}; echo up; while :; do sleep 0.01; done'
     key = bench.start("sh", "-c", program)
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=1000.0)
@@ -332,8 +336,10 @@ async def test_the_acknowledgement_file_ends_the_grace(bench: Bench) -> None:
     assert [type(report) for report in bench.reports] == [Started, Signalled, Acknowledged, Exited]
 
 
-async def test_an_acknowledgement_from_before_the_notice_does_not_count(bench: Bench) -> None:
-    key = bench.start("sh", "-c", 'trap "" TERM; touch $WATTSHIFT_ACK_FILE; echo up; sleep 1000; sleep 1000')
+@pytest.mark.parametrize("ran_s", RAN_S)
+async def test_an_acknowledgement_from_before_the_notice_does_not_count(bench: Bench, ran_s: float) -> None:
+    program = f'trap "" TERM; sleep {ran_s}; touch $WATTSHIFT_ACK_FILE; echo up; sleep 1000; sleep 1000'
+    key = bench.start("sh", "-c", program)
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=0.2)
     await bench.report(key, Exited)

@@ -20,7 +20,7 @@ from scheduler.effects.job_logs import OutputReader, OutputWatch
 from scheduler.effects.launcher import Acknowledged, AttemptKey, CheckpointSaved, Exited, StartFailed
 from scheduler.effects.launcher_client import LauncherClient
 from scheduler.errors import LauncherError
-from tests.integration.launching import PATIENCE_S, Bench, a_launcher, eventually
+from tests.integration.launching import PATIENCE_S, RAN_S, Bench, a_launcher, eventually
 
 OTHER_USER = "nobody"
 
@@ -199,8 +199,12 @@ async def test_a_reader_reads_nothing_that_the_job_put_in_the_logs_place(
 @pytest.mark.parametrize(
     "attack", ["ln -s {victim} notice.json", "ln -s {victim} .notice.json.new", "ln {victim} notice.json"]
 )
-async def test_a_notice_is_written_in_its_own_place(bench: Bench, victim: Path, attack: str) -> None:
-    command = f"cd $(dirname $WATTSHIFT_ACK_FILE); {attack.format(victim=victim)}; echo up; sleep 1000"
+@pytest.mark.parametrize("ran_s", RAN_S)
+async def test_a_notice_is_written_in_its_own_place(
+    bench: Bench, victim: Path, attack: str, ran_s: float
+) -> None:
+    attack = f"{attack.format(victim=victim)}; sleep {ran_s}"
+    command = f"cd $(dirname $WATTSHIFT_ACK_FILE); {attack}; echo up; sleep 1000"
     key = bench.start("sh", "-c", command)
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=30.0, reason="TEST")
@@ -212,7 +216,11 @@ async def test_a_notice_is_written_in_its_own_place(bench: Bench, victim: Path, 
 
 
 @pytest.mark.parametrize("attack", ["mkdir notice.json", "mkdir .notice.json.new", "chmod 500 ."])
-async def test_a_job_that_prevents_its_notice_is_stopped_without(bench: Bench, attack: str) -> None:
+@pytest.mark.parametrize("ran_s", RAN_S)
+async def test_a_job_that_prevents_its_notice_is_stopped_without(
+    bench: Bench, attack: str, ran_s: float
+) -> None:
+    attack = f"{attack}; sleep {ran_s}"
     key = bench.start("sh", "-c", f"cd $(dirname $WATTSHIFT_ACK_FILE); {attack}; echo up; sleep 1000")
     await bench.wrote(key, "up")
     bench.stop(key, grace_s=30.0)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from scheduler.effects import job_attempt
-from scheduler.effects.job_attempt import Attempt, Workshop
+from scheduler.effects.job_attempt import Attempt
 from scheduler.effects.job_files import JobUser, open_directory
 from scheduler.effects.job_spawn import Program
 from scheduler.effects.job_tree import Containment, Listener, Tree
+from scheduler.effects.job_workshop import Workshop
 from scheduler.effects.launcher_loop import Loop
 from scheduler.effects.launcher_wire import Message
 from scheduler.effects.linux import Inotify

@@ -1,5 +1,6 @@
 """A job's files without a job: logs that rotate under a reader, and removal that nothing can redirect."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.effects import job_files
 from scheduler.effects.job_files import AttemptFiles, JobLog, JobUser, remove_job
 from scheduler.effects.job_logs import OutputReader
 
@@ -42,6 +44,55 @@ def everything(reader: OutputReader) -> bytes:
     while piece := reader.read(1000):
         text += piece
     return text
+
+
+# Notices -----------------------------------------------------------------------------------------
+
+FIRST, SECOND = {"reason": "first", "deadline_s": 20.0}, {"reason": "2nd"}
+
+
+@pytest.fixture
+def files(jobs_dir: Path, attempt_dir: Path) -> Iterator[AttemptFiles]:
+    fd = os.open(jobs_dir, os.O_RDONLY | os.O_DIRECTORY)
+    with closing(AttemptFiles(fd, "job-1", 1, JobUser())) as made:
+        yield made
+    os.close(fd)
+
+
+def notice(attempt_dir: Path) -> object:
+    return json.loads((attempt_dir / "notice.json").read_text())
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_last_notice_stands(files: AttemptFiles, attempt_dir: Path, ahead: bool) -> None:
+    if ahead:
+        files.prepare_notice()
+    assert list(attempt_dir.iterdir()) == []
+    for said in (FIRST, SECOND):
+        files.write_notice(said)
+        assert notice(attempt_dir) == said
+        assert [path.name for path in attempt_dir.iterdir()] == ["notice.json"]
+
+
+def test_a_prepared_notice_takes_the_place_of_what_the_job_put_there(
+    files: AttemptFiles, attempt_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (attempt_dir / "notice.json").symlink_to(tmp_path / "precious")
+    files.prepare_notice()
+    files.write_notice(FIRST)
+    assert notice(attempt_dir) == FIRST
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_notice_needs_no_nameless_files(
+    files: AttemptFiles, attempt_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that has none: the flag asks for something that fails there, too."""
+    monkeypatch.setattr(job_files, "_OPEN_NAMELESS", os.O_WRONLY | os.O_DIRECTORY)
+    files.prepare_notice()
+    files.write_notice(FIRST)
+    assert notice(attempt_dir) == FIRST
 
 
 # Reading while it rotates ------------------------------------------------------------------------
