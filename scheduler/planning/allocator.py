@@ -246,6 +246,7 @@ class Found(NamedTuple):
     parts: tuple[Part, ...]  # by node; one, but for a gang over several nodes
     victims: tuple[Live, ...] = ()  # those that have to stop for it, by number
     ready_us: int = 0  # when all of it is free at the latest; 0 where it is free now
+    is_free: bool = False  # known to take nothing of what leaves
 
 
 def host_fits(request: Request, spare: Spare) -> bool:
@@ -365,9 +366,14 @@ def find_leaving_on(
     raise AssertionError("what fits after all stops fits after some")
 
 
-def claim(request: Request, parts: tuple[Part, ...], node_of: Callable[[int], Node]) -> Claim:
+def claim(request: Request, found: Found, node_of: Callable[[int], Node]) -> Claim:
     """Take the request's needs out of what is free, and what is lacking out of what leaves, in turn."""
     drawn: list[Hold] = []
+    parts = found.parts
+    if found.is_free:
+        for part in parts:
+            node_of(part.row).free.take(part.request, part.positions)
+        return Claim(request, parts, True, (), 0)
     for part in parts:
         drawn += _taken(part.request, node_of(part.row), part.positions)
     if not drawn:

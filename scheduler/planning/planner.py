@@ -300,7 +300,7 @@ class Planner:
             rows += victim.rows
             cause = (number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
-        given = self.claims[number] = claim(request, found.parts, world.node)
+        given = self.claims[number] = claim(request, found, world.node)
         waits = Reason.WAITING_FOR_HANDOVER
         if given.is_free and not admission.starts_now:
             given.is_free, waits = False, Reason.WAITING_FOR_POWER

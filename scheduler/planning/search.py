@@ -54,7 +54,7 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
         return _on_limited(request, limits)
     row, position = found
     if position != NO_POSITION:
-        return Found((Part(request, row, (position,)),))
+        return Found((Part(request, row, (position,)),), is_free=True)
     found_there = placed(request, world.node(row))
     assert found_there is not None, "the columns say that it fits"
     return found_there
@@ -152,7 +152,7 @@ def placed(request: Request, node: Node | None, penalty: Penalty = NO_PENALTY) -
     if node is None or node.drains:
         return None
     positions = place(request, node, node.free, penalty)
-    return None if positions is None else Found((Part(request, node.row, positions),))
+    return None if positions is None else Found((Part(request, node.row, positions),), is_free=True)
 
 
 class _Cheapest:
