@@ -18,10 +18,16 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
+
 from scheduler.model.policy import Policy
-from scheduler.planning.planner import plan
+from scheduler.model.snapshot import PENDING
+from scheduler.planning.planner import Memo, plan
+from scheduler.simulation.changes import carried_out, changed
+from scheduler.simulation.plan_time import timed
 from scheduler.simulation.worlds import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +38,9 @@ GPUS = (8, 64, 1_000, 10_000, 100_000)
 # One with many jobs for few GPUs, one with many nodes.
 PROFILED = ((100_000, 64), (10_000, 1_000))
 PROFILE_ROWS = 10
+# A node on which a thousand jobs wait, and what changes there between two ticks.
+NODE_JOBS, NODE_GPUS, NODE_CHANGES = 1_050, 8, 10
+NODE_SEEDS, NODE_TICKS = 30, 12
 COMMAND = "import sys; from scheduler.cli import main; sys.exit(main())"
 
 Cell = dict[str, Any] | None  # None: given up
@@ -48,6 +57,7 @@ def main() -> None:
     lines = [
         *where(options.backend, options.limit_s, options.seed),
         *plan_times(cells),
+        *node_ticks(),
         *profiles(options.seed),
     ]
     PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
@@ -149,6 +159,29 @@ def quality_text(cell: Cell) -> str:
     if cell is None:
         return "–"
     return f"{cell['jobs_placed']:,} / {cell['victims']:,} / {cell['peak_memory_mib']:.0f}"
+
+
+def node_ticks() -> list[str]:
+    """How long ticks of a node take on which many jobs wait and little changes, one after the other."""
+    policy, waiting = Policy(), []
+    by_seed: list[list[float]] = []
+    for seed in range(NODE_SEEDS):
+        snapshot, memo, random = world(NODE_JOBS, NODE_GPUS, seed), Memo(), np.random.default_rng(seed)
+        last = plan(snapshot, policy, memo)
+        by_seed.append([])
+        for _ in range(NODE_TICKS):
+            snapshot = changed(carried_out(snapshot, last), NODE_CHANGES, random)
+            waiting.append(int((snapshot.jobs.state == PENDING).sum()))
+            taken_s, last = timed(snapshot, policy, memo)
+            by_seed[-1].append(taken_s)
+    p50, *by_seed_p50 = (1000 * median(taken) for taken in ([t for each in by_seed for t in each], *by_seed))
+    figures = f"p50 {p50:.2f} ms; by seed {min(by_seed_p50):.2f} to {max(by_seed_p50):.2f}"
+    return [
+        f"### A node of {NODE_GPUS} GPUs, {min(waiting):,} to {max(waiting):,} jobs waiting",
+        "",
+        f"{NODE_TICKS} ticks in a row after {NODE_CHANGES} changes each, on {NODE_SEEDS} seeds: {figures}.",
+        "",
+    ]
 
 
 def profiles(seed: int) -> list[str]:

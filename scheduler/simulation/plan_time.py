@@ -70,7 +70,7 @@ def measure(jobs: int, gpus: int, seed: int, told: Callable[[str, int], None]) -
     plans_s: list[float] = []
     for done in _rounds(plans_s):
         told("plan", done)
-        taken_s, first = _timed(snapshot, policy, Memo())
+        taken_s, first = timed(snapshot, policy, Memo())
         plans_s.append(taken_s)
     peak_mib = peak_memory_mib()
     ticks_s = _ticks(snapshot, first, policy, seed, told)
@@ -119,12 +119,12 @@ def _ticks(
     for done in _rounds(ticks_s):
         told("tick", done)
         snapshot = changed(carried_out(snapshot, last), CHANGES, random)
-        taken_s, last = _timed(snapshot, policy, memo)
+        taken_s, last = timed(snapshot, policy, memo)
         ticks_s.append(taken_s)
     return ticks_s
 
 
-def _timed(snapshot: Snapshot, policy: Policy, memo: Memo) -> tuple[float, Plan]:
+def timed(snapshot: Snapshot, policy: Policy, memo: Memo) -> tuple[float, Plan]:
     """Seconds from columns to a plan, and the plan."""
     finish()
     begun_s = time.perf_counter()

@@ -69,3 +69,14 @@ def test_only_what_stands_between_the_marks_is_rewritten() -> None:
     assert once.partition(plan_time.BEGIN)[0] == page.partition(plan_time.BEGIN)[0]
     assert once.partition(plan_time.END)[2] == page.partition(plan_time.END)[2]
     assert plan_time.rewritten(once, ["new"]) == once
+
+
+def test_the_ticks_of_a_node_are_told_with_how_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_time, "NODE_SEEDS", 2)
+    monkeypatch.setattr(plan_time, "NODE_TICKS", 3)
+    taken_s = iter([0.001, 0.002, 0.003, 0.004, 0.005, 0.009])
+    real = plan_time.timed
+    monkeypatch.setattr(plan_time, "timed", lambda *world: (next(taken_s), real(*world)[1]))
+    title, _, text, _ = plan_time.node_ticks()
+    assert title.startswith("### A node of 8 GPUs, 1,0")
+    assert text == "3 ticks in a row after 10 changes each, on 2 seeds: p50 3.50 ms; by seed 2.00 to 5.00."
