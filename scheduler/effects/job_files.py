@@ -27,8 +27,8 @@ LOG_FILES_MAX = 100
 
 _NOTICE_NEW_NAME = ".notice.json.new"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: to open a FIFO that the job put there must not wait for its other end.
 _OPEN_NAMELESS = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
+# O_NONBLOCK: to open a FIFO that the job put there must not wait for its other end.
 _OPEN_FOR_WRITING = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
