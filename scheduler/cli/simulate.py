@@ -150,7 +150,11 @@ def _load(jobs: Path | None, world: World) -> JobStore:
 
     assert jobs is not None
     store = inputs.JobStore()
-    store.load(jobs, inputs.Room(world.nodes))
+    try:
+        store.load(jobs, inputs.Room(world.nodes))
+    except BaseException:
+        store.close()
+        raise
     return store
 
 

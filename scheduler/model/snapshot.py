@@ -304,11 +304,11 @@ class _Table(NamedTuple):
 
 
 def _least(values: Any) -> Any:
-    return min(values.tolist()) if len(values) <= _FEW_ROWS else np.minimum.reduce(values)
+    return min(values.tolist()) if len(values) <= _FEW_ROWS else values.min()
 
 
 def _most(values: Any) -> Any:
-    return max(values.tolist()) if len(values) <= _FEW_ROWS else np.maximum.reduce(values)
+    return max(values.tolist()) if len(values) <= _FEW_ROWS else values.max()
 
 
 def _below_zero(name: str, values: Any, row: int) -> str:

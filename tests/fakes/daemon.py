@@ -99,7 +99,7 @@ class FakeDaemon:
         job.CopyFrom(self.jobs[job_id])
         job.state = job_pb2.JobState.Value(f"JOB_STATE_{state}")
         job.reason = reason_pb2.Reason.Value(f"REASON_{reason}")
-        job.finished_at.GetCurrentTime()
+        job.finished_at.FromNanoseconds(time.time_ns())
         if exit_code is not None:
             job.exit_code = exit_code
         self.add(job)
@@ -192,7 +192,7 @@ def node_of(gpus: int) -> node_pb2.Node:
         if index == 0:
             gpu.utilization_ratio = 0.97
             gpu.temperature_celsius = 61
-        gpu.sampled_at.GetCurrentTime()
+        gpu.sampled_at.FromNanoseconds(time.time_ns())
     return node
 
 
@@ -330,7 +330,7 @@ class _Jobs(job_service_pb2_grpc.JobServiceServicer):
             awaited=["job-4"],
             ahead=3,
         )
-        answer.since.GetCurrentTime()
+        answer.since.FromNanoseconds(time.time_ns())
         return answer
 
     def ReadLogs(self, request: Any, context: Any) -> Iterator[Any]:
@@ -443,7 +443,7 @@ class _Power(power_service_pb2_grpc.PowerServiceServicer):
         event.CopyFrom(request.event)
         event.state = power_pb2.SHED_STATE_SCHEDULED
         if not event.HasField("start"):
-            event.start.GetCurrentTime()
+            event.start.FromNanoseconds(time.time_ns())
         self.daemon.events.append(event)
         return power_service_pb2.SubmitGridEventResponse(event=event)
 

@@ -38,7 +38,9 @@ def note(what: str) -> None:
         code = frame.f_code
         if code.co_filename.startswith(CODE):
             file = str(Path(code.co_filename).relative_to(ROOT))
-            findings[file, frame.f_lineno, code.co_qualname, what] += 1
+            # From Python 3.12 on a list comprehension has no frame of its own (PEP 709).
+            function = code.co_qualname.replace(".<locals>.<listcomp>", "")
+            findings[file, frame.f_lineno, function, what] += 1
             return
         if code.co_filename.startswith(TESTS) and code.co_filename != __file__:
             return

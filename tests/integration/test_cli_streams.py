@@ -203,7 +203,7 @@ def test_logs_in_json_is_a_message_a_line(daemon: FakeDaemon, capsys: Run) -> No
 def started(job_id: str = "job-1", attempt: int = 1) -> job_pb2.Job:
     """A job whose newest attempt runs."""
     job = job_of(job_id, "RUNNING", attempt=attempt)
-    job.attempts.add(number=attempt).started_at.GetCurrentTime()
+    job.attempts.add(number=attempt).started_at.FromNanoseconds(time.time_ns())
     return job
 
 

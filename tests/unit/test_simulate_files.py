@@ -3,6 +3,7 @@
 import csv
 import re
 import xml.etree.ElementTree as ElementTree
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ def simulated(folder: Path, policy: Policy) -> dict[str, Any]:
     nodes = tuple(read_nodes(EXAMPLE / "nodes.csv"))
     prices = tuple(read_prices(EXAMPLE / "prices.csv"))
     world = World(nodes, prices, tuple(read_events(EXAMPLE / "events.csv")), policy)
-    store = JobStore()
-    store.load(EXAMPLE / "jobs.csv", Room(nodes))
-    outcome = replay(world, store, folder)
-    store.close()
+    with closing(JobStore()) as store:
+        store.load(EXAMPLE / "jobs.csv", Room(nodes))
+        outcome = replay(world, store, folder)
     found = outputs.summary(outcome)
     report.write_report(folder, outcome, found, 6)
     return found
@@ -86,9 +86,9 @@ def test_equal_seeds_make_equal_days_and_others_make_others(tmp_path: Path) -> N
     assert first == same
     assert [x == y for x, y in zip(first, other, strict=True)] == [True, False, False, False]
     nodes = read_nodes(made[0]["nodes"])
-    store = JobStore()
-    store.load(made[0]["jobs"], Room(nodes))
-    jobs = list(store)
+    with closing(JobStore()) as store:
+        store.load(made[0]["jobs"], Room(nodes))
+        jobs = list(store)
     asked_s = sum(job.gpus * job.duration_s for job in jobs if job.duration_s < 1e9)
     assert 0.7 * 8 * 86_400 < asked_s < 1.4 * 8 * 86_400
     assert {job.job_class.name for job in jobs} == {"INFERENCE", "TRAINING", "BATCH", "MINING"}
@@ -122,9 +122,9 @@ def test_openb_tasks_become_jobs(tmp_path: Path) -> None:
     assert [(n.node_id, n.gpus, n.cpus_milli, n.gpu_power_limit_w_max) for n in found] == [
         ("x", 2, 96_000, 300.0), ("y", 0, 64_000, 400.0),
     ]  # fmt: skip
-    store = JobStore()
-    store.load(tmp_path / "jobs.csv", Room(found))
-    second, first = list(store)
+    with closing(JobStore()) as store:
+        store.load(tmp_path / "jobs.csv", Room(found))
+        second, first = list(store)
     assert (first.job_id, first.submit_s, first.duration_s, first.gpu_share_milli) == (
         "p1",
         100.0,

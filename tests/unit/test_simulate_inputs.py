@@ -3,6 +3,7 @@
 import math
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,8 +224,8 @@ def test_a_gang_may_take_several_nodes_that_are_alike(tmp_path: Path, store: Job
     header = f"{JOBS_HEADER},gpu_models,cpus"
     text = f"{header}\na,0,TRAINING,24,5,,192\nb,0,TRAINING,20,5,A100,\n"
     assert [job.gpus for job in jobs(tmp_path, store, text, *nodes)] == [24, 20]
-    with pytest.raises(InputError) as refused:
-        jobs(tmp_path, JobStore(), f"{header}\na,0,TRAINING,25,5,,\nb,0,TRAINING,24,5,,193\n", *nodes)
+    with pytest.raises(InputError) as refused, closing(JobStore()) as other:
+        jobs(tmp_path, other, f"{header}\na,0,TRAINING,25,5,,\nb,0,TRAINING,24,5,,193\n", *nodes)
     assert ":2: gpus: must be at most 24, what nodes that are alike have together" in str(refused.value)
     assert ":3: cpus: must be at most 192, what nodes that are alike have together" in str(refused.value)
 
