@@ -10,7 +10,7 @@ from scheduler.effects.job_forker import Forker
 from scheduler.effects.job_signals import kill_tree
 from scheduler.effects.job_spawn import ChildLine, Spawner, StartLine
 from scheduler.effects.job_tree import Containment, Listener, Tree
-from scheduler.effects.launcher_loop import Loop, log
+from scheduler.effects.launcher_loop import Loop, guarded, log
 from scheduler.effects.linux import fork_child, fork_sibling
 
 _TEXT_BYTES = 4096
@@ -41,13 +41,19 @@ class CgroupTree(Tree):
     def pids(self) -> set[int]:
         """Return what cgroup.procs lists, and the first process if it has not got there yet."""
         pids = cgroup_pids(self._path)
-        if self.main_pid and self.main_status is None:
+        if self._holds_main_pid:
             pids.add(self.main_pid)
         return pids
 
+    @property
+    def _holds_main_pid(self) -> bool:
+        """Whether the first process has its number: once it is reaped, anybody may get that."""
+        reaped = self.main_status is not None or self.main_pid == self._containment.reaped_pid
+        return self.main_pid != 0 and not reaped
+
     def terminate(self) -> None:
         """SIGTERM everything that is there, and wake what is stopped so that it can answer."""
-        if self.main_status is not None or self.pids() != {self.main_pid}:
+        if not self._holds_main_pid or self.pids() != {self.main_pid}:
             super().terminate()
             return
         # Alone, as most are; nobody else can have its number before we reap it.
@@ -83,7 +89,7 @@ class CgroupTree(Tree):
             return
         if not self.main_pid:
             self._is_condemned = True
-        elif self.main_status is None:
+        elif self._holds_main_pid:
             os.kill(self.main_pid, signal.SIGKILL)
         kill_cgroup(self._path)
 
@@ -116,7 +122,7 @@ class CgroupTree(Tree):
 
     def _was_born(self) -> None:
         self._containment.was_born(self)
-        if self._is_condemned and self.main_pid != self._containment.reaped_pid:
+        if self._is_condemned:
             self.kill()
 
     def _was_never_born(self) -> None:
@@ -220,7 +226,7 @@ class CgroupContainment(Containment):
         if pid not in self._by_main_pid:
             # It was ready before it ended, and said so; we have perhaps not read it yet.
             for tree in list(self._unborn):
-                tree.read_line()
+                guarded(tree.read_line)  # whatever it leads to, this end must be told
             if self._spare is not None and (self._spare[0].read() or self._spare[0].pid == pid):
                 self._drop_spare()
         if (ended := self._by_main_pid.pop(pid, None)) is not None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,8 +22,10 @@ from scheduler.effects.launcher import (
 )
 from tests.integration.launching import (
     ENVIRONMENT,
+    PATIENCE_S,
     RAN_S,
     Bench,
+    cgroups_are_writable,
     eventually,
     is_alive,
 )
@@ -275,6 +278,52 @@ async def test_end_grace_kills_the_whole_tree_now(bench: Bench) -> None:
 
 
 # Stopping ----------------------------------------------------------------------------------------
+
+# A launcher that reads nothing before it reaps, and a stop that waits for the start: all of it comes at once.
+HURRIED = """
+import os, sys
+from scheduler.effects.job_cgroup import CgroupContainment
+from scheduler.effects.job_files import JobUser
+from scheduler.effects.job_spawn import Program, Spawner
+from scheduler.effects.job_tree import Listener
+from scheduler.effects.launcher_loop import Loop
+
+class Stopping(Listener):
+    def has_started(self, pid, start_ticks):
+        heard.append("started")
+        tree.terminate()
+        tree.kill()
+    def main_has_exited(self, status):
+        heard.append(f"exited {status}")
+    def is_empty(self):
+        heard.append("empty")
+
+heard = []
+jobs_fd = os.open(sys.argv[1], os.O_RDONLY)
+containment = CgroupContainment(jobs_fd, Spawner(JobUser(), jobs_fd, None))
+tree = containment.tree(Loop(lambda: None), Stopping())
+assert not tree.main_pid, "it can't be ready so soon"
+tree.load(Program(["true"], {"PATH": os.defpath}, "/", "job-1"), 1)
+tree.go({})
+pid, status = os.waitpid(-1, 0)
+containment.reaped(pid, status)
+containment.all_reaped()
+containment.close()
+print(", ".join(heard))
+"""
+
+
+def test_who_ends_before_he_was_seen_is_stopped_no_more_and_told(tmp_path: Path) -> None:
+    if not cgroups_are_writable(tmp_path):
+        pytest.skip("no cgroup can be written here")
+    done = subprocess.run(
+        [sys.executable, "-c", HURRIED, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert (done.stdout, done.stderr) == ("started, exited 0, empty\n", "")
 
 
 @pytest.mark.parametrize("ran_s", RAN_S)
