@@ -72,8 +72,7 @@ from scheduler.planning.planner import Memo, plan
 
 log = logging.getLogger("wattshift.loop")
 
-# A journal that could not be written is tried again this soon.
-JOURNAL_RETRY_S = 1.0
+JOURNAL_RETRY_S = 1.0  # until a journal that could not be written is tried again
 # A moment nearer than this has come: clocks are no finer, and a tick must not call itself.
 WAKE_S_MIN = 0.001
 # A launcher that can't be reached is tried again: at once, then ever later.
@@ -380,6 +379,7 @@ class Controller:
         # What the driver told of a GPU comes before the end of whoever died of it.
         ordered = sorted(items, key=lambda item: not isinstance(item, GpuReadings))
         answers = [answer for item in ordered if (answer := self._take(item, now_s)) is not None]
+        self.reports.were_answered(result for _, result in answers)
         has_readings = any(isinstance(item, GpuReadings) for item in items)
         self.prices.advance(now_s)
         if has_readings:

@@ -1,6 +1,6 @@
 """Orders that follow from what a tick made durable, sent in the order of safety.
 
-One thing is asked for earlier: the launcher prepares starts while the journal syncs, and those of preemptors
+One thing is asked for earlier: the launcher prepares starts while the tick is made, and those of preemptors
 from their last victim's end on. It shows nowhere, and is taken back if nothing comes of it.
 
 The orders are derived from each job's change, so that none can be forgotten: a new notice is a stop, a new
@@ -43,6 +43,7 @@ class Orders:
         self._starts: list[Job] = []
         self._prepared: dict[int, StartOrder] = {}  # by job number; not started yet
         self._unkept: list[int] = []  # of these, those of a tick that is not durable yet
+        self._expected: int | None = None  # of these, the one that is prepared for this tick only
 
     def follow(self, before: Job | None, after: Job) -> None:
         """Note the orders that follow from a job's change."""
@@ -77,6 +78,11 @@ class Orders:
         """Have a pending job's next attempt ready, on whatever GPUs, for a start that is soon to come."""
         if len(self._prepared) < PREPARED_AHEAD_MAX:
             self._prepare(job, job.attempt + 1, ())
+
+    def expect(self, job: Job) -> None:
+        """Have a pending job's next attempt ready, which is likely to start in this tick."""
+        self._expected = job.number
+        self.prepare_ahead(job)
 
     def launcher_is_new(self) -> None:
         """Another launcher, or another connection: nothing is prepared any more."""
@@ -146,6 +152,7 @@ class Orders:
     def _begin(self) -> None:
         for orders in (self._kills, self._stops, self._forgets, self._starts, self._unkept):
             orders.clear()
+        self._expected = None
         self._watches.clear()
         self._freezes.clear()
 
@@ -171,6 +178,8 @@ class Orders:
             self._launcher.start(order)
             if key in later:  # a launcher takes no stop of what it does not know
                 self._launcher.stop(later[key])
+        if self._expected is not None:
+            self._take_back(self._expected)  # unless it started
         for uuid, nobody_left in self._watches.items():
             self._verifier.watch(uuid, nobody_left=nobody_left)
         for key in self._forgets:  # nobody waits for that

@@ -81,9 +81,9 @@ def test_a_preemptors_start_is_prepared_when_the_last_of_its_victims_is_gone(
 
     async def story() -> None:
         await world.daemon.start()
-        monkeypatch.setattr(world.daemon.controller.orders, "prepare_ahead", prepare_ahead)
         victims = [await world.submit(job_class=JobClass.BATCH, grace_s=9.0) for _ in range(2)]
         await asyncio.sleep(1.0)
+        monkeypatch.setattr(world.daemon.controller.orders, "prepare_ahead", prepare_ahead)
         gang = await world.submit(job_class=JobClass.TRAINING, gpus=2)
         await asyncio.sleep(2.5)
         assert [world.state(victim) for victim in victims] == [JobState.PENDING, JobState.PREEMPTING]
@@ -91,6 +91,31 @@ def test_a_preemptors_start_is_prepared_when_the_last_of_its_victims_is_gone(
         await asyncio.sleep(1.0)
         assert said == [(gang, JobState.PENDING)], "once"
         assert world.state(gang) is JobState.RUNNING
+        world.daemon.stop()
+
+    run(story())
+
+
+def test_a_job_that_comes_alone_to_free_gpus_is_prepared_while_it_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = SimulatedNode(tmp_path, lambda _: Workload(duration_s=10.0), gpus=3)
+    expected: list[str] = []
+
+    async def story() -> None:
+        await world.daemon.start()
+        orders = world.daemon.controller.orders
+        expect = orders.expect
+        monkeypatch.setattr(orders, "expect", lambda job: (expected.append(job.id), expect(job)))
+        first = await world.submit(gpus=2)
+        large = await world.submit(gpus=2)
+        assert (world.state(first), world.state(large)) == (JobState.STARTING, JobState.PENDING)
+        assert expected == [first], "one GPU is free, which is too few"
+        small = await world.submit(gpus=1, job_class=JobClass.INFERENCE)
+        assert world.state(small) is JobState.STARTING
+        assert expected == [first], "somebody waits"
+        await asyncio.sleep(30.0)
+        assert {world.state(job) for job in (first, large, small)} == {JobState.SUCCEEDED}
         world.daemon.stop()
 
     run(story())

@@ -198,6 +198,31 @@ def test_a_preemptors_start_is_prepared_ahead_and_gets_its_gpus_when_it_starts()
     assert world.said[1:] == [("start", FIRST_KEY, "GPU-a")]
 
 
+def test_what_is_expected_to_start_is_prepared_for_that_tick_only() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
+    orders.expect(PENDING)
+    assert world.said == [("prepare", FIRST_KEY, "")]
+    orders.send()
+    assert world.said[1:] == [("forget", FIRST_KEY)], "it did not start"
+    orders.expect(PENDING)
+    started = job(JobState.STARTING, replace(RUNS, started_s=None))
+    orders.prepare(started)
+    orders.follow(PENDING, started)
+    orders.send()
+    orders.send()
+    assert world.said[2:] == [("prepare", FIRST_KEY, ""), ("start", FIRST_KEY, "GPU-a")]
+
+
+def test_what_was_expected_in_a_tick_that_is_not_kept_is_taken_back() -> None:
+    world: Any = World()
+    orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
+    orders.expect(PENDING)
+    orders.clear()
+    orders.send()
+    assert world.said == [("prepare", FIRST_KEY, ""), ("forget", FIRST_KEY)]
+
+
 def test_a_preemptor_that_ends_without_a_start_is_taken_back() -> None:
     world: Any = World()
     orders = Orders(world, world.environment, world, {}, lambda job, gpus: {})
