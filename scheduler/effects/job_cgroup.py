@@ -56,9 +56,7 @@ class CgroupTree(Tree):
         if not self._holds_main_pid or self.pids() != {self.main_pid}:
             super().terminate()
             return
-        # Alone, as most are; nobody else can have its number before we reap it.
-        os.kill(self.main_pid, signal.SIGTERM)
-        os.kill(self.main_pid, signal.SIGCONT)
+        self._signal_main(signal.SIGTERM, signal.SIGCONT)  # alone, as most are
 
     def freeze(self) -> None:
         """Have the kernel stop the cgroup; where it can't (before Linux 5.2), stop each process."""
@@ -90,8 +88,16 @@ class CgroupTree(Tree):
         if not self.main_pid:
             self._is_condemned = True
         elif self._holds_main_pid:
-            os.kill(self.main_pid, signal.SIGKILL)
+            self._signal_main(signal.SIGKILL)
         kill_cgroup(self._path)
+
+    def _signal_main(self, *numbers: int) -> None:
+        """Signal the first process; nobody else can have its number before we reap it."""
+        try:
+            for number in numbers:
+                os.kill(self.main_pid, number)
+        except PermissionError:
+            pass  # a program that became another user: its cgroup is ours all the same
 
     def main_was_reaped(self, status: int) -> None:
         """The launcher reaped the first process."""
