@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from scheduler.v1 import job_pb2, job_service_pb2, reason_pb2
+from scheduler.v1 import job_pb2, job_service_pb2, node_service_pb2, reason_pb2
 from tests.harness.daemon import (
     CANCELLED,
     FAILED,
@@ -34,6 +34,18 @@ IGNORES_TERM = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
 
 
 # Ends ------------------------------------------------------------------------------------------
+
+
+def test_jobs_of_a_millisecond_that_a_drain_stops_as_they_start_leave_nobody_behind(daemon: Daemon) -> None:
+    many = [job_service_pb2.SubmitJobRequest(spec=spec("true", gpus=1)) for _ in range(40)]
+    for turn in range(40):
+        daemon.jobs.SubmitJobs(job_service_pb2.SubmitJobsRequest(jobs=many), timeout=10)
+        time.sleep(
+            0.002 * (turn % 20)
+        )  # not for something: so that the drain comes in each moment of a start
+        daemon.node.DrainNode(node_service_pb2.DrainNodeRequest(stop_jobs=True), timeout=10)
+        until("nobody runs", lambda: not daemon.get_node().live_jobs)
+        daemon.node.UndrainNode(node_service_pb2.UndrainNodeRequest(), timeout=10)
 
 
 def test_a_job_that_exits_with_zero_succeeds(daemon: Daemon) -> None:
