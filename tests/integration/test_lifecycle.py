@@ -38,11 +38,10 @@ IGNORES_TERM = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
 
 def test_jobs_of_a_millisecond_that_a_drain_stops_as_they_start_leave_nobody_behind(daemon: Daemon) -> None:
     many = [job_service_pb2.SubmitJobRequest(spec=spec("true", gpus=1)) for _ in range(40)]
-    for turn in range(40):
+    moments_s = [0.002 * turn for turn in range(20)]  # after the submission: each moment of some start
+    for moment_s in 2 * moments_s:
         daemon.jobs.SubmitJobs(job_service_pb2.SubmitJobsRequest(jobs=many), timeout=10)
-        time.sleep(
-            0.002 * (turn % 20)
-        )  # not for something: so that the drain comes in each moment of a start
+        time.sleep(moment_s)
         daemon.node.DrainNode(node_service_pb2.DrainNodeRequest(stop_jobs=True), timeout=10)
         until("nobody runs", lambda: not daemon.get_node().live_jobs)
         daemon.node.UndrainNode(node_service_pb2.UndrainNodeRequest(), timeout=10)
