@@ -134,7 +134,7 @@ class Fragmentation:
         made = numbering or (lambda free: Numbering(free, nearness))
         alike = States(pool, mix, lambda: made(pool)) if watts is None else None
         self._alike = alike if alike is not None and alike.are_of_use else None
-        self._kept = Kept(nodes)
+        self._kept, self._most_milli = Kept(nodes), Kept(nodes)
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
         # A mix may be empty: then all costs the same, and the rules after it decide.
         self._weight = max(1, mix.weight.sum().item())
@@ -157,6 +157,7 @@ class Fragmentation:
         self._changed.add(node)
         self._is_stale[node] = True
         self._kept.changed(node)
+        self._most_milli.changed(node)
 
     def best(self, request: Shape, without: Sequence[int] = ()) -> tuple[int, int] | None:
         """The node to start on, and for a share the position of its GPU, else NO_POSITION.
@@ -187,12 +188,8 @@ class Fragmentation:
 
     def _rated(self, request: Shape, rows: Any) -> Any:
         """Keys and positions of these nodes. Shape (2, rows)."""
-        pool = self._pool
         rated = _nowhere(len(rows))
-        fits = pool.fit(request, rows)
-        if self._closed is not None:
-            fits &= ~self._closed[rows]
-        places = rows_where(fits)
+        places = self._fitting(request, rows)
         if not len(places):
             return rated
         rows = rows[places]
@@ -203,6 +200,22 @@ class Fragmentation:
         rated[0, places] = self._key(request, rows, heads[0])
         rated[1, places] = heads[1]
         return rated
+
+    def _fitting(self, request: Shape, rows: Any) -> Any:
+        """Where among these nodes the request fits."""
+        pool = self._pool
+        if request.gpus == 0 or not pool.milli.shape[1]:
+            fits = pool.fit(request, rows)
+            return rows_where(fits if self._closed is None else fits & ~self._closed[rows])
+        # In a fleet that is busy few nodes have anything left at all.
+        most_milli = self._most_milli.column("most", self._largest)
+        places = rows_where(most_milli[rows] >= request.share_milli)
+        return places[rows_where(pool.fit(request, rows[places]))]
+
+    def _largest(self, rows: Any) -> Any:
+        """The most thousandths that a GPU of each node has, none if it is closed. Shape (rows,)."""
+        most_milli = self._pool.milli[rows].max(axis=1)
+        return most_milli if self._closed is None else xp.where(self._closed[rows], 0, most_milli)
 
     def _heads(self, request: Shape, rows: Any) -> Any:
         """What of their keys alike nodes share, and their positions. Shape (2, rows)."""
@@ -378,7 +391,9 @@ def _served(pool: Pool, mix: MixColumns) -> tuple[Any, Any]:
 
 def _nowhere(rows: int) -> Any:
     """Keys and positions of nodes on which it does not fit. Shape (2, rows)."""
-    return xp.stack([xp.full(rows, _NEVER, dtype=xp.int64), xp.full(rows, NO_POSITION, dtype=xp.int64)])
+    rated = xp.full((2, rows), _NEVER, dtype=xp.int64)
+    rated[1] = NO_POSITION
+    return rated
 
 
 def _pressure(pool: Pool, mix: MixColumns) -> Any:

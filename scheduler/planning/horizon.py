@@ -9,7 +9,7 @@ looking at the others. A change on a node changes its row only.
 from typing import Any
 
 from scheduler.model.policy import Order
-from scheduler.planning.allocator import Live, Node, Request
+from scheduler.planning.allocator import Node, Request, Spare
 from scheduler.planning.arrays import some, xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, summed
@@ -30,7 +30,10 @@ class Horizon:
         goes = world.displaceable(first)
         holds, hosts = goes[jobs.holder], jobs.hosts.of(goes)
         cell, holder = jobs.cell[holds], jobs.holder[holds]
-        self.pool: Pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
+        self._pool = soon.plus(cell, jobs.milli[holds], jobs.mib[holds], hosts.node, hosts.amounts)
+        self._going = self._pool.less(soon)  # what those have who may go
+        # Nodes that are not in the columns as they are, and whether somebody there was told to go.
+        self._changed: dict[int, tuple[Node, bool]] = {}
         loss, gpus = jobs.loss_microusd[holder], xp.bincount(jobs.holder, minlength=len(jobs.row))[holder]
         least = xp.full(nodes * width, NEVER, dtype=xp.int64)
         xp.minimum.at(least, cell, loss)
@@ -42,11 +45,18 @@ class Horizon:
             for wanted in sorted({*world.sizes_wanted, max(1, width)})
         }
 
+    @property
+    def pool(self) -> Pool:
+        """What there is of each node, if all go who may."""
+        self._flush()
+        return self._pool
+
     def bounds(self, request: Request) -> Any:
         """Shape (nodes,): a loss that is not more than what the request takes there; NEVER: it can't be had.
 
         For its GPUs alone, so that it holds of all who want the same.
         """
+        self._flush()
         return self._bounds.column(request.gpu_part, lambda rows: self._bounds_of(request, rows))
 
     def learn(self, request: Request, row: int, loss: int) -> None:
@@ -57,22 +67,36 @@ class Horizon:
         """
         self.bounds(request)[row] = loss
 
-    def changed(self, node: Node, live: list[Live]) -> None:
-        """Look at a node again that gave something away or got it back."""
-        row, width = node.row, self.pool.milli.shape[1]
-        going = [each for each in live if each.may_yield and outranks(self._first, each, self._order)]
-        self._bounds.changed(row)
-        reach = node.soon.copy()
+    def changed(self, node: Node, *, somebody_goes: bool) -> None:
+        """Take notice that a node gave something away, and whether somebody there was told to go."""
+        before = self._changed.get(node.row)
+        self._changed[node.row] = (node, somebody_goes or (before is not None and before[1]))
+
+    def _flush(self) -> None:
+        for row, (node, somebody_goes) in self._changed.items():
+            if somebody_goes:
+                self._look_again(node)
+            self._pool.put(node, node.soon)
+            self._pool.add(self._going, row)
+            self._bounds.changed(row)
+        self._changed.clear()
+
+    def _look_again(self, node: Node) -> None:
+        """Find out what those have who may still go, and what is lost with them."""
+        row, width = node.row, self._pool.milli.shape[1]
+        reach = Spare([0] * len(node.gpus), [0] * len(node.gpus), 0, 0, 0)
         least = [NEVER] * width
         losses = {wanted: [0] * width for wanted in self._losses}
-        for each in going:
+        for each in self._world.live(row):
+            if not (each.may_yield and outranks(self._first, each, self._order)):
+                continue
             reach.add(each.hold)
             loss = each.loss_microusd
             for position in each.hold.parts:
                 least[position] = min(least[position], loss)
                 for wanted, sums in losses.items():
                     sums[position] += loss // min(wanted, each.gpus)
-        self.pool.put(node, reach)
+        self._going.put(node, reach)
         self._least_loss[row] = xp.asarray(least, dtype=xp.int64)
         for wanted, sums in losses.items():
             self._losses[wanted][row] = xp.asarray(sums, dtype=xp.int64)
@@ -81,7 +105,7 @@ class Horizon:
         if request.gpus == 0:
             loss = xp.zeros(len(rows), dtype=xp.int64)
             return xp.where(self._world.drains[rows], NEVER, loss)
-        usable = self.pool.usable(request, rows) & ~self._world.drains[rows][:, None]
+        usable = self._pool.usable(request, rows) & ~self._world.drains[rows][:, None]
         losses = self._least_loss if request.is_share else self._losses_of(request.gpus)
         losses = xp.where(self._world.soon.usable(request, rows), 0, losses[rows])
         if request.gpus == 1:
@@ -117,7 +141,7 @@ class Horizons:
                 self._made = Horizon(self._world, request, self._order)
         return self._made
 
-    def changed(self, node: Node) -> None:
-        """Look at a node again that gave something away or got it back."""
+    def changed(self, node: Node, *, somebody_goes: bool) -> None:
+        """Take notice that a node gave something away, and whether somebody there was told to go."""
         if self._made is not None:
-            self._made.changed(node, self._world.live(node.row))
+            self._made.changed(node, somebody_goes=somebody_goes)

@@ -27,7 +27,7 @@ CODE_BITS = 61
 # Later than any code of a turn.
 _NEVER = 1 << 62
 # The codes of what is free, and of what the request's own victims leave.
-_FREE, MINE = 0, -1
+_FREE, _MINE = 0, -1
 
 
 class Leavers:
@@ -131,7 +131,7 @@ class Leavers:
     def code(self, turn: Turn) -> int:
         """The turn as a number; a sooner one has a smaller one, or one that is equal (`is_coarse`)."""
         is_others, stop_us, served, number = turn
-        return self._scale.code(stop_us, served, number) if is_others else MINE
+        return self._scale.code(stop_us, served, number) if is_others else _MINE
 
     @property
     def is_coarse(self) -> bool:
@@ -200,7 +200,8 @@ class Turns:
         host_amounts = zip((free.cpus, free.memory_mib, free.slots), hosts.amounts, strict=True)
         # Shape (4, nodes, stops + 1): the same of CPUs, host memory and job slots.
         self._hosts = _levels(hosts.node, codes, tuple(host_amounts), NODE_STOPS)
-        self._kept = Kept(nodes)
+        # By what is wanted of GPUs, and by all that is wanted.
+        self._gpus_ready, self._ready = Kept(nodes), Kept(nodes)
 
     def put(self, node: Node) -> None:
         """Take over what a node has and what leaves it."""
@@ -218,46 +219,56 @@ class Turns:
                 _add(gpus, position, turn, part, GPU_STOPS)
         self._hosts[:, row] = xp.asarray(host, dtype=xp.int64)
         self._gpus[:, row, :width] = xp.asarray(gpus, dtype=xp.int64).reshape(3, width, GPU_STOPS + 1)
-        self._kept.changed(row)
+        self._gpus_ready.changed(row)
+        self._ready.changed(row)
 
-    def in_turn(self, request: Request) -> Iterator[tuple[int, int]]:
+    def in_turn(self, request: Request, without: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Codes of turns and rows of nodes: the request is ready there not before that, the soonest first.
 
-        First come the nodes that its own victims leave, with `MINE`.
+        The nodes at the rows `without` are left out, as are those where what it needs does not leave.
         """
-        own = [row for row in self._leavers.rows_for.get(request.number, ()) if not self._drains[row]]
-        yield from ((MINE, row) for row in own)
-        turns = self._kept.column(request.gpu_part, lambda rows: self._gpu_turns(request, rows))
-        rows = rows_where(turns < _NEVER)
-        ready = xp.maximum(turns[rows], self._host_turns(request, rows))
-        for row in own:
-            ready[rows == row] = _NEVER
-        while len(rows):
-            place: int = ready.argmin().item()
-            soonest: int = ready[place].item()
+        kind = (*request.gpu_part, request.cpus, request.memory_mib)
+        ready = self._ready.column(kind, lambda rows: self._ready_on(request, rows)).copy()
+        for row in without:
+            ready[row] = _NEVER
+        for _ in range(len(ready)):
+            row = ready.argmin().item()
+            soonest: int = ready[row].item()
             if soonest == _NEVER:
                 return
-            yield soonest, rows[place].item()
-            ready[place] = _NEVER
+            yield soonest, row
+            ready[row] = _NEVER
 
     def is_before(self, turn: Turn, row: int, bound: int, other: int) -> bool:
         """Whether a node that is ready at this turn goes before one that is not ready before the bound."""
         code = self._leavers.code(turn)
         return code < bound or (code == bound and row < other and not self._leavers.is_coarse)
 
+    def _ready_on(self, request: Request, rows: Any) -> Any:
+        """The code of the stop after which all it needs is there; NEVER. Shape (rows,)."""
+        turns = self._gpus_ready.column(request.gpu_part, lambda some: self._gpu_turns(request, some))[rows]
+        there = rows_where(turns < _NEVER)
+        turns[there] = xp.maximum(turns[there], self._host_turns(request, rows[there]))
+        return turns
+
     def _gpu_turns(self, request: Request, rows: Any) -> Any:
         """The code of the stop after which the request's GPUs are there; NEVER. Shape (rows,)."""
-        free, there = self._free, self._leaving[rows] & ~self._drains[rows]
-        if request.gpus == 0:
-            return xp.where(there, _FREE, _NEVER)
+        free, turns = self._free, xp.full(len(rows), _NEVER, dtype=xp.int64)
         if request.gpus > free.milli.shape[1]:
-            return xp.full(len(rows), _NEVER, dtype=xp.int64)
+            return turns
+        there = rows_where(self._leaving[rows] & ~self._drains[rows])
+        if request.gpus == 0:
+            turns[there] = _FREE
+            return turns
+        rows = rows[there]
         fits = self._gpus[1, rows] >= request.share_milli
         if request.gpu_memory_mib:
             fits &= self._gpus[2, rows] >= request.gpu_memory_mib
-        turns = xp.where(fits, self._gpus[0, rows], _NEVER).min(axis=2)
-        turns = xp.where(free.suitable(request, rows) & there[:, None], turns, _NEVER)
-        return turns.min(axis=1) if request.gpus == 1 else xp.sort(turns, axis=1)[:, request.gpus - 1]
+        by_gpu = xp.where(fits, self._gpus[0, rows], _NEVER).min(axis=2)
+        by_gpu = xp.where(free.suitable(request, rows), by_gpu, _NEVER)
+        last = by_gpu.min(axis=1) if request.gpus == 1 else xp.sort(by_gpu, axis=1)[:, request.gpus - 1]
+        turns[there] = last
+        return turns
 
     def _host_turns(self, request: Request, rows: Any) -> Any:
         """The same of CPUs, host memory and a job slot."""

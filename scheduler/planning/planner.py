@@ -293,11 +293,11 @@ class Planner:
     def _commit(self, row: int, request: Request, found: Found, admission: Admission) -> None:
         """Start the job, or let it wait for what it claims."""
         world, number = self.world, request.number
-        rows = [part.row for part in found.parts]
+        rows, left = [part.row for part in found.parts], set[int]()
         for_power = list(map(self._live_job, admission.victims))
         for victim in (*found.victims, *for_power) if for_power else found.victims:
             world.leave(victim, number)
-            rows += victim.rows
+            left.update(victim.rows)
             cause = (number, Reason.PREEMPTED_BY_HIGHER_RANK)
             self._preempts.append(PreemptJob(victim.number, *cause, victim.lost_gpu_ms, victim.loss_microusd))
         given = self.claims[number] = claim(request, found, world.node)
@@ -308,10 +308,10 @@ class Planner:
             given.ready_us = max((victim.hold.ready_us for victim in for_power), default=0)
             self._for_power[number] = row
         world.serve(number, len(self.claims))
-        for touched in rows if len(rows) == 1 else sorted(set(rows)):
+        for touched in sorted(left.union(rows)) if left or len(rows) > 1 else rows:
             node = world.node(touched)
             world.changed(node)
-            self._horizons.changed(node)
+            self._horizons.changed(node, somebody_goes=touched in left)
         if not given.is_free:
             self.queue.wait(row, waits)
             return

@@ -118,6 +118,27 @@ class Pool:
             self.whole,
         )
 
+    def less(self, other: "Pool") -> "Pool":
+        """What this is more than another amount of the same nodes."""
+        return Pool(
+            self.milli - other.milli,
+            self.mib - other.mib,
+            self.cpus - other.cpus,
+            self.memory_mib - other.memory_mib,
+            self.slots - other.slots,
+            self.fits,
+            self.is_open,
+            self.whole,
+        )
+
+    def add(self, other: "Pool", row: int) -> None:
+        """Put in what another amount has of one node."""
+        self.milli[row] += other.milli[row]
+        self.mib[row] += other.mib[row]
+        self.cpus[row] += other.cpus[row]
+        self.memory_mib[row] += other.memory_mib[row]
+        self.slots[row] += other.slots[row]
+
 
 def summed(places: Any, amounts: Any, size: int) -> Any:
     """Int64, shape (size,): the sum of the amounts at each place. Exact below 2^53, which no node has."""

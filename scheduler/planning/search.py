@@ -20,7 +20,6 @@ from scheduler.planning.allocator import (
 from scheduler.planning.arrays import xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
-from scheduler.planning.leaving import MINE
 from scheduler.planning.preemption import choose_victims
 from scheduler.planning.world import NEVER, World
 
@@ -63,21 +62,28 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:
     """Room in what is free and what leaves, on the node where the last stop it needs came first."""
     best: tuple[Turn, int, Found] | None = None
-    for bound, row in _in_turn(request, world):
-        if best is not None and bound != MINE and world.turns.is_before(best[0], best[1], bound, row):
-            break
-        node, penalty = as_limited(request, world, row, limits)
-        found = None if node is None else find_leaving_on(request, node, penalty)
-        if found is not None and (best is None or (found[0], row) < best[:2]):
-            best = (found[0], row, found[1])
+    own = world.leaves_for(request)
+    for row in own:
+        best = _sooner(request, world, limits, row, best)
+    # Nothing is ready sooner than what its own victims leave.
+    if not world.is_small and (best is None or best[0][0]):
+        turns = world.turns
+        for bound, row in turns.in_turn(request, own):
+            if best is not None and turns.is_before(best[0], best[1], bound, row):
+                break
+            best = _sooner(request, world, limits, row, best)
     return None if best is None else best[2]
 
 
-def _in_turn(request: Request, world: World) -> Iterator[tuple[int, int]]:
-    """Nodes that may be ready for the request: a bound of their turn, as a code, and their row."""
-    if world.is_small:
-        return ((MINE, node.row) for node in world.nodes() if node.leaving and not node.drains)
-    return world.turns.in_turn(request)
+def _sooner(
+    request: Request, world: World, limits: Limits | None, row: int, best: tuple[Turn, int, Found] | None
+) -> tuple[Turn, int, Found] | None:
+    """The best found so far, or room on this node, where the last stop it needs came earlier."""
+    node, penalty = as_limited(request, world, row, limits)
+    found = None if node is None else find_leaving_on(request, node, penalty)
+    if found is None or (best is not None and (found[0], row) > best[:2]):
+        return best
+    return found[0], row, found[1]
 
 
 def find_by_displacing(

@@ -105,6 +105,7 @@ class World:
         self._soon: Pool | None = None
         self._turns: Turns | None = None
         self._served_since: list[int] = []  # whose turns are not in it
+        self._turns_changed: set[int] = set()  # rows of nodes that are not in it as they are
         self._placement: Fragmentation | None = None
         self._split(snapshot)
         self._free = self._made_free(snapshot)
@@ -144,14 +145,21 @@ class World:
         """When each node is ready for a request that takes what leaves."""
         self._flush()
         rows = self._leavers.rows_for
-        others = {row for number in self._served_since for row in rows.get(number, ())}
+        others = self._turns_changed.union(*(rows.get(number, ()) for number in self._served_since))
         self._served_since.clear()
+        self._turns_changed.clear()
         if self._turns is None:
             self._turns = Turns(self._leavers, self._free, self.leaving, self.drains)
             others |= self._nodes.keys()
         for row in others:
             self._turns.put(self.node(row))
         return self._turns
+
+    def leaves_for(self, request: Request) -> list[int]:
+        """Rows of the nodes on which somebody leaves for the request; in a small world for anybody."""
+        if self.is_small:
+            return [node.row for node in self.nodes() if node.leaving and not node.drains]
+        return [row for row in self._leavers.rows_for.get(request.number, ()) if not self.drains[row]]
 
     @cached_property
     def incumbents(self) -> Incumbents:
@@ -235,7 +243,7 @@ class World:
             if self._placement is not None:
                 self._placement.changed(node.row)
             if self._turns is not None and node.leaving:
-                self._turns.put(node)
+                self._turns_changed.add(node.row)
         self._changed.clear()
         self._reaches.clear()
 

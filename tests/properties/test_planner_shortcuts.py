@@ -101,11 +101,11 @@ def test_what_leaves_is_taken_where_the_last_stop_comes_first_as_if_each_node_we
             first = min(ready, key=lambda row: (ready[row], row), default=None)
             assert first == (found and found.parts[0].row)
             turns = {row: of._leavers.code(turn) for row, turn in ready.items()}
-            bounds = {row: turn for turn, row in of.turns.in_turn(request) if turn != leaving.MINE}
+            bounds = {row: turn for turn, row in of.turns.in_turn(request, of.leaves_for(request))}
             if tight:
                 assert all(bounds[row] <= turn for row, turn in turns.items() if row in bounds)
             else:
-                assert all(turns[row] in (turn, leaving.MINE) for row, turn in bounds.items())
+                assert all(turns[row] in (turn, leaving._MINE) for row, turn in bounds.items())
             ready_on.append(len(ready))
         return found
 
@@ -140,6 +140,29 @@ def test_a_node_goes_before_another_by_code_only_if_it_does_by_turn(
             before = of.turns.is_before(turn, row, of._leavers.code(other), where)
             is_sooner = (turn, row) < (other, where)
             assert before == is_sooner or (bits < ALL_BITS and not before)
+
+
+@pytest.mark.parametrize("order", Order)
+def test_what_may_go_is_known_as_if_all_nodes_were_looked_at_again(order: Order) -> None:
+    compared = []
+
+    def checked(request: Request, of: world.World, horizons: horizon.Horizons, *rest: Any) -> Found | None:
+        known = horizons.of(request)
+        if known is not None and not of.is_small:
+            anew = horizon.Horizon(of, known._first, order)
+            for name in ("milli", "mib", "cpus", "memory_mib", "slots"):
+                assert (getattr(known.pool, name) == getattr(anew.pool, name)).all(), name
+            # What was learned since is no less.
+            assert (known.bounds(request) >= anew.bounds(request)).all()
+            compared.append(request.number)
+        return search.find_by_displacing(request, of, horizons, *rest)
+
+    made, random, policy = drawn.world(400, 160, 0), np.random.default_rng(0), Policy(order=order)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "find_by_displacing", checked)
+        for _ in range(3):
+            made = changed(carried_out(made, plan(made, policy)), 40, random)
+    assert len(compared) > 20
 
 
 def _host_lacking() -> W:
