@@ -4,7 +4,6 @@ Start-up order: the journal and its lock, the launcher (adopt what runs), the GP
 """
 
 import asyncio
-import gc
 import importlib.metadata
 import logging
 import os
@@ -27,6 +26,7 @@ from scheduler.api.usage_service import UsageService
 from scheduler.control.board import NodeSize
 from scheduler.control.loop import Controller, Effects, Site
 from scheduler.effects.clock import SystemClock, boot_id
+from scheduler.effects.collector import calm_collector
 from scheduler.effects.gpus import Gpus
 from scheduler.effects.job_files import remove_job
 from scheduler.effects.journal_sqlite import SqliteJournal
@@ -42,9 +42,6 @@ from scheduler.simulation.boards import parse
 from scheduler.simulation.gpus import ObservingLauncher, SimulatedGpus
 
 log = logging.getLogger("wattshift")
-
-# Young objects before a look at them; looks before one at the older and the oldest.
-COLLECTOR_THRESHOLDS = (10_000, 20, 1000)
 
 # Keys outside [policy], [classes], [power], [foreign] and [[standing_jobs]] that a reload applies.
 RELOADED_KEYS = frozenset(
@@ -186,7 +183,7 @@ class _Daemon:
                 host, _, port = self._config.server.metrics_listen.rpartition(":")
                 bound = await metrics.start(host.strip("[]"), int(port))
                 log.info("metrics on http://%s:%d/metrics", *bound)
-            _calm_collector()
+            calm_collector()
             self._notifier.ready(f"{len(controller.board.identities)} GPUs")
             watchdog = asyncio.get_running_loop().create_task(self._watchdog())
             await self._stop.wait()
@@ -267,17 +264,6 @@ class _Daemon:
         while True:
             self._notifier.watchdog()
             await asyncio.sleep(period_s)
-
-
-def _calm_collector() -> None:
-    """Take what is there for good out of the garbage collector's sight, and look for garbage less often.
-
-    A full collection took 11 to 29 ms in the first second, and 22 to 65 ms with 30,000 jobs waiting: in the
-    middle of somebody's submission. What the loop makes is freed by its reference count.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECTOR_THRESHOLDS)
 
 
 def _config_path(options: Options) -> Path | None:

@@ -35,6 +35,9 @@ PAGE = ROOT / "docs/PLAN_TIME.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 JOBS = (1_000, 10_000, 100_000, 1_000_000)
 GPUS = (8, 64, 1_000, 10_000, 100_000)
+# Fleets that are planned once nothing more is left to do in them, and what changes there between two ticks.
+SETTLED = ((100_000, 1_000), (100_000, 10_000), (1_000_000, 10_000), (1_000_000, 100_000))
+SETTLED_CHANGES = (1_000, 10_000)
 # One with many jobs for few GPUs, one with many nodes.
 PROFILED = ((100_000, 64), (10_000, 1_000))
 PROFILE_ROWS = 10
@@ -57,6 +60,7 @@ def main() -> None:
     lines = [
         *where(options.backend, options.limit_s, options.seed),
         *plan_times(cells),
+        *settled_times(options.limit_s, options.seed, options.backend),
         *node_ticks(),
         *profiles(options.seed),
     ]
@@ -81,12 +85,12 @@ def table(limit_s: float, seed: int, backend: str) -> dict[tuple[int, int], Cell
     return cells
 
 
-def measured(jobs: int, gpus: int, seed: int, backend: str, limit_s: float) -> Cell:
-    """What the bench prints of one world."""
+def measured(jobs: int, gpus: int, seed: int, backend: str, limit_s: float, *more: str) -> Cell:
+    """What the bench prints of one world, with more options."""
     size = ("--jobs", str(jobs), "--gpus", str(gpus), "--seed", str(seed), "--backend", backend)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND, "bench", "allocator", *size],
+            [sys.executable, "-c", COMMAND, "bench", "allocator", *size, *more],
             capture_output=True,
             text=True,
             check=True,
@@ -159,6 +163,36 @@ def quality_text(cell: Cell) -> str:
     if cell is None:
         return "–"
     return f"{cell['jobs_placed']:,} / {cell['victims']:,} / {cell['peak_memory_mib']:.0f}"
+
+
+def settled_times(limit_s: float, seed: int, backend: str) -> list[str]:
+    """The table of settled fleets: a row for each."""
+    ticks = " | ".join(f"tick, {changes:,} changes" for changes in SETTLED_CHANGES)
+    lines = [
+        "### Seconds of settled fleets, p50",
+        "",
+        f"| jobs | GPUs | cold plan | {ticks} | floor |",
+        "|--:" * (len(SETTLED_CHANGES) + 4) + "|",
+    ]
+    for jobs, gpus in SETTLED:
+        cells = [
+            measured(jobs, gpus, seed, backend, limit_s, "--settled", "--changes", str(changes))
+            for changes in SETTLED_CHANGES
+        ]
+        print(jobs, gpus, "settled", cells, file=sys.stderr, flush=True)
+        lines.append(f"| {jobs:,} | {gpus:,} | {settled_text(cells)} |")
+    return [*lines, ""]
+
+
+def settled_text(cells: list[Cell]) -> str:
+    """The cold plan, the ticks and the floor of one fleet."""
+    known = [cell for cell in cells if cell is not None]
+    cold, floor = (
+        f"{min(cell[name] for cell in known):.2g}" if known else "given up"
+        for name in ("plan_seconds_p50", "memory_floor_seconds")
+    )
+    ticks = ["given up" if cell is None else f"{cell['next_tick_seconds_p50']:.2g}" for cell in cells]
+    return " | ".join([cold, *ticks, floor])
 
 
 def node_ticks() -> list[str]:

@@ -46,11 +46,23 @@ def bench() -> None:
     show_default=True,
     help="Equal seeds give equal worlds.",
 )
-def allocator(jobs: int, gpus: int, backend: str, seed: int) -> None:
+@click.option(
+    "--changes",
+    type=click.IntRange(0, JOBS_MAX),
+    default=1_000,
+    show_default=True,
+    help="Things that change before each tick.",
+)
+@click.option(
+    "--settled",
+    is_flag=True,
+    help="Let plans be carried out until nothing is left to do, and measure then.",
+)
+def allocator(jobs: int, gpus: int, backend: str, seed: int, changes: int, settled: bool) -> None:
     """Print how long the allocator plans for a world, as one JSON object.
 
-    Cold, from columns to a plan (plan_seconds), and after 1,000 changes (next_tick_seconds). Beside it stands
-    the time to read the columns once at the memory's bandwidth (memory_floor_seconds).
+    Cold, from columns to a plan (plan_seconds), and after so many changes (next_tick_seconds). Beside it
+    stands the time to read the columns once at the memory's bandwidth (memory_floor_seconds).
     """
     import json
     from dataclasses import asdict
@@ -65,7 +77,7 @@ def allocator(jobs: int, gpus: int, backend: str, seed: int) -> None:
     except BackendUnavailable as error:
         raise click.BadParameter(str(error), param_hint="'--backend'") from None
     with _Waiting(chosen) as waiting:
-        found = plan_time.measure(jobs, gpus, seed, waiting.tell)
+        found = plan_time.measure(jobs, gpus, seed, waiting.tell, changes=changes, is_settled=settled)
     print(json.dumps(asdict(found)))
 
 

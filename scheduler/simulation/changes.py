@@ -19,6 +19,7 @@ from scheduler.model.actions import (
     StopJob,
     SuspendJob,
 )
+from scheduler.model.policy import Policy
 from scheduler.model.snapshot import (
     PENDING,
     PREEMPTING,
@@ -30,7 +31,11 @@ from scheduler.model.snapshot import (
     JobColumns,
     Snapshot,
 )
+from scheduler.planning.arrays import on_backend
+from scheduler.planning.planner import Memo, plan
 from scheduler.simulation.worlds import SECOND_US, VALUE_PERCENT_RANGE, Columns, pending
+
+SETTLING_S_MAX = 60
 
 
 def carried_out(snapshot: Snapshot, plan: Plan) -> Snapshot:
@@ -66,10 +71,7 @@ def changed(snapshot: Snapshot, changes: int, random: np.random.Generator) -> Sn
     A third of the changes are ends of live jobs, a third arrivals, the rest waiting jobs whose value changes,
     each as far as there are such jobs; arrivals make up the number.
     """
-    now_us = snapshot.now_us + SECOND_US
-    jobs = _columns(snapshot.jobs)
-    starting = jobs["state"] == STARTING
-    jobs["state"][starting], jobs["started_us"][starting] = RUNNING, now_us
+    now_us, jobs = snapshot.now_us + SECOND_US, _a_second_later(snapshot)
     ends = _some(random, np.flatnonzero(jobs["state"] != PENDING), changes // 3)
     revalued = _some(random, np.flatnonzero(jobs["state"] == PENDING), changes // 3)
     percent = random.integers(*VALUE_PERCENT_RANGE, len(revalued))
@@ -81,9 +83,45 @@ def changed(snapshot: Snapshot, changes: int, random: np.random.Generator) -> Sn
     return _without(replace(snapshot, now_us=now_us), jobs, _columns(snapshot.holdings), ends)
 
 
+def settled(snapshot: Snapshot, policy: Policy) -> Snapshot:
+    """The world once a plan asks for nothing: each is carried out, and a second later who had to go is gone.
+
+    After SETTLING_S_MAX it is taken as it is.
+    """
+    memo = Memo()
+    for _ in range(SETTLING_S_MAX):
+        made = plan(on_backend(snapshot), policy, memo)
+        if not made.actions:
+            break
+        snapshot = _gone(carried_out(snapshot, made))
+    return snapshot
+
+
 def held_gpus(snapshot: Snapshot) -> int:
     """How many GPUs somebody holds, even in part or while leaving."""
     return len(np.unique(snapshot.holdings.gpu))
+
+
+def _gone(snapshot: Snapshot) -> Snapshot:
+    """The world a second later: who was told to stop has ended, or waits again, and all is handed over."""
+    jobs, holdings = _a_second_later(snapshot), _columns(snapshot.holdings)
+    waits_again = jobs["state"] == PREEMPTING
+    jobs["state"][waits_again] = PENDING
+    for name in ("node", "started_us", "checkpoint_us", "stop_us", "preemptor"):
+        jobs[name][waits_again] = UNKNOWN
+    held = holdings["job"] != UNKNOWN
+    held[held] = ~waits_again[holdings["job"][held]]
+    holdings = {name: column[held] for name, column in holdings.items()}
+    ends = np.flatnonzero(jobs["state"] == STOPPING)
+    return _without(replace(snapshot, now_us=snapshot.now_us + SECOND_US), jobs, holdings, ends)
+
+
+def _a_second_later(snapshot: Snapshot) -> Columns:
+    """The columns of its jobs: what was starting runs."""
+    jobs = _columns(snapshot.jobs)
+    starting = jobs["state"] == STARTING
+    jobs["state"][starting], jobs["started_us"][starting] = RUNNING, snapshot.now_us + SECOND_US
+    return jobs
 
 
 def _with_starts(snapshot: Snapshot, jobs: Columns, starts: list[StartJob]) -> Columns:

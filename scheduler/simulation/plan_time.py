@@ -2,13 +2,15 @@
 
 A *cold* plan starts from columns in host memory and nothing else: freezing them into a snapshot, which checks
 itself, counts, and so does the way to the GPU where CuPy plans. A *tick* is the same on columns in which
-1,000 things changed since the last plan, with that plan's memo; the change itself doesn't count, because the
-daemon keeps its columns up to date as things happen.
+some things, by default 1,000, changed since the last plan, with that plan's memo; the change itself doesn't
+count, because the daemon keeps its columns up to date as things happen. A world is taken as it was drawn, or
+*settled*: as it is found between two ticks, with nothing left to do.
 
 The *floor* is the time to read every column once at the memory's bandwidth, which is measured as the best of
 some sums over a buffer that no cache holds: what has to look at all jobs can't be faster.
 """
 
+import gc
 import math
 import resource
 import time
@@ -19,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.effects.collector import COLLECTOR_THRESHOLDS
 from scheduler.model.actions import Plan, PreemptJob, StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.snapshot import Snapshot
 from scheduler.planning.arrays import finish, on_backend, pool_mib, release, xp
 from scheduler.planning.planner import Memo, digest, plan
-from scheduler.simulation.changes import carried_out, changed, held_gpus
+from scheduler.simulation.changes import carried_out, changed, held_gpus, settled
 from scheduler.simulation.worlds import world
 
 CHANGES = 1_000
@@ -55,16 +58,40 @@ class PlanTime:
     memory_floor_seconds: float
 
 
-def measure(jobs: int, gpus: int, seed: int, told: Callable[[str, int], None]) -> PlanTime:
+def measure(
+    jobs: int,
+    gpus: int,
+    seed: int,
+    told: Callable[[str, int], None],
+    *,
+    changes: int = CHANGES,
+    is_settled: bool = False,
+) -> PlanTime:
     """Take the figures of one world, with the policy that a node has by default.
 
     Args:
+        changes: How many things change before each tick.
+        is_settled: Take the world once nothing more is to be done in it, as it is found between two ticks.
         told: Is given the name of a stage and how many of its rounds are done, for a person who waits.
     """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)  # as in the daemon
+    try:
+        return _measured(jobs, gpus, seed, changes, is_settled, told)
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def _measured(
+    jobs: int, gpus: int, seed: int, changes: int, is_settled: bool, told: Callable[[str, int], None]
+) -> PlanTime:
     policy = Policy()
     told("world", 0)
     plan(on_backend(world(_WARM_UP_JOBS, _WARM_UP_GPUS, seed)), policy)
     snapshot = world(jobs, gpus, seed)
+    if is_settled:
+        told("settling", 0)
+        snapshot = settled(snapshot, policy)
     floor_s = _column_bytes(snapshot) / _bytes_per_s()
     forget_peak_memory()
     plans_s: list[float] = []
@@ -73,7 +100,7 @@ def measure(jobs: int, gpus: int, seed: int, told: Callable[[str, int], None]) -
         taken_s, first = timed(snapshot, policy, Memo())
         plans_s.append(taken_s)
     peak_mib = peak_memory_mib()
-    ticks_s = _ticks(snapshot, first, policy, seed, told)
+    ticks_s = _ticks(snapshot, first, policy, seed, changes, told)
     return PlanTime(
         plan_seconds_p50=_percentile(plans_s, 50),
         plan_seconds_p90=_percentile(plans_s, 90),
@@ -109,16 +136,21 @@ def peak_memory_mib() -> float:
 
 
 def _ticks(
-    snapshot: Snapshot, last: Plan, policy: Policy, seed: int, told: Callable[[str, int], None]
+    snapshot: Snapshot,
+    last: Plan,
+    policy: Policy,
+    seed: int,
+    changes: int,
+    told: Callable[[str, int], None],
 ) -> list[float]:
-    """Seconds of each tick in a row, each after the one before was carried out and CHANGES things changed."""
+    """Seconds of each tick in a row, each after the one before was carried out and so many things changed."""
     random = np.random.default_rng(seed)
     memo = Memo()
     plan(on_backend(snapshot), policy, memo)
     ticks_s: list[float] = []
     for done in _rounds(ticks_s):
         told("tick", done)
-        snapshot = changed(carried_out(snapshot, last), CHANGES, random)
+        snapshot = changed(carried_out(snapshot, last), changes, random)
         taken_s, last = timed(snapshot, policy, memo)
         ticks_s.append(taken_s)
     return ticks_s

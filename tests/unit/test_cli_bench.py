@@ -10,8 +10,10 @@ import pytest
 from scheduler.cli import main
 from scheduler.cli.exit_codes import ExitCode
 from scheduler.model.policy import Policy
+from scheduler.model.snapshot import Snapshot
 from scheduler.planning.planner import digest, plan
 from scheduler.simulation import plan_time
+from scheduler.simulation.changes import changed, held_gpus, settled
 from scheduler.simulation.plan_time import PlanTime
 from scheduler.simulation.worlds import world
 
@@ -66,6 +68,24 @@ def test_one_job_and_one_gpu_are_a_world(capsys: pytest.CaptureFixture[str]) -> 
     assert measured(capsys, "--jobs", "1", "--gpus", "1")["gpus_used"] in (0, 1)
 
 
+def test_a_settled_world_has_nothing_left_to_do_until_things_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: list[int] = []
+
+    def noted(snapshot: Snapshot, count: int, random: np.random.Generator) -> Snapshot:
+        changes.append(count)
+        return changed(snapshot, count, random)
+
+    monkeypatch.setattr(plan_time, "changed", noted)
+    found = measured(capsys, "--jobs", "300", "--gpus", "24", "--seed", "7", "--settled", "--changes", "5")
+    assert found["jobs_placed"] == found["victims"] == 0
+    made = settled(world(300, 24, 7), Policy())
+    assert found["plan_digest"] == digest(plan(made, Policy()))
+    assert found["gpus_used"] == held_gpus(made)
+    assert set(changes) == {5}
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -75,6 +95,7 @@ def test_one_job_and_one_gpu_are_a_world(capsys: pytest.CaptureFixture[str]) -> 
         ("--gpus", "0"),
         ("--gpus", "1000001"),
         ("--seed", "-1"),
+        ("--changes", "-1"),
         ("--backend", "torch"),
     ],
 )

@@ -38,6 +38,31 @@ def test_what_is_larger_in_both_directions_than_what_was_given_up_is_not_tried(
     }
 
 
+def test_a_settled_fleet_is_measured_with_each_number_of_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measured(jobs: int, gpus: int, *more: object) -> plan_time.Cell:
+        asked.append((jobs, gpus, *more[3:]))
+        return None if more[-1] == "9" and jobs == 100 else CELL
+
+    monkeypatch.setattr(plan_time, "measured", measured)
+    monkeypatch.setattr(plan_time, "SETTLED", ((100, 8), (200, 8)))
+    monkeypatch.setattr(plan_time, "SETTLED_CHANGES", (5, 9))
+    assert plan_time.settled_times(1.0, 0, "numpy") == [
+        "### Seconds of settled fleets, p50",
+        "",
+        "| jobs | GPUs | cold plan | tick, 5 changes | tick, 9 changes | floor |",
+        "|--:|--:|--:|--:|--:|--:|",
+        "| 100 | 8 | 0.012 | 0.5 | given up | 0.0001 |",
+        "| 200 | 8 | 0.012 | 0.5 | 0.5 | 0.0001 |",
+        "",
+    ]
+    assert asked == [
+        (jobs, 8, "--settled", "--changes", changes) for jobs in (100, 200) for changes in ("5", "9")
+    ]
+    assert plan_time.settled_text([None, None]) == "given up | given up | given up | given up"
+
+
 def test_a_cell_shows_times_and_what_was_placed_and_one_given_up_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,11 +14,12 @@ from scheduler.model.snapshot import (
     PREEMPTING,
     RUNNING,
     STARTING,
+    STOPPING,
     UNKNOWN,
     Snapshot,
 )
 from scheduler.planning.planner import digest, plan
-from scheduler.simulation.changes import carried_out, changed, held_gpus
+from scheduler.simulation.changes import carried_out, changed, held_gpus, settled
 from scheduler.simulation.worlds import NODE_GPUS, SECOND_US, world
 
 POLICY = Policy()
@@ -118,6 +119,24 @@ def test_a_second_later_a_third_has_ended_a_third_has_come_and_a_third_is_worth_
     assert (after.jobs.started_us[after.jobs.state == RUNNING] != UNKNOWN).all()
     held = after.holdings.job[after.holdings.job != UNKNOWN]
     assert (after.jobs.state[held] != PENDING).all()
+
+
+def test_in_a_settled_world_nobody_leaves_and_nothing_is_left_to_do() -> None:
+    before = world(600, 64, SEED)
+    after = settled(before, POLICY)
+    assert plan(after, POLICY).actions == ()
+    assert not np.isin(after.jobs.state, (STARTING, PREEMPTING, STOPPING)).any()
+    assert (after.holdings.job != UNKNOWN).all()
+    held = np.bincount(after.holdings.job, minlength=len(after.jobs))
+    assert ((held > 0) <= (after.jobs.state != PENDING)).all()
+    waits = after.jobs.state == PENDING
+    assert (after.jobs.node[waits] == UNKNOWN).all()
+    assert (after.jobs.started_us[~waits] <= after.now_us).all()
+    # Some have waited again since, and others hold what they had.
+    pending_before = set(before.jobs.number[before.jobs.state == PENDING].tolist())
+    assert set(after.jobs.number[waits].tolist()) - pending_before
+    assert held_gpus(after) > held_gpus(before)
+    assert columns(after) == columns(settled(before, POLICY))
 
 
 def test_where_nothing_can_end_more_jobs_come() -> None:
