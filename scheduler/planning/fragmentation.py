@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI, MixColumns
 from scheduler.planning.alike import Numbering, States
-from scheduler.planning.arrays import rows_where, xp
+from scheduler.planning.arrays import rows_where, some, xp
 from scheduler.planning.kept import Kept
 from scheduler.planning.pool import Pool, Shape
 
@@ -95,6 +95,15 @@ class _Host(NamedTuple):
         return _Host(self.cpus[places], self.memory_mib[places], self.slots[places])
 
 
+class _Asks(NamedTuple):
+    """What the kinds of a mix ask of a GPU, each once. Shape (asks,), and of each kind which it is."""
+
+    sets: Any  # of `_served`
+    milli: Any
+    mib: Any
+    of_kind: Any  # (kinds,)
+
+
 class Fragmentation:
     """Chooses nodes of a pool for requests, with a mix of requests in view.
 
@@ -128,26 +137,27 @@ class Fragmentation:
         self._pool = pool
         self._mix = mix
         self._watts = watts
-        self._closed = closed
+        self._is_open = xp.ones(nodes, dtype=bool) if closed is None else ~closed
         self._nearness = nearness
         # What power a node draws for it depends on more than its state.
         made = numbering or (lambda free: Numbering(free, nearness))
         alike = States(pool, mix, lambda: made(pool)) if watts is None else None
         self._alike = alike if alike is not None and alike.are_of_use else None
-        self._kept, self._most_milli = Kept(nodes), Kept(nodes)
+        self._kept = Kept(nodes)
         self._rank = xp.arange(nodes, dtype=xp.int64) if tie_rank is None else tie_rank
         # A mix may be empty: then all costs the same, and the rules after it decide.
         self._weight = max(1, mix.weight.sum().item())
         assert self._weight < _WEIGHT_SUM_MAX, "weighted sums are exact"
         self._cpus_asked = (mix.weight * mix.cpus).sum().item()
         self._milli_asked = (mix.weight * mix.gpus * mix.share_milli).sum().item()
-        # Bool, shape (sets, nodes, width): GPUs of the models of a set; and of each kind which set is its.
-        self._served, self._sets = _served(pool, mix)
+        # Bool, shape (sets, nodes, width): GPUs of the models of a set.
+        self._served, sets = _served(pool, mix)
+        self._asks = _asks(mix, sets)
         self._pressure = _pressure(pool, mix)
-        # Of each node and kind, where it is not stale: thousandths on GPUs that are large enough for it, and
+        # Of each node and ask, where it is not stale: thousandths on GPUs that are large enough for it, and
         # how many such GPUs; of each node the weighted thousandths that are no fragment.
-        self._large_milli = xp.zeros((nodes, len(mix)), dtype=xp.int64)
-        self._large_gpus = xp.zeros((nodes, len(mix)), dtype=xp.int64)
+        self._large_milli = xp.zeros((nodes, len(self._asks.sets)), dtype=xp.int64)
+        self._large_gpus = xp.zeros((nodes, len(self._asks.sets)), dtype=xp.int64)
         self._usable = xp.zeros(nodes, dtype=xp.int64)
         self._is_stale = xp.ones(nodes, dtype=bool)
         self._changed: set[int] = set()  # since the states were looked at
@@ -157,14 +167,13 @@ class Fragmentation:
         self._changed.add(node)
         self._is_stale[node] = True
         self._kept.changed(node)
-        self._most_milli.changed(node)
 
     def best(self, request: Shape, without: Sequence[int] = ()) -> tuple[int, int] | None:
         """The node to start on, and for a share the position of its GPU, else NO_POSITION.
 
         None where it fits on no node, those at the rows `without` left out.
         """
-        if not len(self._rank):
+        if not self.fits_gpus(request):
             return None
         if self._changed and self._alike is not None:
             self._alike.renew(xp.asarray(sorted(self._changed), dtype=xp.int64))
@@ -186,6 +195,10 @@ class Fragmentation:
         node: int = keys.argmin().item()
         return None if keys[node].item() == _NEVER else (node, rated[1, node].item())
 
+    def fits_gpus(self, request: Shape) -> bool:
+        """Whether the GPU part of the request fits on a node."""
+        return some(self._gpus_fit(request))
+
     def _rated(self, request: Shape, rows: Any) -> Any:
         """Keys and positions of these nodes. Shape (2, rows)."""
         rated = _nowhere(len(rows))
@@ -194,7 +207,7 @@ class Fragmentation:
             return rated
         rows = rows[places]
         if self._alike is not None:
-            heads = self._alike.answers(request, rows, lambda some: self._heads(request, some))
+            heads = self._alike.answers(request, rows, lambda each: self._heads(request, each))
         else:
             heads = self._heads(request, rows)
         rated[0, places] = self._key(request, rows, heads[0])
@@ -203,19 +216,25 @@ class Fragmentation:
 
     def _fitting(self, request: Shape, rows: Any) -> Any:
         """Where among these nodes the request fits."""
-        pool = self._pool
-        if request.gpus == 0 or not pool.milli.shape[1]:
-            fits = pool.fit(request, rows)
-            return rows_where(fits if self._closed is None else fits & ~self._closed[rows])
-        # In a fleet that is busy few nodes have anything left at all.
-        most_milli = self._most_milli.column("most", self._largest)
-        places = rows_where(most_milli[rows] >= request.share_milli)
-        return places[rows_where(pool.fit(request, rows[places]))]
+        places = rows_where(self._gpus_fit(request)[rows])
+        return places[rows_where(self._pool.fit_host(request, rows[places]))]
 
-    def _largest(self, rows: Any) -> Any:
-        """The most thousandths that a GPU of each node has, none if it is closed. Shape (rows,)."""
-        most_milli = self._pool.milli[rows].max(axis=1)
-        return most_milli if self._closed is None else xp.where(self._closed[rows], 0, most_milli)
+    def _gpus_fit(self, request: Shape) -> Any:
+        """Bool, shape (nodes,): where the GPU part of the request fits, and that are not closed."""
+        wants = (request.gpus, request.share_milli, request.gpu_memory_mib, request.models)
+        return self._kept.column(wants, lambda rows: self._gpus_fit_on(request, rows))
+
+    def _gpus_fit_on(self, request: Shape, rows: Any) -> Any:
+        fits = xp.zeros(len(rows), dtype=bool)
+        # In a fleet that is busy few nodes have anything left at all.
+        enough = self._free_milli()[rows] >= request.gpus * request.share_milli
+        places = rows_where(enough & self._is_open[rows])
+        fits[places] = self._pool.fit_gpus(request, rows[places])
+        return fits
+
+    def _free_milli(self) -> Any:
+        """What is free of all GPUs of each node. Shape (nodes,)."""
+        return self._kept.column("free_milli", lambda rows: self._pool.milli[rows].sum(axis=1))
 
     def _heads(self, request: Shape, rows: Any) -> Any:
         """What of their keys alike nodes share, and their positions. Shape (2, rows)."""
@@ -315,7 +334,7 @@ class Fragmentation:
         """The heads with best fit and tie rank below them. Shape (rows,)."""
         pool = self._pool
         cpus = pool.cpus[rows] - request.cpus
-        milli = pool.milli[rows].sum(axis=1) - request.gpus * request.share_milli
+        milli = self._free_milli()[rows] - request.gpus * request.share_milli
         fit = xp.zeros(len(rows), dtype=xp.int64)
         for free, asked in ((cpus, self._cpus_asked), (milli, self._milli_asked)):
             if asked:
@@ -341,10 +360,10 @@ class Fragmentation:
         return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _large(self, rows: Any, milli: Any, mib: Any) -> tuple[Any, Any]:
-        """By kind, thousandths on GPUs large enough for it, and how many those are. Shape (rows, kinds)."""
-        mix = self._mix
-        large = self._served[self._sets, rows[:, None]] & (milli[:, None] >= mix.share_milli[:, None])
-        large &= (mix.gpu_memory_mib == 0)[:, None] | (mib[:, None] >= mix.gpu_memory_mib[:, None])
+        """By ask, thousandths on GPUs large enough for it, and how many those are. Shape (rows, asks)."""
+        asks = self._asks
+        large = self._served[asks.sets, rows[:, None]] & (milli[:, None] >= asks.milli[:, None])
+        large &= (asks.mib == 0)[:, None] | (mib[:, None] >= asks.mib[:, None])
         return xp.where(large, milli[:, None], 0).sum(axis=2), large.sum(axis=2)
 
     def _usable_with(self, rows: Any, host: _Host) -> Any:
@@ -353,26 +372,24 @@ class Fragmentation:
 
     def _usable_with_gpu(self, rows: Any, at: Any, milli: Any, mib: Any, host: _Host) -> Any:
         """The same, if of the GPU at this position this much is left. Shape (rows,)."""
-        pool, mix = self._pool, self._mix
-        accepted = self._served[self._sets, rows[:, None], at[:, None]]
+        pool, asks = self._pool, self._asks
+        accepted = self._served[asks.sets, rows[:, None], at[:, None]]
         milli_before, mib_before = pool.milli[rows, at][:, None], pool.mib[rows, at][:, None]
         milli, mib = milli[:, None], mib[:, None]
-        any_memory = mix.gpu_memory_mib == 0
-        before = accepted & (milli_before >= mix.share_milli)
-        before &= any_memory | (mib_before >= mix.gpu_memory_mib)
-        then = accepted & (milli >= mix.share_milli)
-        then &= any_memory | (mib >= mix.gpu_memory_mib)
+        any_memory = asks.mib == 0
+        before = accepted & (milli_before >= asks.milli) & (any_memory | (mib_before >= asks.mib))
+        then = accepted & (milli >= asks.milli) & (any_memory | (mib >= asks.mib))
         large_milli = self._large_milli[rows] + xp.where(then, milli, 0) - xp.where(before, milli_before, 0)
         large_gpus = self._large_gpus[rows] + then.astype(xp.int64) - before.astype(xp.int64)
         return self._usable_weighted(large_milli, large_gpus, host)
 
     def _usable_weighted(self, large_milli: Any, large_gpus: Any, host: _Host) -> Any:
         """Weighted thousandths that are no fragment. Shape (rows,)."""
-        mix = self._mix
-        fits = (large_gpus >= mix.gpus) & (mix.gpus > 0) & (host.slots >= 1)[:, None]
+        mix, of_kind = self._mix, self._asks.of_kind
+        fits = (large_gpus[:, of_kind] >= mix.gpus) & (mix.gpus > 0) & (host.slots >= 1)[:, None]
         fits &= (mix.cpus == 0) | (host.cpus[:, None] >= mix.cpus)
         fits &= (mix.memory_mib == 0) | (host.memory_mib[:, None] >= mix.memory_mib)
-        return (xp.where(fits, large_milli, 0) * mix.weight).sum(axis=1)
+        return (xp.where(fits, large_milli[:, of_kind], 0) * mix.weight).sum(axis=1)
 
 
 def _served(pool: Pool, mix: MixColumns) -> tuple[Any, Any]:
@@ -387,6 +404,15 @@ def _served(pool: Pool, mix: MixColumns) -> tuple[Any, Any]:
         sets = sets + xp.where(mix.gpus > 1, len(served), 0)
         served = xp.concatenate([served, served & pool.whole])
     return served, sets
+
+
+def _asks(mix: MixColumns, sets: Any) -> _Asks:
+    """What the mix asks of a GPU; `sets` are the rows of `_served` of its kinds."""
+    known: dict[tuple[int, int, int], int] = {}
+    by_kind = zip(sets.tolist(), mix.share_milli.tolist(), mix.gpu_memory_mib.tolist(), strict=True)
+    of_kind = [known.setdefault(ask, len(known)) for ask in by_kind]
+    columns = xp.asarray(list(known), dtype=xp.int64).reshape(len(known), 3)
+    return _Asks(columns[:, 0], columns[:, 1], columns[:, 2], xp.asarray(of_kind, dtype=xp.int64))
 
 
 def _nowhere(rows: int) -> Any:

@@ -200,8 +200,7 @@ class Turns:
         host_amounts = zip((free.cpus, free.memory_mib, free.slots), hosts.amounts, strict=True)
         # Shape (4, nodes, stops + 1): the same of CPUs, host memory and job slots.
         self._hosts = _levels(hosts.node, codes, tuple(host_amounts), NODE_STOPS)
-        # By what is wanted of GPUs, and by all that is wanted.
-        self._gpus_ready, self._ready = Kept(nodes), Kept(nodes)
+        self._kept = Kept(nodes)  # by what is wanted of GPUs, and by all that is wanted
 
     def put(self, node: Node) -> None:
         """Take over what a node has and what leaves it."""
@@ -219,8 +218,7 @@ class Turns:
                 _add(gpus, position, turn, part, GPU_STOPS)
         self._hosts[:, row] = xp.asarray(host, dtype=xp.int64)
         self._gpus[:, row, :width] = xp.asarray(gpus, dtype=xp.int64).reshape(3, width, GPU_STOPS + 1)
-        self._gpus_ready.changed(row)
-        self._ready.changed(row)
+        self._kept.changed(row)
 
     def in_turn(self, request: Request, without: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Codes of turns and rows of nodes: the request is ready there not before that, the soonest first.
@@ -228,7 +226,7 @@ class Turns:
         The nodes at the rows `without` are left out, as are those where what it needs does not leave.
         """
         kind = (*request.gpu_part, request.cpus, request.memory_mib)
-        ready = self._ready.column(kind, lambda rows: self._ready_on(request, rows)).copy()
+        ready = self._kept.column(kind, lambda rows: self._ready_on(request, rows)).copy()
         for row in without:
             ready[row] = _NEVER
         for _ in range(len(ready)):
@@ -246,7 +244,7 @@ class Turns:
 
     def _ready_on(self, request: Request, rows: Any) -> Any:
         """The code of the stop after which all it needs is there; NEVER. Shape (rows,)."""
-        turns = self._gpus_ready.column(request.gpu_part, lambda some: self._gpu_turns(request, some))[rows]
+        turns = self._kept.column(request.gpu_part, lambda some: self._gpu_turns(request, some))[rows]
         there = rows_where(turns < _NEVER)
         turns[there] = xp.maximum(turns[there], self._host_turns(request, rows[there]))
         return turns

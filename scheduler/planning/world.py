@@ -97,8 +97,8 @@ class World:
         self._live: dict[int, list[Live]] = {}
         self._served: dict[int, int] = {}
         self._leaving_for: dict[int, list[Hold]] = {}  # by preemptor, of the nodes that were looked into
-        # Whether free GPUs serve who wants so much. They only shrink: once they don't, they never will.
-        self._free_can: dict[tuple[int, ...], bool] = {}
+        # What no free GPUs serve. They only shrink: they never will.
+        self._nowhere_free: set[tuple[int, ...]] = set()
         self._displaceable: tuple[tuple[int, int, int], Any] | None = None  # by whoever asked last, by rank
         self._reaches: dict[bytes, Reach] = {}  # by who may be displaced
         self._changed: dict[int, Node] = {}  # since the columns were looked at
@@ -255,15 +255,19 @@ class World:
         None where it fits on no node, those at the rows `without` left out.
         """
         wants = request.gpu_part
-        can = self._free_can.get(wants)
-        if can is None:
-            can = self._free_can[wants] = some(self.free.fit_gpus(request) & ~self.drains)
-        # To know that it fits nowhere is much cheaper than to make what chooses.
-        if not can or (self._placement is None and not some(self.free.fit(request) & ~self.drains)):
+        if wants in self._nowhere_free:
             return None
+        if self._placement is None:
+            # To know that it fits nowhere is much cheaper than to make what chooses.
+            fits = self.free.fit_gpus(request) & ~self.drains
+            if not some(fits):
+                self._nowhere_free.add(wants)
+                return None
+            if not some(fits & self.free.fit_host(request)):
+                return None
         found = self.placement.best(request, without)
-        if found is None and not without:
-            del self._free_can[wants]  # looked at again, when somebody wants the same GPUs
+        if found is None and not self.placement.fits_gpus(request):
+            self._nowhere_free.add(wants)
         return found
 
     def displaceable(self, request: Request) -> Any:
