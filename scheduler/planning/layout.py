@@ -143,4 +143,5 @@ def _layout_key(snapshot: Snapshot) -> tuple[object, ...]:
         *(gpus.model, gpus.memory_mib, gpus.state, gpus.instance),
         snapshot.model_fits,
     )
-    return (len(snapshot.nodes), gpus.uuid, *(column.tobytes() for column in columns))
+    sizes = (len(snapshot.nodes), len(snapshot.model_fits))  # without GPUs there is nothing else to tell
+    return (sizes, gpus.uuid, *(column.tobytes() for column in columns))

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from scheduler.model.actions import WAIT_REASONS, Plan
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.planning.planner import Memo, digest, plan
-from tests.fakes.worlds import SECOND_US, W, applied, snapshot
+from tests.fakes.worlds import SECOND_US, J, W, applied, snapshot
 from tests.properties.strategies import any_worlds, policies
 
 YEAR_US = 365 * 24 * 3600 * SECOND_US
@@ -60,6 +60,7 @@ def test_the_order_of_the_rows_changes_nothing(world: W, policy: Policy, random:
     assert digest(one) == digest(two)
 
 
+@example(W(jobs=(J(1, gpus=0),)), W(jobs=(J(1, gpus=0, models=("H100",)),)), Policy())  # no GPUs
 @given(any_worlds(), any_worlds(), policies())
 def test_a_memo_saves_work_and_changes_nothing(before: W, world: W, policy: Policy) -> None:
     memo = Memo()
