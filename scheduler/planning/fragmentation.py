@@ -173,7 +173,7 @@ class Fragmentation:
 
         None where it fits on no node, those at the rows `without` left out.
         """
-        if not self.fits_gpus(request):
+        if not len(self._rank):
             return None
         if self._changed and self._alike is not None:
             self._alike.renew(xp.asarray(sorted(self._changed), dtype=xp.int64))

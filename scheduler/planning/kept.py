@@ -32,8 +32,6 @@ class Kept:
         """
         known = self._columns.pop(key, None)
         if known is None:
-            if len(self._columns) >= max(1, VALUES_MAX // max(1, self._nodes)):
-                del self._columns[next(iter(self._columns))]
             column = made(xp.arange(self._nodes, dtype=xp.int64))
         else:
             column, at = known
@@ -41,4 +39,6 @@ class Kept:
                 rows = rows_where(self._changed_at > at)
                 column[..., rows] = made(rows)
         self._columns[key] = (column, self._changes)
+        if len(self._columns) > max(1, VALUES_MAX // max(1, self._nodes)):
+            del self._columns[next(iter(self._columns))]
         return column
