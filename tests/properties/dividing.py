@@ -10,6 +10,9 @@ Way = tuple[tuple[int, int], ...]  # nodes, each with how many GPUs of the gang
 
 
 def suits(job: J, gpu: G) -> bool:
+    """Whether the job may ever have the GPU; who wants several can do nothing with a MIG instance."""
+    if job.gpus > 1 and gpu.instance:
+        return False
     return (not job.models or gpu.model in job.models) and gpu.memory_mib >= job.gpu_memory_mib
 
 
@@ -23,12 +26,12 @@ def spans(world: W, job: J) -> bool:
 
 
 def kinds(world: W) -> list[list[int]]:
-    """Lots of equal nodes: one model, equally many GPUs."""
+    """Lots of equal nodes: one model, equally many GPUs, none of them a MIG instance."""
     found: dict[tuple[str, int], list[int]] = {}
     for row in range(len(world.nodes)):
         gpus = [gpu for gpu in world.gpus if gpu.node == row]
         models = {gpu.model for gpu in gpus}
-        if len(models) == 1:
+        if len(models) == 1 and not any(gpu.instance for gpu in gpus):
             found.setdefault((models.pop(), len(gpus)), []).append(row)
     return list(found.values())
 

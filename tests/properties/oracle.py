@@ -26,7 +26,7 @@ from tests.fakes.worlds import (
     W,
 )
 from tests.properties.amounts import MIB, MILLI, NOTHING, Amount, used_by
-from tests.properties.dividing import Way, by_node, part, spans, ways
+from tests.properties.dividing import Way, by_node, part, spans, suits, ways
 
 LACKS = frozenset(
     {
@@ -224,11 +224,7 @@ class Oracle:
         return [
             gpu.uuid
             for gpu in self.world.gpus
-            if gpu.node == node
-            and gpu.is_open
-            and (not job.models or gpu.model in job.models)
-            and gpu.memory_mib >= job.gpu_memory_mib
-            and not (job.gpus > 1 and gpu.instance)
+            if gpu.node == node and gpu.is_open and suits(job, gpu)
         ]
 
     def spots(self, job: J, node: int, amount: Amount) -> Iterator[tuple[str, ...]]:
