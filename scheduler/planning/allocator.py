@@ -19,7 +19,9 @@ from typing import NamedTuple
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
 from scheduler.planning.topology import Near, best_connected
 
-NOT_SERVED = 1 << 62
+# Of a hold: the how-manieth claim of this plan its preemptor's is. Stops that are for nobody were decided
+# before any claim, those for a preemptor that has none yet after all.
+FOR_NOBODY, NOT_SERVED = 0, 1 << 62
 # When a hold's turn is: not its own victim, when its stop was decided, how its preemptor ranks, its number.
 Turn = tuple[bool, int, int, int]
 # The turn of what fits without any stop.
@@ -72,7 +74,7 @@ class Hold:
     preemptor: int  # of a leaving job: the number of the job that it gives way to; else UNKNOWN
     stop_us: int  # of a leaving job: when its stop was decided
     ready_us: int  # of a leaving job: until when its grace runs, at most
-    served: int = NOT_SERVED  # of a leaving job: the how-manieth claim of this plan its preemptor's is
+    served: int = NOT_SERVED  # of a leaving job: how its preemptor ranks, by its claim
 
     def told(self, preemptor: int, stop_us: int) -> "Hold":
         """The same as if its job had been told to give way."""

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from scheduler.model.snapshot import UNKNOWN, Snapshot
-from scheduler.planning.allocator import NOT_SERVED, Hold, Node, Request, Turn
+from scheduler.planning.allocator import FOR_NOBODY, NOT_SERVED, Hold, Node, Request, Turn
 from scheduler.planning.arrays import lists, rows_where, unknown_as_zero, xp
 from scheduler.planning.hosts import Hosts
 from scheduler.planning.kept import Kept
@@ -95,6 +95,9 @@ class Leavers:
         ):
             ready_us = max(now_us, stop_us + grace_us)
             holds.append(Hold(number, parts.get(job, {}), cpus, memory_mib, 1, preemptor, stop_us, ready_us))
+        for hold in holds:
+            if hold.preemptor == UNKNOWN:
+                hold.served = FOR_NOBODY
         # Hand-overs of ended jobs have no number: an order of their own, whatever that of the rows (R8).
         holds.sort(key=lambda hold: (hold.number, sorted(hold.parts.items()), hold.preemptor))
         return holds
@@ -141,9 +144,9 @@ class Leavers:
     def codes(self) -> tuple[Any, Any]:
         """The codes of the holdings, and of the hosts, while no preemptor was served."""
         scale, jobs = self._scale, self.snapshot.jobs
-        told = scale.codes(self._told[1], jobs.number[self.hosts.job])
+        told = scale.codes(*self._told, jobs.number[self.hosts.job])
         none = xp.full(len(self.holder), UNKNOWN, dtype=xp.int64)
-        ended = scale.codes(self._ended[1], none)
+        ended = scale.codes(*self._ended, none)
         if not len(told):
             return ended, told
         of_job = xp.zeros(len(jobs), dtype=xp.int64)
@@ -172,10 +175,11 @@ class _Scale:
         tail = 0 if number == UNKNOWN else number - self._least + 1
         return (head << self._number_bits | tail >> self.dropped) + 1
 
-    def codes(self, stop_us: Any, number: Any) -> Any:
-        """The turns of those whose preemptor was not served."""
+    def codes(self, preemptor: Any, stop_us: Any, number: Any) -> Any:
+        """The turns while no preemptor was served."""
         rank = self._stops_us.searchsorted(stop_us)
-        head = (rank << self._served_bits) | ((1 << self._served_bits) - 1)
+        served = xp.where(preemptor == UNKNOWN, FOR_NOBODY, (1 << self._served_bits) - 1)
+        head = (rank << self._served_bits) | served
         tail = xp.where(number == UNKNOWN, 0, number - self._least + 1)
         return ((head << self._number_bits) | (tail >> self.dropped)) + 1
 

@@ -63,6 +63,17 @@ def test_on_equal_gpus_who_starts_first_leaves_its_own_claim_to_the_other() -> N
     assert made.awaited == {4: (1,)}
 
 
+def test_who_counts_on_a_stop_that_is_due_leaves_alone_what_stops_for_another_at_the_same_moment() -> None:
+    over = running(2, "GPU-1", job_class=INFERENCE, ran_s=9, time_limit_us=9 * SECOND_US)
+    world = W(jobs=(miner(1, "GPU-0"), over, J(3, INFERENCE), J(4, TRAINING)), gpus=gpus(2))
+    first = planned(world)
+    assert victims(first) == {1: 4}
+    assert first.awaited == {3: (2,), 4: (1,)}
+    second = planned(after(world, 0))
+    assert second.actions == ()
+    assert second.awaited == first.awaited
+
+
 @pytest.mark.xfail(reason="a job with victims of its own takes any free GPU, also the one freed for another")
 def test_nobody_is_stopped_twice_for_a_job_that_can_use_only_some_of_the_gpus() -> None:
     slow, quick = miner(1, "GPU-0", grace_s=60), miner(2, "GPU-1", saved_s_ago=9)
