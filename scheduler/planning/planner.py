@@ -269,7 +269,7 @@ class Planner:
     def _find_frugal(self, row: int, request: Request, found: Found) -> tuple[Found, Admission | None]:
         """Other free GPUs of the node with which it fits the budget: boards differ in what they take."""
         power, node = self.power, self.world.node(found.parts[0].row)
-        if power is None or found.victims or found.ready_us or len(found.parts) > 1 or request.is_share:
+        if power is None or found.victims or found.ready_us or len(found.parts) > 1:
             return found, None
         gpus = self.world.layout.row[node.row]
         there = rows_where(gpus != UNKNOWN)

@@ -340,7 +340,10 @@ class PowerStage:
 
     def takes_less(self, row: int, gpus: Any) -> Any:
         """Bool, shape (gpus,): the boards on which the job at this row adds less than on one of these."""
-        more_w = self._alone(row)[1] - self._power.idle_w
+        own_w, alone_w = self._alone(row)
+        shared = self.stays | self._claimed
+        full_w = xp.where(shared, self._full(self._natural_w + own_w), alone_w)
+        more_w = full_w - self._unlowered_w
         return more_w < more_w[gpus].max()
 
     def _alone(self, row: int) -> tuple[Any, Any]:

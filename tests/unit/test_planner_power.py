@@ -353,3 +353,26 @@ def test_a_board_that_takes_less_serves_whom_the_budget_keeps_from_another() -> 
     made = plan(snapshot(power), Policy())
     assert started(made) == [(2, ("GPU-2",))]
     assert started(plan(snapshot(applied(power, made)), Policy())) == []
+
+
+def test_a_share_too_goes_where_the_budget_lets_it() -> None:
+    """Or a miner takes the watts first, gives way for its sake, comes back, and so for ever."""
+    jobs = (J(1, INFERENCE, share_milli=250), J(2, **MINER))
+    boards = {"GPU-0": B(limit_w_max=700), "GPU-1": B(limit_w=200, limit_w_max=200)}
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=400, boards=boards)
+    made = plan(snapshot(power), Policy())
+    assert started(made) == [(1, ("GPU-1",))]
+    assert not plan(snapshot(applied(power, made)), Policy()).actions
+
+
+def test_a_share_joins_others_where_that_takes_fewer_watts_than_a_board_of_its_own() -> None:
+    """The smallest gap that holds it is on a board that would need more watts for it than there are."""
+    jobs = (
+        running(1, "GPU-0", job_class=INFERENCE, share_milli=700),
+        running(2, "GPU-1", job_class=INFERENCE, share_milli=500),
+        J(3, INFERENCE, share_milli=250),
+    )
+    naturals = {1: 300, 2: 690, 3: 300}
+    power = P(W(jobs=jobs, gpus=gpus(2)), budget_w=1100, boards={"GPU-0": B(limit_w=330)}, natural_w=naturals)
+    made = plan(snapshot(power), Policy())
+    assert started(made) == [(3, ("GPU-1",))]
