@@ -22,8 +22,8 @@ PARALLEL := -n $(TEST_PROCESSES) --dist worksteal
 # Fast: no GPU, no root, no network but loopback.
 FAST_TESTS := $(wildcard tests/unit tests/properties tests/integration tests/test_tidy.py \
   tests/simulation/test_fault_seeds.py tests/simulation/test_planted_bugs.py tests/simulation/test_scenarios.py)
-# Slow: fault simulation, published data, and the hunts among the fast ones through more seeds.
-LONG_TESTS := $(wildcard tests/simulation tests/properties/test_planner_hunt.py)
+# Slow: fault simulation, published data, and the properties among the fast ones on more worlds.
+LONG_TESTS := $(wildcard tests/simulation tests/properties)
 # These want root, Prometheus, systemd or a GPU with CuPy, say so when they skip, and have the machine to themselves.
 LONE_TESTS := $(wildcard tests/e2e tests/gpu)
 PYTHON_SOURCES := $(wildcard scheduler proto tools tests)
@@ -40,7 +40,7 @@ identity = $(shell $(1) -c '$(IDENTIFY)' 2>/dev/null | tr -c '[:alnum:]/.\n' _)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-all sim lint fmt proto bench install clean
+.PHONY: help setup demo run test test-all hunt sim lint fmt proto bench install clean
 
 help: ## Print this help
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -58,8 +58,12 @@ test: $(COMPILED) ## Fast tests: no GPU, no root, no network but loopback
 	@touch $(TESTED)
 
 test-all: $(TESTED) ## All tests: also real Prometheus, real systemd, fault simulation
-	HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) $(PY) -m pytest $(PARALLEL) $(LONG_TESTS)
+	HYPOTHESIS_PROFILE=long HUNT_RUNS=$(HUNT_RUNS) FAULT_SEEDS=$(FAULT_SEEDS) \
+	  $(PY) -m pytest $(PARALLEL) $(LONG_TESTS)
 	$(PY) -m pytest $(LONE_TESTS)
+
+hunt: $(COMPILED) ## Look for a world that breaks a property: 3,000 of each kind, others each time (half an hour)
+	HYPOTHESIS_PROFILE=thorough HUNT_RUNS=$(HUNT_RUNS) $(PY) -m pytest $(PARALLEL) --timeout 3600 tests/properties
 
 # As any make does it: fast tests that passed are not repeated until a file has changed since.
 $(TESTED): $(COMPILED) $(TESTED_FILES)

@@ -3,6 +3,7 @@
 from scheduler.model.actions import WAIT_REASONS, Plan, StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
+from scheduler.planning.case import Case
 from scheduler.planning.explain import preview
 from tests.fakes.worlds import W, snapshot
 from tests.properties.oracle import Chosen, Oracle
@@ -23,7 +24,8 @@ def claims(world: W, policy: Policy, made: Plan) -> dict[int, Chosen]:
         seen = preview(snapshot(world), policy, number)
         assert not seen.starts_now
         assert seen.start_within_us is not None
-        # A job without GPUs waits for live jobs only: what an ended job still occupies is GPUs.
-        node = world.gpu(seen.gpus[0]).node if seen.gpus else world.job(made.awaited[number][0]).node
+        # Of a job without GPUs nobody is told yet which node it will be on.
+        own = None if seen.gpus else Case(snapshot(world), policy, number).planner.claims[number]
+        node = world.gpu(seen.gpus[0]).node if own is None else own.parts[0].row
         found[number] = Chosen(node, seen.gpus, world.now_us + seen.start_within_us)
     return found

@@ -221,11 +221,7 @@ class Oracle:
     # Where it fits -------------------------------------------------------------------------------
 
     def suiting(self, job: J, node: int) -> list[str]:
-        return [
-            gpu.uuid
-            for gpu in self.world.gpus
-            if gpu.node == node and gpu.is_open and suits(job, gpu)
-        ]
+        return [gpu.uuid for gpu in self.world.gpus if gpu.node == node and gpu.is_open and suits(job, gpu)]
 
     def spots(self, job: J, node: int, amount: Amount) -> Iterator[tuple[str, ...]]:
         """Every set of GPUs on which the job fits."""
@@ -359,13 +355,20 @@ class Oracle:
         at = self.promised_us if self.promised_us and blocked is self.first_blocked else inf
         return job.preemptible and self.outranks(blocked, job) and start_us + job.min_runtime_us <= at
 
-    def is_strict(self, job: J) -> J | None:
+    def not_to_be_passed(self, job: J) -> J | None:
         """Without backfill: the blocked job of its kind that this one may pass only by giving way to it."""
         return None if self.policy.backfill else self.strict.get(job.gpus > 0)
 
+    def may_go_beside(self, job: J) -> bool:
+        """Whether room beside the job that was promised a start is enough for it to start."""
+        strict = self.not_to_be_passed(job)
+        if strict is None:
+            return True
+        return strict is not self.first_blocked and self.gives_way(job, strict, self.now_us)
+
     def harmless(self, job: J, nodes: Iterable[int], start_us: int) -> bool:
         """Whether, started there and then, it can't delay what a blocked job was promised."""
-        strict = self.is_strict(job)
+        strict = self.not_to_be_passed(job)
         if strict is not None and not self.gives_way(job, strict, start_us):
             return False
         if self.first_blocked is None or self.promised_us is None or not self.rooms.keys() & set(nodes):
@@ -470,13 +473,13 @@ class Oracle:
                 harmless = self.harmless(job, [node for node, _ in way], self.now_us)
                 assert not harmless, f"{job.number} held back for nothing"
             everything = {node: self.without(node, tuple(self.victims(job, node))) for node in nodes}
-            for _, uuids in self.spots_over(job, everything) if self.is_strict(job) is None else ():
+            for _, uuids in self.spots_over(job, everything) if self.may_go_beside(job) else ():
                 assert not self.leaves_room(job, UNKNOWN, uuids), f"{job.number} would leave room on {uuids}"
             return
         for node in self.open_nodes():
             if stage == "free" and self.fits(job, node, self.free[node]):
                 assert not self.harmless(job, [node], self.now_us), f"{job.number} held back for nothing"
-            if self.is_strict(job) is None:
+            if self.may_go_beside(job):
                 everything = self.without(node, tuple(self.victims(job, node)))
                 for uuids in self.spots(job, node, everything):
                     assert not self.leaves_room(job, node, uuids), f"{job.number} would leave room on {uuids}"
@@ -519,7 +522,7 @@ class Oracle:
                 fewest = min(len(way) for way, _ in self.spots_over(job, free))
                 assert len(parts) == fewest, f"{job.number} is on {len(parts)} nodes, not {fewest}"
         elif not harmless:
-            assert self.is_strict(job) is None
+            assert self.may_go_beside(job)
             assert self.leaves_room(job, chosen.node, uuids), f"{job.number} delays the promised start"
         if job.number in starts:
             in_order = [

@@ -165,14 +165,17 @@ class Sums:
         added = sum(max(0, self.power.frozen_w[job.number] - idle) for job in jobs)
         return min(self.full_w(uuid, jobs), idle + added)
 
-    def is_frozen(self, uuid: str, *, before: bool = False) -> bool:
-        """Whether all on the board are known to be frozen, and none is told otherwise (by this plan)."""
+    def is_frozen(self, uuid: str, *, before: bool = False, soon: bool = False) -> bool:
+        """Whether all on the board are known to be frozen, and none is told otherwise (by this plan).
+
+        `soon`: also where somebody was told to be frozen and nobody has seen yet that he is.
+        """
         told = set() if before else self.told | {a.job for a in self.made.actions if isinstance(a, ResumeJob)}
         there = [job for job in self.world.jobs if uuid in job.on]
         return (
             bool(there)
             and all(
-                job.state == SUSPENDED
+                (job.state == SUSPENDED or soon)
                 and job.preemptible
                 and job.number not in told
                 and job.number in self.power.suspend_us
@@ -182,10 +185,10 @@ class Sums:
             and not any(over.uuid == uuid for over in self.world.handovers)
         )
 
-    def held_w(self, uuid: str, *, before: bool = False) -> int:
+    def held_w(self, uuid: str, *, before: bool = False, soon: bool = False) -> int:
         """The most that an occupied board draws now."""
         limit = self.power.board(uuid).limit_w
-        if not self.is_frozen(uuid, before=before):
+        if not self.is_frozen(uuid, before=before, soon=soon):
             return limit
         return min(limit, self.frozen_w(uuid, [job for job in self.world.jobs if uuid in job.on]))
 
@@ -209,11 +212,17 @@ class Sums:
 
     @property
     def before_w(self) -> int:
-        """What may be drawn before the plan."""
+        """What may be drawn before the plan; of who is stopped while frozen what the notice wakes him to."""
         return sum(
-            self.held_w(gpu.uuid, before=True) if self.is_occupied(gpu.uuid) else self.empty_w(gpu.uuid)
+            self.held_w(gpu.uuid, before=not self.is_told(gpu.uuid))
+            if self.is_occupied(gpu.uuid)
+            else self.empty_w(gpu.uuid)
             for gpu in self.world.gpus
         )
+
+    def is_told(self, uuid: str) -> bool:
+        """Whether this plan stops anybody on the board."""
+        return any(uuid in job.on and job.number in self.told for job in self.world.jobs)
 
     @property
     def rises(self) -> list[str]:
@@ -229,8 +238,8 @@ class Sums:
         total = 0
         for gpu in self.world.gpus:
             board = self.power.board(gpu.uuid)
-            if self.is_frozen(gpu.uuid):
-                total += self.held_w(gpu.uuid)
+            if self.is_frozen(gpu.uuid, soon=True):
+                total += self.held_w(gpu.uuid, soon=True)
             elif self.stayers(gpu.uuid) or self.starters(gpu.uuid):
                 total += self.set_w.get(gpu.uuid, board.limit_w)
             else:
@@ -272,7 +281,7 @@ def test_a_plan_ends_inside_the_budget_or_at_the_floor(power: P, policy: Policy)
     sums = Sums(world, made)
     if sums.after_w > power.budget_w:
         for gpu in power.world.gpus:
-            if sums.is_frozen(gpu.uuid):
+            if sums.is_frozen(gpu.uuid, soon=True):
                 continue
             for job in (stayers := sums.stayers(gpu.uuid)):
                 whole = [each for uuid in job.on for each in sums.stayers(uuid)]
