@@ -365,8 +365,8 @@ class PowerControl:
         columns = self.columns(jobs)
         if not self.points.is_active:  # no plan sets limits: what is still lowered is given back
             columns = replace(columns, limit_w=columns.limit_w_max)
-        # So large a margin that each full limit is its board's largest.
-        return replace(columns, budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
+        # So large a margin that each full limit is its board's largest; nor do draws fall to anything.
+        return replace(columns, budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W, lead_milli=0)
 
     def columns(self, jobs: JobWatts) -> PowerColumns:
         """The power columns of a snapshot."""

@@ -56,7 +56,7 @@ from scheduler.planning.layout import Layout
 from scheduler.planning.power import UNBOUNDED, Admission, PowerStage
 from scheduler.planning.preemption import outranks
 from scheduler.planning.queue import WAIT_CODE, Queue
-from scheduler.planning.search import Limits, find_by_displacing, find_free, find_leaving, placed
+from scheduler.planning.search import Limits, find_by_displacing, find_free, find_free_among, find_leaving
 from scheduler.planning.valuation import WAIT_US
 from scheduler.planning.world import NEVER, World
 
@@ -267,16 +267,16 @@ class Planner:
         return self.power.admit(request, row, tuple(map(int, gpus)), leaving, may_displace)
 
     def _find_frugal(self, row: int, request: Request, found: Found) -> tuple[Found, Admission | None]:
-        """Other free GPUs of the node with which it fits the budget: boards differ in what they take."""
-        power, node = self.power, self.world.node(found.parts[0].row)
+        """Other free GPUs with which it fits the budget, first on its node: boards take different watts."""
+        power, gpus, node = self.power, self.world.layout.row, found.parts[0].row
         if power is None or found.victims or found.ready_us or len(found.parts) > 1:
             return found, None
-        gpus = self.world.layout.row[node.row]
-        there = rows_where(gpus != UNKNOWN)
         other: Found | None = found
         while other is not None:  # each time fewer are left
-            frugal = power.takes_less(row, gpus[xp.asarray(other.parts[0].positions, dtype=xp.int64)])
-            other = placed(request, node.only(frozenset(there[frugal[gpus[there]]].tolist())))
+            part = other.parts[0]
+            taken = gpus[part.row][xp.asarray(part.positions, dtype=xp.int64)]
+            frugal = power.takes_less(row, taken)[unknown_as_zero(gpus)] & (gpus != UNKNOWN)
+            other = find_free_among(request, self.world, frugal, node)
             if other is not None and (admission := self._admit(row, request, other)) is not None:
                 return other, admission
         return found, None

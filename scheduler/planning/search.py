@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from scheduler.planning.allocator import (
     NO_PENALTY,
@@ -17,7 +18,7 @@ from scheduler.planning.allocator import (
     host_fits,
     place,
 )
-from scheduler.planning.arrays import xp
+from scheduler.planning.arrays import rows_where, xp
 from scheduler.planning.fragmentation import NO_POSITION
 from scheduler.planning.horizon import Horizons
 from scheduler.planning.preemption import choose_victims
@@ -57,6 +58,17 @@ def find_free(request: Request, world: World, limits: Limits | None = None) -> F
     found_there = placed(request, world.node(row))
     assert found_there is not None, "the columns say that it fits"
     return found_there
+
+
+def find_free_among(request: Request, world: World, gpus: Any, node: int) -> Found | None:
+    """Room in what is free of some GPUs: on the node at this row, or on the first that has it.
+
+    `gpus`: bool, shape (nodes, width).
+    """
+    fits = (world.free.usable(request) & gpus).sum(axis=1) >= request.gpus
+    fits &= world.free.fit_host(request) & ~world.drains
+    row = node if fits[node].item() else fits.argmax().item()
+    return placed(request, world.node(row).only(frozenset(rows_where(gpus[row]).tolist())))
 
 
 def find_leaving(request: Request, world: World, limits: Limits | None = None) -> Found | None:

@@ -129,8 +129,9 @@ def test_a_v100_has_three_useful_states() -> None:
 
 
 def unlimited(power: P) -> P:
-    """Nobody sets a budget: only miners are limited."""
-    return replace(power, budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W, promised_w=None, is_emergency=False)
+    """Nobody sets a budget: only miners are limited, and no draw is on its way to a lower one."""
+    no_event = replace(power, promised_w=None, is_emergency=False, lead_milli=0)
+    return replace(no_event, budget_w=UNLIMITED_W, margin_milli=UNLIMITED_W)
 
 
 @given(powered(), policies())

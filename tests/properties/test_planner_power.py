@@ -37,7 +37,7 @@ from tests.fakes.worlds import (
     W,
     running,
 )
-from tests.properties.strategies import policies, worlds
+from tests.properties.strategies import fleets, policies, worlds
 
 MICRO_PER_HOUR = HOUR_US
 NATURALS = (UNKNOWN, 60, 250, 300, 520, 700, 900)
@@ -52,8 +52,9 @@ RUNGS = {  # by class: lowered gently, lowered far, frozen, stopped
 @st.composite
 def powered(draw: st.DrawFn, *, pending: bool = True, gpus_max: int = 4, jobs_max: int = 8) -> P:
     tight = not pending
-    world = draw(worlds(plain=True, gpus_max=gpus_max, jobs_max=jobs_max))
-    if not pending:
+    one_node = worlds(plain=True, gpus_max=gpus_max, jobs_max=jobs_max)
+    world = draw(one_node if tight else one_node | fleets(plain=True, jobs_max=jobs_max))
+    if tight:
         world = replace(world, jobs=tuple(job for job in world.jobs if job.is_live))
     boards = {}
     for gpu in world.gpus:

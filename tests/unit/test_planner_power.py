@@ -17,7 +17,9 @@ from tests.fakes.worlds import (
     NOW_US,
     SECOND_US,
     TRAINING,
+    G,
     J,
+    N,
     Outcome,
     W,
     gpus,
@@ -363,6 +365,14 @@ def test_a_share_too_goes_where_the_budget_lets_it() -> None:
     made = plan(snapshot(power), Policy())
     assert started(made) == [(1, ("GPU-1",))]
     assert not plan(snapshot(applied(power, made)), Policy()).actions
+
+
+def test_another_node_too_serves_whom_the_budget_keeps_from_one() -> None:
+    boards = {"GPU-0": B(limit_w_max=700), "GPU-1": B(limit_w=200, limit_w_max=200)}
+    there = (G("GPU-0", 0, 0), G("GPU-1", 1, 1))
+    world = W(jobs=(J(1, INFERENCE), J(2, **MINER)), gpus=there, nodes=(N(), N()))
+    made = plan(snapshot(P(world, budget_w=400, boards=boards)), Policy())
+    assert [(action.job, action.node) for action in made.actions if isinstance(action, StartJob)] == [(1, 1)]
 
 
 def test_a_share_joins_others_where_that_takes_fewer_watts_than_a_board_of_its_own() -> None:
