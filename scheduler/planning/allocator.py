@@ -3,8 +3,9 @@
 A node's capacity is in three layers. *Free*: nobody has it. *Leaving*: jobs that were told to stop, and
 what ended jobs still occupy until their hand-over is verified; it comes free without a further decision.
 *Live*: held by jobs that stay unless they are displaced. A claim takes what is free first, then what
-leaves, its own victims' before others', the oldest stop first: so a waiting job's claim is the same in
-each plan however many later stops are added (R7), without remembering one.
+leaves, its own victims' before others', the oldest stop first, of equally old ones those that are for
+nobody: so a waiting job's claim is the same in each plan however many later stops are added (R7), without
+remembering one.
 
 Placement: whole GPUs that the fewest model sets accept, then the smallest, then the best connected
 (`topology.py`), then by index; a share goes to the GPU with the smallest remaining share that fits (best
@@ -19,8 +20,8 @@ from typing import NamedTuple
 from scheduler.model.snapshot import UNKNOWN, WHOLE_MILLI
 from scheduler.planning.topology import Near, best_connected
 
-# Of a hold: the how-manieth claim of this plan its preemptor's is. Stops that are for nobody were decided
-# before any claim, those for a preemptor that has none yet after all.
+# Of a hold: the how-manieth claim of this plan its preemptor's is. What stops for nobody was decided before
+# all claims; what stops for somebody who has none yet, after them.
 FOR_NOBODY, NOT_SERVED = 0, 1 << 62
 # When a hold's turn is: not its own victim, when its stop was decided, how its preemptor ranks, its number.
 Turn = tuple[bool, int, int, int]
