@@ -67,7 +67,7 @@ def remedies(case: Case) -> list[Remedy]:
 def _open_gpus(case: Case) -> Remedy | None:
     gpus = case.snapshot.gpus
     closed = rows_where(gpus.state == CLOSED)
-    suits = case.snapshot.model_fits[case.request.models]
+    suits = case.snapshot.model_fits[case.request.models] & (gpus.memory_mib >= case.request.gpu_memory_mib)
     if case.request.gpus > 1:
         suits = suits & ~gpus.instance
     wanted = [row for row in closed.tolist() if suits[row]]

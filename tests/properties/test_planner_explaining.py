@@ -11,6 +11,7 @@ from scheduler.model.snapshot import NOT_DRAINING
 from scheduler.planning.explain import Remedy, RemedyKind, explain, preview
 from scheduler.planning.planner import plan
 from tests.fakes.worlds import NOW_US, PENDING, J, W, outcome, snapshot
+from tests.properties.dividing import suits
 from tests.properties.strategies import any_worlds, policies
 
 CHANGED = {
@@ -33,8 +34,7 @@ def taken(world: W, job: J, remedy: Remedy) -> W:
     if kind is RemedyKind.UNDRAIN_NODE:
         return replace(world, nodes=tuple(replace(node, drain=NOT_DRAINING) for node in world.nodes))
     if kind is RemedyKind.OPEN_GPUS:
-        closed = [gpu for gpu in world.gpus if not gpu.is_open]
-        opened = [gpu for gpu in closed if not job.models or gpu.model in job.models][:amount]
+        opened = [gpu for gpu in world.gpus if not gpu.is_open and suits(job, gpu)][:amount]
         gpus = tuple(replace(gpu, is_open=gpu.is_open or gpu in opened) for gpu in world.gpus)
         return replace(world, gpus=gpus)
     if kind is RemedyKind.CLEAR_BACKOFF:

@@ -155,6 +155,12 @@ def test_a_cordoned_gpu_and_another_model_are_remedies() -> None:
     )
 
 
+def test_a_closed_gpu_with_too_little_memory_is_none_that_would_help_if_it_were_opened() -> None:
+    closed = (G("GPU-0", 0, memory_mib=40_000, is_open=False), G("GPU-1", 1, is_open=False))
+    told = explained(W(jobs=(J(9, gpu_memory_mib=50_000),), gpus=closed), 9)
+    assert Remedy(RemedyKind.OPEN_GPUS, 1) in told.remedies
+
+
 def test_a_job_held_back_is_told_whose_start_it_may_not_delay_and_how_to_pass() -> None:
     first = running(1, "GPU-0", job_class=INFERENCE, preemptible=False, expected_us=3700 * S)
     world = W(
