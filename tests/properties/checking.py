@@ -1,10 +1,14 @@
-"""A plan held against the exhaustive search."""
+"""A plan held against the exhaustive search, and against that of other jobs."""
+
+from dataclasses import replace
 
 from scheduler.model.actions import WAIT_REASONS, Plan, StartJob
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
 from scheduler.planning.case import Case
 from scheduler.planning.explain import preview
+from scheduler.planning.mix import mix_of
+from scheduler.planning.planner import plan
 from tests.fakes.worlds import W, snapshot
 from tests.properties.oracle import Chosen, Oracle
 
@@ -14,6 +18,11 @@ HANDOVER = WAIT_REASONS.index(Reason.WAITING_FOR_HANDOVER)
 def check(world: W, policy: Policy, made: Plan) -> None:
     """Go through the plan; an AssertionError says what is wrong with it."""
     Oracle(world, policy).check(made, claims(world, policy, made))
+
+
+def planned_among(world: W, everybody: W, policy: Policy) -> Plan:
+    """The plan of some of a world's jobs; what all of them ask for has its part in placement."""
+    return plan(replace(snapshot(world), mix=mix_of(snapshot(everybody).jobs)), policy)
 
 
 def claims(world: W, policy: Policy, made: Plan) -> dict[int, Chosen]:

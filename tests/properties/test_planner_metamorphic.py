@@ -21,6 +21,7 @@ from tests.fakes.worlds import (
     outcome,
     snapshot,
 )
+from tests.properties.checking import planned_among
 from tests.properties.oracle import rank
 from tests.properties.strategies import SHARES, any_worlds, contested, crowds, fleets, policies
 
@@ -124,10 +125,10 @@ def check_needed(world: W, policy: Policy) -> None:
     for preempt in preempts:
         top = rank(policy.order, world.job(preempt.preemptor))
         alone = replace(world, jobs=tuple(j for j in world.jobs if j.is_live or rank(policy.order, j) <= top))
-        made = planned(alone, policy)
+        made = planned_among(alone, world, policy)
         assert preempt in made.actions, "jobs of lower rank had a part in it"
         spared = replace(made, actions=tuple(each for each in made.actions if each != preempt))
-        again = outcome(planned(applied(alone, spared), policy))
+        again = outcome(planned_among(applied(alone, spared), world, policy))
         more = [a for a in again.actions if isinstance(a, PreemptJob) and a.preemptor == preempt.preemptor]
         waits = again.waits.get(preempt.preemptor)
         assert more or waits not in (None, Reason.WAITING_FOR_HANDOVER), f"{preempt.job} was needless"

@@ -10,7 +10,6 @@ from scheduler.model.policy import Order, Policy
 from scheduler.model.reasons import Reason
 from scheduler.model.snapshot import DRAINING_STOP
 from scheduler.planning.explain import explain
-from scheduler.planning.mix import mix_of
 from scheduler.planning.planner import Planner, plan
 from scheduler.planning.remedies import RemedyKind
 from tests.fakes.worlds import (
@@ -32,6 +31,7 @@ from tests.fakes.worlds import (
     running,
     snapshot,
 )
+from tests.properties.checking import planned_among
 from tests.properties.strategies import any_worlds, policies
 
 POLICY = Policy()
@@ -95,13 +95,11 @@ def test_nobody_starts_whose_energy_costs_more_than_it_is_worth(world: W, policy
 
 @given(priced(), policies())
 def test_who_waits_for_the_price_is_as_good_as_not_there(world: W, policy: Policy) -> None:
-    every = snapshot(world)
-    mix = mix_of(every.jobs)  # what is asked for has a part in placement, whether it is dear now or not
-    made = outcome(plan(replace(every, mix=mix), policy))
+    made = outcome(planned(world, policy))
     dear = {number for number, reason in made.waits.items() if reason is Reason.WAITING_FOR_PRICE}
     sets = tuple(dict.fromkeys([*world.model_sets, *(job.models for job in world.jobs)]))
     others = tuple(job for job in world.jobs if job.number not in dear)
-    without = outcome(plan(replace(snapshot(replace(world, jobs=others, model_sets=sets)), mix=mix), policy))
+    without = outcome(planned_among(replace(world, jobs=others, model_sets=sets), world, policy))
     assert without.actions == made.actions
     assert without.waits == {n: reason for n, reason in made.waits.items() if n not in dear}
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scheduler.model.actions import WAIT_REASONS, Plan
 from scheduler.model.policy import Policy
 from scheduler.model.reasons import Reason
-from scheduler.planning.mix import mix_of
 from scheduler.planning.planner import Memo, digest, plan
 from tests.fakes.worlds import SECOND_US, J, W, applied, snapshot
+from tests.properties.checking import planned_among
 from tests.properties.strategies import any_worlds, policies
 
 YEAR_US = 365 * 24 * 3600 * SECOND_US
@@ -96,9 +96,7 @@ def test_whoever_passes_a_blocked_job_does_not_delay_its_promised_start(world: W
 
 @given(any_worlds(), policies(backfill=True))
 def test_jobs_of_lower_rank_have_no_part_in_what_is_promised(world: W, policy: Policy) -> None:
-    every = snapshot(world)
-    mix = mix_of(every.jobs)  # what they ask for has a part in placement
-    with_all = plan(replace(every, mix=mix), policy)
+    with_all = planned(world, policy)
     assume(with_all.promise is not None)
     assert with_all.promise is not None
     order = policy.order.value
@@ -109,7 +107,7 @@ def test_jobs_of_lower_rank_have_no_part_in_what_is_promised(world: W, policy: P
         return (klass, -priority, -value, number) if order == "class" else (-value, klass, -priority, number)
 
     above = tuple(job for job in world.jobs if job.is_live or rank(job) <= rank(top))
-    # So do the sets of models that they name.
+    # The sets of models that jobs name stay, too.
     sets = tuple(dict.fromkeys([*world.model_sets, *(job.models for job in world.jobs)]))
-    without = snapshot(replace(world, jobs=above, model_sets=sets))
-    assert plan(replace(without, mix=mix), policy).promise == with_all.promise
+    without = replace(world, jobs=above, model_sets=sets)
+    assert planned_among(without, world, policy).promise == with_all.promise
