@@ -375,7 +375,7 @@ def test_another_node_too_serves_whom_the_budget_keeps_from_one() -> None:
     assert [(action.job, action.node) for action in made.actions if isinstance(action, StartJob)] == [(1, 1)]
 
 
-def test_a_share_joins_others_where_that_takes_fewer_watts_than_a_board_of_its_own() -> None:
+def test_a_share_is_tried_beside_others_where_it_takes_fewer_watts_than_where_it_fits_best() -> None:
     """The smallest gap that holds it is on a board that would need more watts for it than there are."""
     jobs = (
         running(1, "GPU-0", job_class=INFERENCE, share_milli=700),
